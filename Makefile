@@ -1,0 +1,40 @@
+# make demo   train on synthetic bone X-rays, end with test scores and a report
+# make test   lint, types, tests and parity tests
+# make venv   only the environment
+# Everything is plain pip underneath: see README.md.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: venv demo test lint types unit parity clean
+
+venv: .venv/installed
+demo: .venv/installed
+	$(BIN)/python -m pdrunet_jax.train --config phantom
+
+test: lint types unit parity
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+types: .venv/installed-dev
+	$(BIN)/mypy
+unit: .venv/installed-dev
+	$(BIN)/python -m pytest tests
+parity: .venv/installed-dev
+	$(BIN)/python -m pytest parity_tests
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+# torch by itself and first: its exact version is what decides which build is taken.
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable '.[dev]'
+	touch .venv/installed $@
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
