@@ -1,0 +1,227 @@
+"""PDR-UNet: Shen et al., Inverse Problems and Imaging, doi 10.3934/ipi.2020057.
+
+Pure dilated residual U-Net: no down- or up-sampling, the same number of filters everywhere, dilations that double on
+the way in and halve on the way out, and long skips that are additions.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from pdrunet_jax.layers import BatchNorm, Conv, Path, Tap, choose_path, conv_norm_relu, dropout, enter
+from pdrunet_jax.phases import Activation, relay
+
+BLOCKS = {
+    "std_block": 1,
+    "e1": 2,
+    "e2": 4,
+    "e3": 8,
+    "e4": 16,
+    "bottleneck_0": 32,
+    "bottleneck_2": 32,
+    "bottleneck_4": 32,
+    "d1": 16,
+    "d2": 8,
+    "d3": 4,
+    "d4": 2,
+    "d5": 1,
+}
+"""The blocks in the order of the forward pass, each with its dilation; names as in the public PyTorch code."""
+
+
+class Block(nnx.Module):
+    """Two 3x3 convolutions with normalisation and ReLU (the paper's Figure 2).
+
+    residual, shortcut "input": relu(bn2(conv2(relu(bn1(conv1(x))))) + x), as the public code has it;
+    residual, shortcut "conv1": the same with c1 = relu(bn1(conv1(x))) added in place of x, as the figure is drawn;
+    not residual (the first block): relu(bn2(conv2(relu(bn1(conv1(x)))))).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        inputs: int,
+        filters: int,
+        dilation: int,
+        *,
+        residual: bool,
+        shortcut: str,
+        norm: str,
+        init: str,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.name = name
+        self.dilation = dilation
+        self.residual = residual
+        self.shortcut = shortcut
+        self.first = Conv(inputs, filters, init=init, dtype=dtype, rngs=rngs)
+        self.bnorm1 = BatchNorm(filters, dtype=dtype) if norm == "batch" else None
+        self.second = Conv(filters, filters, init=init, dtype=dtype, rngs=rngs)
+        self.bnorm2 = BatchNorm(filters, dtype=dtype) if norm == "batch" else None
+
+    def __call__(self, x: Activation, *, path: Path, train: bool, tap: Tap | None) -> Activation:
+        """The block's output; arguments as in `conv_norm_relu`."""
+        names = [f"{self.name}.{part}" for part in ("first", "bnorm1", "second", "bnorm2")]
+        c1 = conv_norm_relu(
+            x,
+            self.first,
+            self.bnorm1,
+            None,
+            dilation=self.dilation,
+            path=path,
+            train=train,
+            tap=tap,
+            names=(names[0], names[1]),
+        )
+        skip = (x if self.shortcut == "input" else c1) if self.residual else None
+        out = conv_norm_relu(
+            c1,
+            self.second,
+            self.bnorm2,
+            skip,
+            dilation=self.dilation,
+            path=path,
+            train=train,
+            tap=tap,
+            names=(names[2], names[3]),
+        )
+        if tap is not None:
+            tap(self.name, out.image())
+        return out
+
+
+class PDRUNet(nnx.Module):
+    """The network of the paper's Figure 1.
+
+    Args:
+        in_channels: image channels.
+        outputs: 1 for a sigmoid, 2 or more for a softmax over exclusive classes, background included.
+        filters: channels of every hidden convolution.
+        shortcut: where a block's residual starts, "input" or "conv1" (see `Block`).
+        norm: "batch", or "none".
+        dropout: rate of the two dropouts in the bottleneck.
+        conv: execution path of the 3x3 convolutions, "auto" or one of `pdrunet_jax.layers.PATHS`.
+        init: "torch" for PyTorch's default distributions, "he" for He normal.
+        dtype: arithmetic of the convolutions; that of the parameters when None.
+        param_dtype: parameters, statistics and logits.
+        rngs: its `params` stream draws the initial weights.
+
+    Raises:
+        ValueError: an option that does not exist.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 1,
+        outputs: int = 1,
+        filters: int = 40,
+        shortcut: str = "input",
+        norm: str = "batch",
+        dropout: float = 0.3,
+        conv: str = "auto",
+        init: str = "torch",
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if shortcut not in ("input", "conv1"):
+            raise ValueError(f"shortcut = {shortcut!r}; it is input or conv1")
+        if norm not in ("batch", "none"):
+            raise ValueError(f"norm = {norm!r}; it is batch or none")
+        self.in_channels = in_channels
+        self.outputs = outputs
+        self.filters = filters
+        self.shortcut = shortcut
+        self.norm = norm
+        self.dropout = dropout
+        self.path = choose_path(conv)
+        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+        for name, dilation in BLOCKS.items():
+            first = name == "std_block"
+            block = Block(
+                name.replace("_", ".") if name.startswith("bottleneck") else name,
+                in_channels if first else filters,
+                filters,
+                dilation,
+                residual=not first,
+                shortcut=shortcut,
+                norm=norm,
+                init=init,
+                dtype=param_dtype,
+                rngs=rngs,
+            )
+            setattr(self, name, block)
+        self.final_conv = Conv(filters, outputs, size=1, init=init, dtype=param_dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        dropout_key: jax.Array | None = None,
+        dropout_masks: Sequence[jax.Array] | None = None,
+        tap: Tap | None = None,
+    ) -> jax.Array:
+        """Logits of `images`.
+
+        Args:
+            images: (N, H, W, in_channels), in [0, 1]. Any size; multiples of 32 are fastest.
+            train: use the batch's statistics, update the running ones, and drop out.
+            dropout_key: a key for the dropouts' random masks, needed in training unless the rate is 0.
+            dropout_masks: two boolean (N, H, W, filters) arrays of what to keep, in place of a key.
+            tap: is called with the public name and the value of each block's output, and on the plain and polyphase
+                paths also of each convolution and normalisation.
+
+        Returns:
+            (N, H, W, outputs), in the parameters' dtype.
+
+        Raises:
+            ValueError: the shape does not fit, or training with dropout but without key or masks.
+        """
+        if images.ndim != 4 or images.shape[-1] != self.in_channels:
+            raise ValueError(f"images have the shape {images.shape}; it should be (N, H, W, {self.in_channels})")
+        if not train or self.dropout == 0:
+            keep: Sequence[jax.Array] | None = None
+        elif dropout_masks is not None:
+            keep = dropout_masks
+        elif dropout_key is not None:
+            shape = (*images.shape[:3], self.filters)
+            keep = [jax.random.bernoulli(key, 1 - self.dropout, shape) for key in jax.random.split(dropout_key)]
+        else:
+            raise ValueError("training with dropout needs dropout_key or dropout_masks")
+
+        def block(name: str, x: Activation) -> Activation:
+            result: Activation = getattr(self, name)(x, path=self.path, train=train, tap=tap)
+            return result
+
+        def drop(x: Activation, number: int) -> Activation:
+            if keep is None:
+                return x
+            return x.with_values(dropout(x.values, self.dropout, relay(keep[number], 1, x.layout)))
+
+        x = enter(images.astype(self.dtype), self.path)
+        x0 = block("std_block", x)
+        x1 = block("e1", x0)
+        x2 = block("e2", x1 + x0)
+        x3 = block("e3", x2)
+        x4 = block("e4", x3 + x2)
+        b1 = drop(block("bottleneck_0", x4), 0)
+        b2 = drop(block("bottleneck_2", b1), 1)
+        z = block("bottleneck_4", b2)
+        u1 = block("d1", x4 + z) + z
+        u2 = block("d2", x3 + u1)
+        u3 = block("d3", x2 + u2) + u2
+        u4 = block("d4", x1 + u3)
+        u5 = block("d5", x0 + u4)
+
+        # A 1x1 convolution is a matrix product; the logits are computed in the parameters' dtype.
+        kernel, bias = self.final_conv.kernel[...], self.final_conv.bias[...]
+        logits = u5.image().astype(kernel.dtype) @ kernel[0, 0] + bias.reshape(1, 1, 1, -1)
+        if tap is not None:
+            tap("final_conv", logits)
+        return logits

@@ -1,0 +1,77 @@
+"""The polyphase layout, in which a dilated convolution is a dense one.
+
+A 3x3 convolution with dilation d on an (H, W) grid never mixes pixels whose rows or columns differ modulo d: it is d*d
+independent dense convolutions, one on each phase, zero padding included. Normalisation, ReLU and additions do not care
+about the order of pixels, so an activation can stay in its phases from one block to the next.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+MAX_DILATION = 32
+"""The largest dilation of the network; all its dilations are powers of two up to this one."""
+
+
+def relay(x: jax.Array, source: int, target: int) -> jax.Array:
+    """Bring `x` from the layout of `source` phases a side to that of `target`; one must divide the other.
+
+    The layout of d phases a side stores an (N, H, W, C) activation as (N*d*d, H/d, W/d, C): entry (n*d + i)*d + j holds
+    the pixels whose row is i and whose column is j modulo d. d = 1 is the ordinary layout.
+    """
+    if source == target:
+        return x
+    batch, h, w, c = x.shape
+    if target > source:
+        # Row q of phase i goes to phase (q mod k)*source + i: the new phase index has q mod k as its leading part.
+        k = target // source
+        n = batch // source**2
+        x = x.reshape(n, source, source, h // k, k, w // k, k, c).transpose(0, 4, 1, 6, 2, 3, 5, 7)
+        return x.reshape(n * target**2, h // k, w // k, c)
+    k = source // target
+    n = batch // source**2
+    x = x.reshape(n, k, target, k, target, h, w, c).transpose(0, 2, 4, 5, 1, 6, 3, 7)
+    return x.reshape(n * target**2, h * k, w * k, c)
+
+
+def finest_layout(height: int, width: int) -> int:
+    """The most phases a side, up to `MAX_DILATION`, that (height, width) can be split into: a power of two."""
+    return math.gcd(height, width, MAX_DILATION)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An activation together with the layout it is kept in.
+
+    Attributes:
+        values: (N*layout*layout, H/layout, W/layout, C).
+        layout: phases a side.
+        limit: the most phases a side that this image size and execution path allow; 1 keeps the ordinary layout.
+    """
+
+    values: jax.Array
+    layout: int
+    limit: int
+
+    @classmethod
+    def of(cls, images: jax.Array, limit: int) -> "Activation":
+        """`images` (N, H, W, C) in the ordinary layout."""
+        return cls(images, 1, limit)
+
+    def for_dilation(self, dilation: int) -> "Activation":
+        """The same activation in the layout closest to dense convolutions at `dilation`."""
+        target = min(dilation, self.limit)
+        return dataclasses.replace(self, values=relay(self.values, self.layout, target), layout=target)
+
+    def __add__(self, other: "Activation") -> "Activation":
+        """The sum, in the layout of the left operand."""
+        return self.with_values(self.values + relay(other.values, other.layout, self.layout))
+
+    def with_values(self, values: jax.Array) -> "Activation":
+        """New values in the same layout."""
+        return dataclasses.replace(self, values=values)
+
+    def image(self) -> jax.Array:
+        """The values in the ordinary layout (N, H, W, C)."""
+        return relay(self.values, self.layout, 1)

@@ -1,0 +1,227 @@
+"""The training state and the two compiled steps: state in, state out.
+
+`make_train_step` and `make_eval_step` return functions of arrays alone; nothing outside their arguments changes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pdrunet_jax import metrics
+from pdrunet_jax.compiling import jit
+from pdrunet_jax.config import Config
+from pdrunet_jax.data.augment import augment, sample_keys
+from pdrunet_jax.losses import Loss, make_loss
+from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.optim import make_optimizer, make_schedule
+
+IGNORE = 255
+"""Class index that is left out of loss and metrics, as in `pdrunet_jax.data.masks`."""
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+# Streams of random numbers that one seed gives rise to.
+_INIT, _AUGMENT, _DROPOUT = range(3)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a training step changes.
+
+    Attributes:
+        params: parameters by path.
+        stats: BatchNorm's running statistics by path.
+        opt_state: optax's state.
+        ema: moving average of the parameters, or None.
+        step: updates done, int32.
+        halted: a loss or gradient was not finite; from then on no step changes anything.
+    """
+
+    params: Any
+    stats: Any
+    opt_state: Any
+    ema: Any
+    step: jax.Array
+    halted: jax.Array
+
+
+def random_stream(seed: int, stream: int) -> jax.Array:
+    """The key of one of the independent streams of random numbers of a run."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
+
+
+def build_model(config: Config, outputs: int) -> PDRUNet:
+    """The network of `config` with its initial weights, drawn from `config.seed`."""
+    wide = jnp.float64 if config.train.precision == "float64" else jnp.float32
+    return PDRUNet(
+        in_channels=config.model.in_channels,
+        outputs=outputs,
+        filters=config.model.filters,
+        shortcut=config.model.shortcut,
+        norm=config.model.norm,
+        dropout=config.model.dropout,
+        conv=config.model.conv,
+        init=config.model.init,
+        dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else wide,
+        param_dtype=wide,
+        rngs=nnx.Rngs(params=random_stream(config.seed, _INIT)),
+    )
+
+
+def create_state(config: Config, model: PDRUNet) -> tuple[Any, TrainState]:
+    """Split `model` into its static part (a graph definition) and the state that training starts from."""
+    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    state = TrainState(
+        params=params,
+        stats=stats,
+        opt_state=make_optimizer(config.optim, config.train.steps).init(params),
+        # A copy, because the step donates its buffers and none may be donated twice.
+        ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
+        step=jnp.zeros((), jnp.int32),
+        halted=jnp.zeros((), bool),
+    )
+    return graphdef, state
+
+
+def prepare(batch: Batch, *, outputs: int, soft: bool, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """uint8 images and masks as what model and losses take.
+
+    Returns:
+        images (N, H, W, C) in [0, 1]; target (N, H, W), the foreground's probability for one output, else the class
+        index, int32; valid (N, H, W), bool.
+    """
+    images = batch["image"].astype(dtype) / 255
+    return images, *targets(batch["mask"], outputs=outputs, soft=soft, dtype=dtype)
+
+
+def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Target and valid pixels (see `prepare`) of a mask (N, H, W) of class indices, or of grey values if `soft`."""
+    if soft:
+        return mask.astype(dtype) / 255, jnp.ones(mask.shape, bool)
+    valid = mask != IGNORE
+    return ((mask == 1).astype(dtype) if outputs == 1 else mask.astype(jnp.int32)), valid
+
+
+def make_train_step(config: Config, graphdef: Any, outputs: int) -> Callable[[TrainState, Batch], Any]:
+    """The compiled training step: (state, batch) -> (state, metrics). The state's buffers are donated.
+
+    The batch holds `image` uint8 (N, H, W, C), `mask` uint8 (N, H, W), `index` and `epoch` int32 (N,). Metrics are
+    scalars: loss, dice (mean over images and classes), grad_norm, learning_rate, finite. An update whose loss or
+    gradient is not finite is not made; the state then counts as halted and stays as it was before.
+    """
+    return jit(partial(_train_step, config, graphdef, outputs), donate_argnums=0)
+
+
+def _train_step(
+    config: Config, graphdef: Any, outputs: int, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    loss_function = make_loss(config.loss, outputs)
+    soft = config.data.soft_masks
+    dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32
+    keys = sample_keys(random_stream(config.seed, _AUGMENT), batch["epoch"], batch["index"])
+    images, mask = augment(batch["image"].astype(dtype) / 255, batch["mask"], keys, config.augment, soft=soft)
+    target, valid = targets(mask, outputs=outputs, soft=soft, dtype=dtype)
+    dropout_key = jax.random.fold_in(random_stream(config.seed, _DROPOUT), state.step)
+
+    loss, logits, gradients, stats = accumulate(
+        graphdef,
+        loss_function,
+        state.params,
+        state.stats,
+        (images, target, valid),
+        dropout_key,
+        config.optim.accumulate,
+    )
+    updates, opt_state = make_optimizer(config.optim, config.train.steps).update(
+        gradients, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
+
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    proceed = finite & ~state.halted
+    new = TrainState(params, stats, opt_state, ema, state.step + 1, state.halted)
+    kept = jax.tree.map(lambda after, before: jnp.where(proceed, after, before), new, state)
+    truth = jnp.round(target).astype(jnp.int32)
+    counts = metrics.confusion(metrics.decide(logits), truth, valid, max(outputs - 1, 1))
+    return dataclasses.replace(kept, halted=~proceed), {
+        "loss": loss,
+        "dice": metrics.dice(counts).mean(),
+        "grad_norm": norm,
+        "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(state.step)),
+        "finite": finite,
+    }
+
+
+def accumulate(
+    graphdef: Any,
+    loss_function: Loss,
+    params: Any,
+    stats: Any,
+    data: tuple[jax.Array, jax.Array, jax.Array],
+    dropout_key: jax.Array,
+    parts: int,
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """Loss, logits, mean gradient and new statistics of a batch, taken in `parts` micro-batches one after the other.
+
+    `data` is (images, target, valid) as `prepare` returns them; `parts` must divide N.
+    """
+
+    def forward(params: Any, stats: Any, part: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        images, target, valid = part
+        model = nnx.merge(graphdef, params, stats, copy=True)
+        logits = model(images, train=True, dropout_key=key)
+        return loss_function(logits, target, valid), (logits, nnx.state(model, nnx.BatchStat))
+
+    gradient = jax.value_and_grad(forward, has_aux=True)
+    if parts == 1:
+        (loss, (logits, stats)), gradients = gradient(params, stats, data, dropout_key)
+        return loss, logits, gradients, stats
+
+    def body(carry: Any, part: Any) -> tuple[Any, tuple[jax.Array, jax.Array]]:
+        stats, total = carry
+        (loss, (logits, stats)), gradients = gradient(params, stats, part[0], part[1])
+        return (stats, jax.tree.map(jnp.add, total, gradients)), (loss, logits)
+
+    split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), data)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (stats, total), (losses, logits) = jax.lax.scan(body, (stats, zeros), (split, jax.random.split(dropout_key, parts)))
+    gradients = jax.tree.map(lambda g: g / parts, total)
+    return losses.mean(), logits.reshape(-1, *logits.shape[2:]), gradients, stats
+
+
+def make_eval_step(config: Config, graphdef: Any, outputs: int) -> Callable[[Any, Any, Batch], Metrics]:
+    """The compiled validation step: (params, stats, batch) -> values for each image.
+
+    `loss` (N,), each image's own; `tp`, `fp`, `fn`, `tn` (N, foreground classes); `prediction` (N, H, W), uint8 class
+    indices.
+    """
+    return jit(partial(_eval_step, config, graphdef, outputs))
+
+
+def _eval_step(config: Config, graphdef: Any, outputs: int, params: Any, stats: Any, batch: Batch) -> Metrics:
+    soft = config.data.soft_masks
+    dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32
+    images, target, valid = prepare(batch, outputs=outputs, soft=soft, dtype=dtype)
+    logits = nnx.merge(graphdef, params, stats, copy=True)(images)
+    loss_function = make_loss(config.loss, outputs)
+
+    def one(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+        return loss_function(logits[None], target[None], valid[None])
+
+    prediction = metrics.decide(logits)
+    counts = metrics.confusion(prediction, jnp.round(target).astype(jnp.int32), valid, max(outputs - 1, 1))
+    return {
+        "loss": jax.vmap(one)(logits, target, valid),
+        "prediction": prediction.astype(jnp.uint8),
+        **counts._asdict(),
+    }
