@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,12 @@ from pdrunet_jax import metrics
 from pdrunet_jax.compiling import jit
 from pdrunet_jax.config import Config
 from pdrunet_jax.data.augment import augment, sample_keys
+from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.losses import Loss, make_loss
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.optim import make_optimizer, make_schedule
 
-IGNORE = 255
-"""Class index that is left out of loss and metrics, as in `pdrunet_jax.data.masks`."""
-
-Batch = dict[str, jax.Array]
+Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 
 # Streams of random numbers that one seed gives rise to.
@@ -78,7 +76,8 @@ def build_model(config: Config, outputs: int) -> PDRUNet:
 
 def create_state(config: Config, model: PDRUNet) -> tuple[Any, TrainState]:
     """Split `model` into its static part (a graph definition) and the state that training starts from."""
-    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, params, stats = parts
     state = TrainState(
         params=params,
         stats=stats,
@@ -91,19 +90,13 @@ def create_state(config: Config, model: PDRUNet) -> tuple[Any, TrainState]:
     return graphdef, state
 
 
-def prepare(batch: Batch, *, outputs: int, soft: bool, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """uint8 images and masks as what model and losses take.
+def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """What losses compare with, from a uint8 mask (N, H, W) of class indices, or of grey values if `soft`.
 
     Returns:
-        images (N, H, W, C) in [0, 1]; target (N, H, W), the foreground's probability for one output, else the class
-        index, int32; valid (N, H, W), bool.
+        target (N, H, W), the foreground's probability for one output, else the class index, int32; valid (N, H, W),
+        bool, false where the mask is to be ignored.
     """
-    images = batch["image"].astype(dtype) / 255
-    return images, *targets(batch["mask"], outputs=outputs, soft=soft, dtype=dtype)
-
-
-def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Target and valid pixels (see `prepare`) of a mask (N, H, W) of class indices, or of grey values if `soft`."""
     if soft:
         return mask.astype(dtype) / 255, jnp.ones(mask.shape, bool)
     valid = mask != IGNORE
@@ -173,7 +166,7 @@ def accumulate(
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
     """Loss, logits, mean gradient and new statistics of a batch, taken in `parts` micro-batches one after the other.
 
-    `data` is (images, target, valid) as `prepare` returns them; `parts` must divide N.
+    `data` is images (N, H, W, C) in [0, 1], and target and valid pixels as `targets` has them; `parts` must divide N.
     """
 
     def forward(params: Any, stats: Any, part: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
@@ -211,8 +204,8 @@ def make_eval_step(config: Config, graphdef: Any, outputs: int) -> Callable[[Any
 def _eval_step(config: Config, graphdef: Any, outputs: int, params: Any, stats: Any, batch: Batch) -> Metrics:
     soft = config.data.soft_masks
     dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32
-    images, target, valid = prepare(batch, outputs=outputs, soft=soft, dtype=dtype)
-    logits = nnx.merge(graphdef, params, stats, copy=True)(images)
+    target, valid = targets(batch["mask"], outputs=outputs, soft=soft, dtype=dtype)
+    logits = nnx.merge(graphdef, params, stats, copy=True)(batch["image"].astype(dtype) / 255)
     loss_function = make_loss(config.loss, outputs)
 
     def one(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:

@@ -1,0 +1,120 @@
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pdrunet_jax import config_io, options
+from pdrunet_jax.config import Config
+from pdrunet_jax.errors import UserError
+
+SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+def test_the_four_configurations_are_shipped() -> None:
+    assert SHIPPED == ["mura", "mura_baseline", "paper", "phantom"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_configuration_opens_with_its_command_and_loads(name: str, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # so that it is the shipped copy, not ./configs
+    path = Path(__file__).parents[1] / "configs" / f"{name}.toml"
+    assert path.read_text().startswith(f"# python -m pdrunet_jax.train --config {name}")
+    assert config_io.load(name) == config_io.parse(path.read_text(), name)
+
+
+def test_toml_round_trip_keeps_every_setting() -> None:
+    config = config_io.from_dict(
+        {
+            "seed": 7,
+            "data": {"size": [64, 96], "classes": {"femur": 1, "tibia": "#ff0000"}, "ignore": 255},
+            "model": {"outputs": 3, "filters": 12},
+            "loss": {"class_weights": [1.0, 2.0, 3.0]},
+            "optim": {"learning_rate": 3e-4},
+        },
+        "test",
+    )
+    assert config_io.parse(config_io.to_toml(config, "a\n\nb"), "test") == config
+    assert config_io.parse(config_io.to_toml(Config()), "test") == Config()
+
+
+def test_every_problem_of_a_configuration_is_reported_at_once() -> None:
+    text = 'sed = 1\n[optim]\nlearning_rat = 1.0\nb1 = 1.5\n[model]\nfilters = "many"\n'
+    with pytest.raises(UserError) as error:
+        config_io.parse(text, "my.toml")
+    message = str(error.value)
+    assert message.startswith("my.toml")
+    assert "unknown setting sed; did you mean seed?" in message
+    assert "unknown setting optim.learning_rat; did you mean learning_rate?" in message
+    assert "optim.b1" in message
+    assert "model.filters" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[train]\nbatch_size = 6\n[optim]\naccumulate = 4\n", "optim.accumulate"),
+        ("[train]\nsteps = 10\n[optim]\nwarmup_steps = 10\n", "optim.warmup_steps"),
+        ("[data]\nval_fraction = 0.6\ntest_fraction = 0.4\n", "data.val_fraction"),
+        ("[data]\nsize = [1, 2, 3]\n", "data.size"),
+        ("[optim]\nlearning_rate = nan\n", "optim.learning_rate"),
+    ],
+)
+def test_settings_that_do_not_work_are_refused_by_name(text: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        config_io.parse(text, "test")
+
+
+def test_broken_toml_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "broken.toml"
+    path.write_text("[data\n")
+    with pytest.raises(UserError, match="broken.toml"):
+        config_io.load(path)
+
+
+def test_an_unknown_configuration_lists_the_shipped_ones() -> None:
+    with pytest.raises(UserError, match="mura, mura_baseline, paper, phantom"):
+        config_io.load("mira")
+
+
+def test_the_difference_names_each_setting_with_both_values() -> None:
+    old = Config()
+    new = dataclasses.replace(old, seed=1, optim=dataclasses.replace(old.optim, learning_rate=3e-3))
+    assert config_io.diff(old, new) == ["optim.learning_rate: 0.001 -> 0.003", "seed: 0 -> 1"]
+    assert config_io.diff(old, new, ignore=("optim", "seed")) == []
+
+
+def test_options_override_the_configuration_with_hyphen_or_underscore() -> None:
+    parsed = options.parse(
+        ["--config", "phantom", "--train.batch_size", "4", "--optim.learning-rate", "0.1", "--data.size", "64", "96"]
+    ).settings
+    assert (parsed.train.batch_size, parsed.optim.learning_rate, parsed.data.height_width) == (4, 0.1, (64, 96))
+    assert parsed.train.steps == config_io.load("phantom").train.steps
+
+
+def test_classes_can_be_declared_as_options() -> None:
+    parsed = options.parse(["--config", "mura", "--data.classes", "femur", "1", "tibia", "#ff0000"]).settings
+    assert parsed.data.classes == {"femur": 1, "tibia": "#ff0000"}
+
+
+def test_options_out_of_bounds_are_refused_with_the_bound() -> None:
+    with pytest.raises(UserError, match="optim.learning_rate: input should be greater than 0"):
+        options.parse(["--config", "mura", "--optim.learning-rate", "-1"])
+
+
+def test_a_missing_config_option_says_what_to_type() -> None:
+    with pytest.raises(UserError, match="--config phantom"):
+        options.parse(["--train.steps", "3"])
+
+
+def test_an_unknown_option_leaves_with_code_2_and_proposes_the_right_one(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        options.parse(["--config", "mura", "--train.step", "3"])
+    assert exit_.value.code == 2
+    assert "--train.steps" in capsys.readouterr().err
+
+
+def test_a_run_records_its_environment_beside_its_settings() -> None:
+    text = config_io.to_toml(Config()) + '\n[environment]\njax = "0.10"\n'
+    assert tomllib.loads(text)["environment"] == {"jax": "0.10"}
+    assert config_io.parse(text, "test") == Config()
