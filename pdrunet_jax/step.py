@@ -139,7 +139,7 @@ def _train_step(
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
 
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     proceed = finite & ~state.halted
     new = TrainState(params, stats, opt_state, ema, state.step + 1, state.halted)

@@ -1,0 +1,191 @@
+"""Masks to class indices. What a mask's numbers or colours mean is declared, never guessed from one file.
+
+A pixel's *code* is an integer. A number in a declaration is, whichever the file has: the grey value, the palette
+index, the value of the only colour channel that is not zero, or the alpha of a drawing in one colour on transparent
+ground. A "#rrggbb" in a declaration is the colour that a viewer would show; it is coded as `COLOUR` + 0xrrggbb.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pdrunet_jax.data.images import open_upright, read_bytes, resize_image, unreadable
+from pdrunet_jax.errors import UserError
+
+IGNORE = 255
+"""Class index of pixels that are left out of loss and metrics."""
+
+COLOUR = 1 << 24
+"""Codes from here on are colours; below are numbers."""
+
+BACKGROUND = "background"
+"""The name that declares what is no class; without it 0, or black, is."""
+
+
+@dataclass(frozen=True)
+class MaskCoding:
+    """How mask pixels become class indices: 0 for background, i + 1 for `classes[i]`, `IGNORE` where ignored."""
+
+    classes: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Names with their codes; none while the classes are undeclared."""
+    ignore: tuple[int, ...] = ()
+    """Codes that are left out of loss and metrics."""
+    background: tuple[int, ...] = ()
+    """Codes of no class; empty until declared or found."""
+    threshold: int | None = None
+    """Soft edges: grey values from here on are the (only) class, lower ones background; None allows no other codes."""
+
+    @property
+    def colours(self) -> bool:
+        """Whether classes are told apart by colour."""
+        return any(code >= COLOUR for _, codes in self.classes for code in codes)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the classes, background left out."""
+        return tuple(name for name, _ in self.classes)
+
+    @property
+    def only_value(self) -> int | None:
+        """The number of a single class that has just one; None otherwise."""
+        if len(self.classes) == 1 and len(self.classes[0][1]) == 1 and not self.colours:
+            return self.classes[0][1][0]
+        return None
+
+    @property
+    def known(self) -> frozenset[int]:
+        """All codes that mean something."""
+        return frozenset((*self.background, *self.ignore, *(code for _, codes in self.classes for code in codes)))
+
+
+def read_mask(path: Path, coding: MaskCoding) -> np.ndarray:
+    """(H, W) uint8 class indices of a mask file, upright. Raises `DataError` on undeclared values."""
+    name = str(path)
+    codes = decode_codes(read_bytes(path, name), name, coding)
+    return classify(codes, coding, name)
+
+
+def read_soft_mask(path: Path, coding: MaskCoding) -> np.ndarray:
+    """(H, W) uint8 foreground share of a binary mask, 255 for all of it; edges keep their grey. Raises `DataError`."""
+    name = str(path)
+    value = coding.only_value
+    codes = decode_codes(read_bytes(path, name), name, coding)
+    if not value:  # told apart by colour or by several values, or drawn in 0 on another ground: there are no greys
+        return classify(codes, coding, name) * np.uint8(255)
+    return np.rint(np.clip(codes / value, 0, 1) * 255).astype(np.uint8)
+
+
+def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 to (height, width) uint8 by the nearest pixel, so that no class index is made up."""
+    height, width = size
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def resize_soft_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 shares to (height, width) uint8, bilinear as images are."""
+    return resize_image(mask[:, :, None], size)[:, :, 0]
+
+
+def parse_value(value: object, source: str) -> tuple[int, ...]:
+    """The codes of a declaration: a number, "#rrggbb", or a list of these. Raises `UserError` that says `source`."""
+    if isinstance(value, list | tuple):
+        return tuple(code for item in value for code in parse_value(item, source))
+    if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+        return (COLOUR + int(value[1:], 16),)
+    if isinstance(value, str) and re.fullmatch(r"\d{1,5}", value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 65536:
+        return (value,)
+    raise UserError(f'{source}: {value!r} is neither a number from 0 to 65535 nor a colour such as "#00ff00"')
+
+
+def describe(code: int) -> str:
+    """A code as a user writes it."""
+    return f'"#{code - COLOUR:06x}"' if code >= COLOUR else str(code)
+
+
+def decode_codes(data: bytes, name: str, coding: MaskCoding) -> np.ndarray:
+    """(H, W) integers: the code of every pixel of a mask file's content. Raises `DataError` that says `name`.
+
+    Undeclared classes are decoded as numbers where the file allows that, as colours where it does not.
+    """
+    image = open_upright(data, name)
+    if coding.colours:
+        return _colour_codes(image, coding.threshold or 128)
+    if image.mode == "1":
+        return np.where(np.asarray(image), 255 if 255 in coding.known or not coding.classes else 1, 0)
+    if image.mode == "P":
+        return _palette_codes(image, coding)
+    if image.mode == "L" or image.mode.startswith("I"):
+        return np.asarray(image)
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all() or (values != np.rint(values)).any() or (values < 0).any():
+            raise unreadable(name, "a mask of fractions, negative numbers or NaN; save it as 8-bit grey")
+        return values.astype(np.int64)
+    return _channel_codes(image, coding)
+
+
+def classify(codes: np.ndarray, coding: MaskCoding, name: str) -> np.ndarray:
+    """(H, W) codes to uint8 class indices. Raises `DataError` that lists the codes that mean nothing."""
+    classes = np.zeros(codes.shape, np.uint8)
+    rest = np.ones(codes.shape, bool)
+    meaning = [(coding.background, 0), (coding.ignore, IGNORE)]
+    meaning += [(values, index) for index, (_, values) in enumerate(coding.classes, start=1)]
+    for values, index in meaning:
+        for value in values:
+            hit = codes == value
+            classes[hit] = index
+            rest &= ~hit
+    if not rest.any():
+        return classes
+    if coding.threshold is None:
+        raise unreadable(name, unknown_values({int(code) for code in np.unique(codes[rest])}))
+    classes[rest] = codes[rest] >= coding.threshold
+    return classes
+
+
+def unknown_values(codes: set[int]) -> str:
+    """A problem's words for codes that are not declared."""
+    shown = ", ".join(describe(code) for code in sorted(codes)[:8])
+    return f"undeclared mask value{'s' if len(codes) > 1 else ''} {shown}{', ...' if len(codes) > 8 else ''}"
+
+
+def _colour_codes(image: Image.Image, threshold: int) -> np.ndarray:
+    """What a viewer shows; pixels more transparent than `threshold` are black."""
+    pixels = np.asarray(image.convert("RGBA")).astype(np.int32)
+    codes = COLOUR + (pixels[:, :, 0] << 16) + (pixels[:, :, 1] << 8) + pixels[:, :, 2]
+    return np.where(pixels[:, :, 3] >= threshold, codes, COLOUR)
+
+
+def _palette_codes(image: Image.Image, coding: MaskCoding) -> np.ndarray:
+    if "transparency" in image.info:  # the palette may have been made from a drawing, with indices that mean nothing
+        pixels = np.asarray(image.convert("RGBA"))
+        if _alpha_is_mask(pixels, coding):
+            return pixels[:, :, 3]
+    return np.asarray(image)
+
+
+def _channel_codes(image: Image.Image, coding: MaskCoding) -> np.ndarray:
+    pixels = np.asarray(image.convert("RGBA"))
+    if _alpha_is_mask(pixels, coding):
+        return pixels[:, :, 3]
+    channels = np.where(pixels[:, :, 3:] == 0, 0, pixels[:, :, :3])
+    red, green, blue = (channels[:, :, index] for index in range(3))
+    if (red == green).all() and (green == blue).all():
+        return red
+    coloured = [channel for channel in (red, green, blue) if channel.any()]
+    return coloured[0] if len(coloured) == 1 else _colour_codes(image, 1)
+
+
+def _alpha_is_mask(pixels: np.ndarray, coding: MaskCoding) -> bool:
+    """Whether (H, W, 4) pixels are a drawing in one colour on transparent ground, and the declaration fits that."""
+    alpha = pixels[:, :, 3]
+    if alpha.min() == 255 or (coding.classes and coding.only_value != 255):
+        return False
+    drawn = alpha == 255 if (alpha == 255).any() else alpha > 0
+    colours = pixels[drawn][:, :3]
+    return bool((colours == colours[:1]).all())

@@ -1,0 +1,97 @@
+"""Every file of a dataset, read once: what it holds, and everything that is wrong with it."""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pdrunet_jax.data.images import decode_image, read_bytes
+from pdrunet_jax.data.layouts import Pair
+from pdrunet_jax.data.masks import MaskCoding, decode_codes
+from pdrunet_jax.errors import DataError
+
+_MOST_VALUES = 4096
+"""More different codes than any mask has: a photograph, or a drawing saved with losses."""
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """One pair's files."""
+
+    size: tuple[int, int] = (0, 0)
+    """(height, width) of the upright image in pixels."""
+    mode: str = ""
+    """The image's mode, as in "RGB" or "I;16"."""
+    codes: dict[int, int] = field(default_factory=dict)
+    """Pixels of each mask code."""
+    pixels: str = ""
+    """Digest of the image's decoded pixels; two files may hold the same."""
+    digest: str = ""
+    """Digest of both files' bytes."""
+    problems: tuple[str, ...] = ()
+
+
+def scan(pairs: Sequence[Pair], coding: MaskCoding, threads: int) -> list[Scanned]:
+    """Read every pair, in order; problems are collected, never raised. `threads` files are decoded at a time."""
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return list(pool.map(lambda pair: _scan_one(pair, coding), pairs))
+
+
+def foreground_share(codes: dict[int, int], coding: MaskCoding) -> float:
+    """Share of a mask's counted pixels that belong to any class; 0 for a mask without counted pixels."""
+    shares = class_shares(codes, coding)
+    return sum(shares[1:])
+
+
+def class_shares(codes: dict[int, int], coding: MaskCoding) -> list[float]:
+    """Shares of the pixels that are not ignored: background, then each class. They sum to 1, or are all 0."""
+    pixels = [0] * (len(coding.classes) + 1)
+    by_code = {code: index for index, (_, values) in enumerate(coding.classes, start=1) for code in values}
+    for code, count in codes.items():
+        if code in coding.ignore:
+            continue
+        index = by_code.get(code, 0)
+        if code not in coding.known and coding.threshold is not None:
+            index = int(code >= coding.threshold)
+        pixels[index] += count
+    total = sum(pixels)
+    return [count / total if total else 0.0 for count in pixels]
+
+
+def _scan_one(pair: Pair, coding: MaskCoding) -> Scanned:
+    problems: list[str] = []
+    digest = hashlib.sha256()
+    size, mode, pixels_digest = (0, 0), "", ""
+    codes: dict[int, int] = {}
+    try:
+        data = read_bytes(pair.image, pair.id)
+        digest.update(hashlib.sha256(data).digest())
+        pixels, mode = decode_image(data, pair.id)
+        size = (pixels.shape[0], pixels.shape[1])
+        pixels_digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
+    except DataError as error:
+        problems += error.problems
+    try:
+        data = read_bytes(pair.mask, pair.mask_id)
+        digest.update(hashlib.sha256(data).digest())
+        mask = decode_codes(data, pair.mask_id, coding)
+        if size != (0, 0) and mask.shape != size:
+            height, width = mask.shape
+            problems.append(f"{pair.id}: {size[1]}x{size[0]} pixels, but its mask {pair.mask_id} has {width}x{height}")
+        codes = _count(mask)
+        if len(codes) > _MOST_VALUES:
+            problems.append(f"{pair.mask_id}: {len(codes)} different values; is this a mask? JPEG does not keep them")
+            codes = {}
+    except DataError as error:
+        problems += error.problems
+    return Scanned(size, mode, codes, pixels_digest, digest.hexdigest(), tuple(problems))
+
+
+def _count(codes: np.ndarray) -> dict[int, int]:
+    if codes.dtype == np.uint8:  # much faster than sorting
+        counts = np.bincount(codes.ravel(), minlength=256)
+        return {int(code): int(counts[code]) for code in np.flatnonzero(counts)}
+    values, counts = np.unique(codes, return_counts=True)
+    return {int(code): int(count) for code, count in zip(values, counts, strict=True)}

@@ -1,0 +1,23 @@
+"""Small datasets, written with Pillow."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_data import noise, save, shapes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes `count` images of noise with masks (0 and 255) into images/ and masks/; `mask(i)` gives other ones."""
+
+    def write(count: int = 6, mask: Callable[[int], np.ndarray | Image.Image] | None = None) -> Path:
+        for index in range(count):
+            save(noise(index), tmp_path / "data" / "images" / f"x{index:03}.png")
+            drawn = mask(index) if mask else (shapes(index) > 0).astype(np.uint8) * 255
+            save(drawn, tmp_path / "data" / "masks" / f"x{index:03}.png")
+        return tmp_path / "data"
+
+    return write

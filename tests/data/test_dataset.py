@@ -1,0 +1,213 @@
+"""Folders are paired by name, and everything wrong with one is said at once, before training starts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_data import SIZE, config, noise, save, shapes
+
+from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.errors import DataError, UserError
+
+Folder = Callable[..., Path]
+
+
+def mask(seed: int = 0) -> np.ndarray:
+    return (shapes(seed) > 0).astype(np.uint8) * 255
+
+
+def pairs(root: Path) -> dict[str, str]:
+    dataset = open_dataset(config(root))
+    return {sample.id: sample.mask.relative_to(root).as_posix() for sample in dataset.samples if sample.mask}
+
+
+def test_flat_folders_pair_by_stem_suffix_and_extension_never_by_order(tmp_path: Path) -> None:
+    for index, name in enumerate(("a.png", "b.jpg", "c.TIF", "sub/d.bmp")):
+        save(noise(index), tmp_path / "images" / name)
+    for index, name in enumerate(("b_mask.png", "c_seg.png", "sub/d_label.tif", "a.png")):
+        save(mask(index), tmp_path / "masks" / name)
+    for junk in ("._a.png", ".DS_Store", ".keep", "__MACOSX/a.png", "Thumbs.db"):
+        path = tmp_path / "images" / junk
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"junk")
+    (tmp_path / "images" / "notes.txt").write_text("hello")
+    assert pairs(tmp_path) == {
+        "images/a.png": "masks/a.png",
+        "images/b.jpg": "masks/b_mask.png",
+        "images/c.TIF": "masks/c_seg.png",
+        "images/sub/d.bmp": "masks/sub/d_label.tif",
+    }
+    assert any("images/notes.txt" in note for note in open_dataset(config(tmp_path)).notes)
+
+
+def test_nnunet_names_pair(tmp_path: Path) -> None:
+    for index in range(3):
+        save(noise(index), tmp_path / "imagesTr" / f"case_{index:03}_0000.png")
+        save(mask(index), tmp_path / "labelsTr" / f"case_{index:03}.png")
+    assert pairs(tmp_path)["imagesTr/case_001_0000.png"] == "labelsTr/case_001.png"
+
+
+def test_split_folders_are_the_split(tmp_path: Path) -> None:
+    for index, split in enumerate(("train", "train", "valid", "test")):
+        save(noise(index), tmp_path / split / "images" / f"{index}.png")
+        save(mask(index), tmp_path / split / "masks" / f"{index}.png")
+    dataset = open_dataset(config(tmp_path))
+    assert {sample.id.split("/")[0]: sample.split for sample in dataset.samples} == {
+        "train": "train",
+        "valid": "val",
+        "test": "test",
+    }
+    assert "2 images of 2 patients in train, 1 image of 1 patient in val, 1 image of 1 patient in test" in dataset.notes
+
+
+def test_a_manifest_gives_patients_and_splits(folder: Folder) -> None:
+    root = folder(4)
+    rows = [f"images/x{i:03}.png,masks/x{i:03}.png,p{i // 2},{'train' if i < 2 else 'val'}" for i in range(4)]
+    (root / "manifest.csv").write_text("image,mask,patient,split\n" + "\n".join(rows) + "\n", encoding="utf-8-sig")
+    dataset = open_dataset(config(root))
+    assert [sample.patient for sample in dataset.samples] == ["p0", "p0", "p1", "p1"]
+    assert [sample.split for sample in dataset.samples] == ["train", "train", "val", "val"]
+    assert dataset.of("test") == ()
+
+
+def test_every_problem_is_reported_at_once(folder: Folder) -> None:
+    root = folder(6)
+    (root / "masks" / "x000.png").unlink()
+    save(mask(), root / "masks" / "lonely.png")
+    save(noise(70), root / "images" / "x001.jpg")
+    save(mask()[:10], root / "masks" / "x002.png")
+    (root / "images" / "x003.png").write_bytes(b"")
+    (root / "images" / "x004.png").write_bytes((root / "images" / "x004.png").read_bytes()[:200])
+    (root / "images" / "x005.png").write_text("not an image")
+    save(mask(), root / "masks" / "x005_mask.png")
+    for index in (6, 7):
+        save(noise(index), root / "images" / f"x{index:03}.png")
+        save((shapes(index) > 0).astype(np.uint8) * (255 if index == 6 else 77), root / "masks" / f"x{index:03}.png")
+    with pytest.raises(DataError) as caught:
+        open_dataset(config(root, classes={"bone": 255}))
+    problems = "\n".join(caught.value.problems)
+    for expected in (
+        "images/x000.png: no mask named masks/x000.*",
+        "masks/lonely.png: a mask without an image",
+        "images/x001.jpg, images/x001.png: several images of one name",
+        "images/x002.png: 24x20 pixels, but its mask masks/x002.png has 24x10",
+        "images/x003.png: the file is empty",
+        "images/x004.png: damaged or truncated",
+        "images/x005.png: several masks: masks/x005.png, masks/x005_mask.png",
+        "masks/x007.png: undeclared mask value 77",
+    ):
+        assert expected in problems
+    assert caught.value.exit_code == 2
+
+
+def test_an_unreadable_image_among_good_ones_is_named(folder: Folder) -> None:
+    root = folder(4)
+    (root / "images" / "x002.png").write_text("not an image")
+    with pytest.raises(DataError, match=r"images/x002\.png: no PNG, JPEG, TIFF, BMP or DICOM image"):
+        open_dataset(config(root))
+
+
+@pytest.mark.parametrize(
+    ("image", "mask_path", "reason"),
+    [
+        ("../outside.png", "masks/x000.png", "leads out"),
+        ("images/../../outside.png", "masks/x000.png", "leads out"),
+        ("..\\outside.png", "masks/x000.png", "leads out"),
+        ("images/x000.png", "../outside.png", "leads out"),
+        ("images/x000.png", "/etc/hostname", "is absolute"),
+        ("images/x000.png", "C:\\masks\\x.png", "is absolute"),
+        ("images/none.png", "masks/x000.png", "does not exist"),
+        ("", "masks/x000.png", "is left out"),
+    ],
+)
+def test_a_manifest_reaches_nothing_outside(folder: Folder, image: str, mask_path: str, reason: str) -> None:
+    root = folder(2)
+    save(noise(0), root.parent / "outside.png")
+    (root / "manifest.csv").write_text(f"image,mask\n{image},{mask_path}\nimages/x001.png,masks/x001.png\n")
+    with pytest.raises(DataError, match=reason) as caught:
+        open_dataset(config(root))
+    assert "manifest.csv line 2" in str(caught.value)
+
+
+def test_absolute_image_paths_are_followed_and_said(folder: Folder) -> None:
+    root = folder(2)
+    elsewhere = save(noise(40), root.parent / "elsewhere.png")
+    (root / "manifest.csv").write_text(f"image,mask\n{elsewhere},masks/x000.png\nimages/x001.png,masks/x001.png\n")
+    dataset = open_dataset(config(root))
+    assert any("1 images of manifest.csv lie outside" in note for note in dataset.notes)
+
+
+def test_manifests_that_are_no_table_are_refused(folder: Folder) -> None:
+    root = folder(2)
+    for content, reason in (
+        (b"picture,label\na,b\n", "no column image and mask"),
+        (b"", "no column"),
+        (b"\xff\xfe\x00binary", "not UTF-8"),
+        (b"image,mask,split\nimages/x000.png,masks/x000.png,tset\n", 'split "tset" is none of'),
+        (b"image,mask,patient\nimages/x000.png,masks/x000.png,\n", "the patient is left out"),
+        (b"image,mask\n" + b"images/x000.png,masks/x000.png\n" * 2, "listed in line 2 already"),
+    ):
+        (root / "manifest.csv").write_bytes(content)
+        with pytest.raises(DataError, match=reason):
+            open_dataset(config(root))
+
+
+def test_descriptions_that_cannot_be_meant_are_refused(folder: Folder) -> None:
+    root = folder(2)
+    for content, reason in (
+        ("clases = { a = 1 }", "did you mean classes"),
+        ("classes = 255", "classes is a table"),
+        ("name = ", "not valid TOML"),
+        ("spacing = [0.1, -1]", "spacing"),
+        ("threshold = 0", "threshold"),
+        ("classes = { a = 1, b = 2 }\nthreshold = 100", "threshold is for masks of one class"),
+    ):
+        (root / "dataset.toml").write_text(content)
+        with pytest.raises(UserError, match=reason):
+            open_dataset(config(root))
+
+
+def test_spacing_is_kept(folder: Folder) -> None:
+    root = folder(2)
+    (root / "dataset.toml").write_text("spacing = 0.15")
+    assert open_dataset(config(root)).spacing == (0.15, 0.15)
+
+
+def test_a_missing_or_empty_root_says_where_data_comes_from(tmp_path: Path) -> None:
+    for root in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UserError) as caught:
+            open_dataset(config(root))
+        for words in ("--data.root", str(root), "registration", "FleXray", "CC BY 4.0", "import-mura", "phantom"):
+            assert words in str(caught.value)
+
+
+def test_a_folder_of_another_kind_says_what_is_expected(tmp_path: Path) -> None:
+    (tmp_path / "something.txt").write_text("x")
+    with pytest.raises(UserError, match=r"manifest\.csv"):
+        open_dataset(config(tmp_path))
+
+
+def test_soft_masks_refuse_an_ignore_value(folder: Folder) -> None:
+    root = folder(4, mask=lambda i: np.array([0, 255, 127], np.uint8)[shapes(i)])
+    with pytest.raises(DataError, match="soft_masks"):
+        open_dataset(config(root, classes={"bone": 255}, ignore=127, soft_masks=True))
+
+
+def test_the_fingerprint_follows_files_and_coding_but_not_the_place(folder: Folder, tmp_path: Path) -> None:
+    root = folder(5)
+    before = open_dataset(config(root)).fingerprint()
+    shutil.copytree(root, tmp_path / "copy")
+    assert open_dataset(config(tmp_path / "copy", threads=3)).fingerprint() == before
+    assert open_dataset(config(root, classes={"bone": 255})).fingerprint() != before
+    assert open_dataset(config(root, split_seed=1)).fingerprint() != before
+    save(Image.fromarray(np.zeros(SIZE, np.uint8)), root / "masks" / "x001.png")
+    assert open_dataset(config(root)).fingerprint() != before
+
+
+def test_phantoms_are_drawn_where_there_is_nothing_and_only_there(folder: Folder, tmp_path: Path) -> None:
+    drawn = open_dataset(config(tmp_path / "new", phantoms=5, size=(64,)))
+    assert len(drawn.samples) == 5
+    assert len(open_dataset(config(folder(3), phantoms=5, size=(64,))).samples) == 3
