@@ -1,0 +1,295 @@
+"""Checkpoints: everything Orbax.
+
+One checkpoint is a folder `checkpoints/STEP/` with two Orbax items and a digest: `state` (the training state as nested
+dictionaries of arrays, named after its attributes and keys) and `meta` (step, data position, validation Dice and
+whatever else the trainer keeps, as JSON). It is written under a temporary name, brought to the disk, sealed with its
+digest and only then renamed, so that a folder named by a number was whole once.
+"""
+
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from pdrunet_jax import config_io
+from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.integrity import DIGEST, damage, seal
+from pdrunet_jax.runfolder import RunFolder, sync
+
+_WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint gave back."""
+
+    step: int
+    state: Any
+    position: dict[str, Any]
+    extra: dict[str, Any]
+    val_dice: float | None
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest few, and the best few by validation Dice.
+
+    Opening them cleans up what a killed process left behind and checks every digest; only one process may write, which
+    is what `RunFolder.lock` is for. Raises `RunError` that names the folder if the disk refuses.
+    """
+
+    def __init__(self, folder: Path, keep_latest: int, keep_best: int) -> None:
+        self.folder = folder.absolute()  # Orbax takes no relative paths
+        self.keep_latest = keep_latest
+        self.keep_best = keep_best
+        self._scores: dict[int, float | None] = {}
+        self._damaged: dict[int, str] = {}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
+        except OSError as error:
+            raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
+        for step in _steps(self.folder):
+            fault = damage(self.folder / str(step))
+            if fault:
+                self._damaged[step] = fault
+            else:
+                self._scores[step] = _read_meta(self.folder / str(step))["val_dice"]
+
+    def steps(self) -> list[int]:
+        """Steps of the intact checkpoints, ascending."""
+        return sorted(self._scores)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest intact checkpoint."""
+        return max(self._scores, default=None)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: Mapping[str, Any],
+        extra: Mapping[str, Any] | None = None,
+        val_dice: float | None = None,
+    ) -> None:
+        """Write the checkpoint of `step`, and delete those that are neither among the latest nor among the best.
+
+        `state` is any pytree of arrays; `position` and `extra` are JSON-able. On return the checkpoint is on the disk.
+        Raises `RunError` if it cannot be written; the earlier checkpoints are then as they were.
+        """
+        final, temporary = self.folder / str(step), self.folder / f"{_WRITING}{step}"
+        score = None if val_dice is None or math.isnan(val_dice) else float(val_dice)
+        meta = {"step": step, "position": dict(position), "extra": dict(extra or {}), "val_dice": score}
+        arrays = _nested(state)
+        try:
+            _write(temporary, arrays, meta)
+            if final.exists():
+                replaced = self.folder / f"{_REPLACED}{step}"
+                final.rename(replaced)
+                temporary.rename(final)
+                shutil.rmtree(replaced)
+            else:
+                temporary.rename(final)
+            sync(self.folder)
+            self._scores[step] = score
+            self._thin_out()
+        except (OSError, ValueError, RuntimeError) as error:  # Orbax reports a full disk as any of them
+            for leftover in self.folder.glob(f"{temporary.name}*"):  # Orbax adds a suffix of its own while it writes
+                shutil.rmtree(leftover, ignore_errors=True)
+            raise RunError(f"cannot write the checkpoint {final}: {error}; earlier checkpoints are intact") from error
+
+    def restore(self, template: Any) -> Restored | None:
+        """The newest intact checkpoint, with its state in the form of `template`; None if there are no checkpoints.
+
+        `template` is a pytree of arrays or `jax.ShapeDtypeStruct`, as `save` was given; every array comes back bit for
+        bit. Damaged checkpoints are named on standard error and set aside as `STEP.damaged`. Raises `UserError` if
+        none is intact (nothing is changed then) and if the state has other names, shapes or types than `template`.
+        """
+        step = self.latest_step()
+        if step is None:
+            if not self._damaged:
+                return None
+            faults = "".join(f"\n  - {self.folder / str(step)}: {fault}" for step, fault in self._damaged.items())
+            raise UserError(
+                f"no checkpoint in {self.folder} is intact, so the run cannot be resumed:{faults}\n"
+                "Bring back a copy of one of them, or start anew with another --workdir; nothing was overwritten."
+            )
+        folder = self.folder / str(step)
+        meta = _read_meta(folder)
+        state = _fill(template, _read_state(folder), folder)
+        for bad, fault in sorted(self._damaged.items()):
+            aside = self.folder / f"{bad}.damaged"
+            print(f"warning: checkpoint {self.folder / str(bad)} is damaged: {fault}; set aside as {aside.name}, "
+                  f"resuming from step {step}", file=sys.stderr)  # fmt: skip
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(bad)).rename(aside)
+        self._damaged.clear()
+        return Restored(step, state, meta["position"], meta["extra"], meta["val_dice"])
+
+    def _thin_out(self) -> None:
+        latest = self.steps()[-self.keep_latest :]
+        scored = [(score, -step) for step, score in self._scores.items() if score is not None]
+        best = [-step for _, step in sorted(scored, reverse=True)[: self.keep_best]]  # of equal ones the earliest
+        for step in self.steps():
+            if step not in latest and step not in best:
+                doomed = self.folder / f"{_DELETED}{step}"  # renamed first: half a deletion must not look like damage
+                (self.folder / str(step)).rename(doomed)
+                shutil.rmtree(doomed)
+                del self._scores[step]
+
+    def _clean(self) -> None:
+        """Remove what a process that was killed while saving left behind."""
+        for path in sorted(self.folder.glob("tmp-*")):
+            original = self.folder / path.name.removeprefix(_REPLACED)
+            if path.name.startswith(_REPLACED) and not original.exists():  # killed between the two renames
+                path.rename(original)
+            else:
+                shutil.rmtree(path)
+
+
+def restore_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Weights of a checkpoint: parameters and statistics as nested dictionaries of NumPy arrays, and model options.
+
+    `path` is a checkpoint (`RUN/checkpoints/STEP`) or a run folder, of which the intact checkpoint with the best
+    validation Dice is taken, or the latest if none was validated. The average of the weights is taken where the run
+    kept one. The options are `[model]` of the run's config.toml, then `extra["options"]` of the checkpoint. Raises
+    `UserError` if there is no intact checkpoint.
+    """
+    folder = _choose(Path(path)).absolute()
+    fault = damage(folder)
+    if fault:
+        raise UserError(f"checkpoint {folder} is damaged: {fault}; take another one")
+    state, meta = _read_state(folder), _read_meta(folder)
+    options: dict[str, Any] = {}
+    config = RunFolder(folder.parent.parent).config
+    if config.is_file():
+        options = config_io.to_dict(config_io.parse(config.read_text(encoding="utf-8"), str(config)))["model"]
+    params = state.get("ema") or state["params"]
+    options |= meta["extra"].get("options", {})
+    return params, state.get("stats", {}), options
+
+
+def save_weights(
+    run_folder: str | Path, params: Mapping[str, Any], stats: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    """Make a run folder that holds weights only: one checkpoint, of step 0, that `restore_weights` reads.
+
+    Raises `UserError` if the folder holds checkpoints already.
+    """
+    run = RunFolder(run_folder)
+    if run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
+        raise UserError(f"{run.path} holds checkpoints already; give another folder")
+    checkpoints = Checkpoints(run.checkpoints, keep_latest=1, keep_best=1)
+    checkpoints.save(0, {"params": params, "stats": stats}, position={}, extra={"options": dict(options)})
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is a checkpoint or a run folder that holds some, intact or not."""
+    path = Path(path)
+    return (path / DIGEST).is_file() or bool(_steps(path / "checkpoints")) or (path.is_dir() and path.name.isdecimal())
+
+
+def _choose(path: Path) -> Path:
+    """The checkpoint that is meant by a checkpoint or run folder."""
+    folder = path / "checkpoints"
+    steps = _steps(folder)
+    if not steps:
+        if is_checkpoint(path):
+            return path
+        raise UserError(f"{path} is neither a checkpoint nor a run folder with checkpoints")
+    faults = {step: damage(folder / str(step)) for step in steps}
+    for step, fault in faults.items():
+        if fault:
+            print(f"warning: checkpoint {folder / str(step)} is damaged: {fault}", file=sys.stderr)
+    intact = {step: _read_meta(folder / str(step))["val_dice"] for step, fault in faults.items() if not fault}
+    if not intact:
+        raise UserError(f"no checkpoint in {folder} is intact")
+    scored = {step: score for step, score in intact.items() if score is not None}
+    return folder / str(max(scored, key=lambda step: (scored[step], -step)) if scored else max(intact))
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+    return ocp.Checkpointer(handler)  # the synchronous one: when `save` returns, Orbax has finished
+
+
+def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    with _checkpointer() as checkpointer:
+        checkpointer.save(
+            folder, args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
+        )
+    seal(folder)
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Nested dictionaries of NumPy arrays: what is stored decides the types, not JAX's present settings."""
+    tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute() / "state").tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    items = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    with _checkpointer() as checkpointer:
+        state: dict[str, Any] = checkpointer.restore(folder.absolute(), args=items).state
+    return state
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    with _checkpointer() as checkpointer:
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta: dict[str, Any] = checkpointer.restore(folder.absolute(), args=items).meta
+    return meta
+
+
+def _nested(state: Any) -> dict[str, Any]:
+    arrays: dict[str, Any] = {}
+    for name, leaf in _named(state):
+        inner = arrays
+        for part in name[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[name[-1]] = np.asarray(leaf)  # on the host: the checkpoint then fits any number of devices
+    return arrays
+
+
+def _named(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Leaves with their names: keys, attributes and positions; an NNX variable goes by its own name alone."""
+    result = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+            path = path[:-1]
+        result.append((tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path), leaf))
+    return result
+
+
+def _fill(template: Any, stored: Mapping[str, Any], folder: Path) -> Any:
+    """`template` with the stored arrays in place of its own, where it had them."""
+    arrays = dict(_named(stored))
+    wanted = dict(_named(template))
+    problems = [f"{'/'.join(name)} is missing" for name in wanted.keys() - arrays.keys()]
+    problems += [f"{'/'.join(name)} is not expected" for name in arrays.keys() - wanted.keys()]
+    for name in wanted.keys() & arrays.keys():
+        have, want = arrays[name], wanted[name]
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            problems.append(f"{'/'.join(name)} is {have.dtype}{have.shape}, not {want.dtype}{want.shape}")
+    if problems:
+        shown = "".join(f"\n  - {problem}" for problem in sorted(problems)[:20])
+        more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError(f"checkpoint {folder} is of another model or optimizer, or holds weights only:{shown}{more}")
+    leaves = [_place(arrays[name], want) for name, want in _named(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def _place(array: np.ndarray, like: Any) -> Any:
+    if isinstance(like, np.ndarray):
+        return array
+    # Only an array that was bound to its device is bound again: the difference would compile the step a second time.
+    sharding = like.sharding if getattr(like, "committed", False) else None
+    return jax.device_put(array, sharding, may_alias=False)

@@ -1,0 +1,77 @@
+"""Scores of the present weights on the validation images, at the network's resolution."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from pdrunet_jax import metrics
+from pdrunet_jax.pictures import sample_sheet
+
+Case = tuple[np.ndarray, np.ndarray, np.ndarray, str]
+"""Image (H, W, C) and masks (H, W) of truth and prediction, all uint8, and a caption."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over images of each image's loss, Dice and IoU (these two over its classes), and some cases to look at."""
+
+    loss: float
+    dice: float
+    iou: float
+    cases: tuple[Case, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """As lines of metrics.jsonl have them."""
+        return {"val/loss": self.loss, "val/dice": self.dice, "val/iou": self.iou}
+
+    def sheet(self) -> Any:
+        """The cases as one picture (`PIL.Image.Image`): image, truth, prediction and difference of each."""
+        images, truths, predictions, captions = zip(*self.cases, strict=True)
+        return sample_sheet(images, truths, predictions, captions)
+
+
+def validate(
+    eval_step: Callable[[Any, Any, Any], Any],
+    params: Any,
+    stats: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    names: tuple[str, ...],
+    cases: int,
+    soft: bool,
+) -> Validation:
+    """Run `eval_step` over `batches` (of `eval_batches`); padding counts nowhere.
+
+    Args:
+        eval_step: from `make_eval_step`.
+        params: the weights that are scored.
+        stats: the running statistics.
+        batches: images and masks, in the order of `names`.
+        names: of the images, for captions.
+        cases: how many images to keep for `sheet`, spread evenly over all.
+        soft: masks are grey values in place of class indices.
+    """
+    losses, scores, overlaps, kept = [], [], [], []
+    chosen = set(np.linspace(0, len(names) - 1, min(cases, len(names))).round().astype(int).tolist())
+    for batch in batches:
+        result = jax.device_get(eval_step(params, stats, {"image": batch["image"], "mask": batch["mask"]}))
+        counts = metrics.Counts(**{field: result[field] for field in metrics.Counts._fields})
+        valid = batch["valid"]
+        losses.append(result["loss"][valid])
+        scores.append(np.asarray(metrics.dice(counts))[valid])
+        overlaps.append(np.asarray(metrics.iou(counts))[valid])
+        for row in np.flatnonzero(valid):
+            number = int(batch["index"][row])
+            if number in chosen:
+                truth = (batch["mask"][row] > 127).astype(np.uint8) if soft else batch["mask"][row]
+                caption = f"dice {scores[-1][np.count_nonzero(valid[:row])].mean():.3f}  {names[number]}"
+                kept.append((batch["image"][row], truth, result["prediction"][row], caption))
+    return Validation(
+        loss=float(np.concatenate(losses).mean()),
+        dice=float(np.concatenate(scores).mean()),
+        iou=float(np.concatenate(overlaps).mean()),
+        cases=tuple(kept),
+    )

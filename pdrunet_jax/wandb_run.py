@@ -1,0 +1,191 @@
+"""Weights & Biases. It is a guest: if anything about it fails, one warning is printed and training goes on."""
+
+import contextlib
+import netrc
+import os
+import secrets
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from pdrunet_jax import config_io
+from pdrunet_jax.config import Config
+from pdrunet_jax.runfolder import RunFolder, atomic_write
+
+INIT_TIMEOUT = 30.0
+FINISH_TIMEOUT = 120.0
+"""Seconds that W&B may hold up the start and the end of a run; what is not uploaded by then stays in the folder."""
+
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Under which W&B's own login may have stored a key."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One image with its masks, for W&B's own viewer.
+
+    `image` is (H, W), (H, W, 1) or (H, W, 3) uint8; `prediction` and `truth` are (H, W) uint8 class indices.
+    """
+
+    name: str
+    image: np.ndarray
+    prediction: np.ndarray
+    truth: np.ndarray | None = None
+
+
+class WandbRun:
+    """One W&B run that belongs to a run folder: the same id each time the folder is opened, so resuming continues it.
+
+    `labels` names the class indices of pictures. Nothing here raises.
+    """
+
+    def __init__(self, run: RunFolder, config: Config, labels: Mapping[int, str] | None = None) -> None:
+        self._folder = run
+        self._config = config
+        self._labels = dict(labels or {})
+        self._run: Any = None
+        self._online = False
+        if config.tracking.wandb == "disabled":
+            return
+        modes = [_mode(config.tracking.wandb)]
+        if modes == ["online"]:
+            modes.append("offline")  # better kept for a later `wandb sync` than lost
+        for mode in modes:
+            with self._guarded(f"start {mode}"):
+                self._run = self._start(mode)
+                self._online = mode == "online"
+                break
+            with self._guarded("end its service"):  # which would keep the run's id for the attempt that failed
+                _import().teardown(exit_code=0)
+
+    @property
+    def place(self) -> str:
+        """Where the run can be seen, in one line; empty without W&B."""
+        if self._run is None:
+            return ""
+        if self._online:
+            return f"W&B: {self._run.url}"
+        return f"W&B: offline; upload later with: wandb sync {self._folder.wandb}/offline-run-*"
+
+    def log(self, step: int, metrics: Mapping[str, Any], pictures: Iterable[Picture] = ()) -> None:
+        """Log one step; pictures go under `val/images`."""
+        if self._run is None:
+            return
+        with self._guarded("log"):
+            values = dict(metrics)
+            images = [self._image(picture) for picture in pictures]
+            if images:
+                values["val/images"] = images
+            self._run.log(values, step=step)
+
+    def finish(self, status: str, message: str = "") -> None:
+        """Upload what is left, alert (only online) and close. `status` is "finished", "stopped" or "failed"."""
+        if self._run is None:
+            return
+        with self._guarded("finish"):
+            if self._online and status != "stopped":
+                self._run.alert(title=f"{self._run.name}: {status}", text=message or status)
+            if status == "finished" and self._config.tracking.artifact and self._folder.best.is_file():
+                artifact = _import().Artifact(f"{self._run.id}-best", type="model")
+                artifact.add_file(str(self._folder.best))
+                self._run.log_artifact(artifact)
+            self._run.finish(exit_code=1 if status == "failed" else 0)
+            _import().teardown()  # its service may still be writing when `finish` returns
+        self._run = None
+
+    @contextlib.contextmanager
+    def _guarded(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, it is not worth a training run
+            self._run = None
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            print(f"warning: W&B could not {action}: {reason}; the run goes on without it", file=sys.stderr)
+
+    def _start(self, mode: str) -> Any:
+        self._folder.wandb.mkdir(parents=True, exist_ok=True)
+        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):  # no setting exists for these
+            os.environ.setdefault(name, str((self._folder.wandb / "cache").absolute()))
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # nobody asked for reports to third parties
+        wandb = _import()
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            disable_git=True,  # a patch or a remote's address may hold secrets
+            disable_code=True,
+            save_code=False,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_save_requirements=False,
+            init_timeout=INIT_TIMEOUT,
+            login_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT,
+        )
+        tracking = self._config.tracking
+        run = wandb.init(
+            project=tracking.project,
+            entity=tracking.entity,
+            name=tracking.name or self._folder.path.absolute().name,
+            tags=tracking.tags,
+            dir=str(self._folder.path.absolute()),
+            config=config_io.to_dict(self._config),
+            id=self._id(),
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            settings=settings,
+        )
+        for name in ("train/dice", "val/dice", "val/iou"):
+            run.define_metric(name, summary="max")
+        for name in ("train/loss", "val/loss"):
+            run.define_metric(name, summary="min")
+        return run
+
+    def _id(self) -> str:
+        path = self._folder.wandb / "id"
+        if not path.is_file():
+            atomic_write(path, secrets.token_hex(4))
+        return path.read_text(encoding="utf-8").strip()
+
+    def _image(self, picture: Picture) -> Any:
+        masks = {"prediction": picture.prediction, "truth": picture.truth}
+        return _import().Image(
+            picture.image.squeeze(),
+            caption=picture.name,
+            masks={
+                name: {"mask_data": mask, "class_labels": self._labels}
+                for name, mask in masks.items()
+                if mask is not None
+            },
+        )
+
+
+def logged_in() -> bool:
+    """Whether W&B finds a key: in the environment or in the netrc file; asks neither the network nor the user."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    server = os.environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(server).netloc] if server else HOSTS
+    places = [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path("~/.netrc"), Path("~/_netrc")]
+    for place in places:
+        with contextlib.suppress(OSError, RuntimeError, netrc.NetrcParseError):
+            keys = netrc.netrc(place.expanduser())
+            if any(keys.authenticators(host) for host in hosts):
+                return True
+    return False
+
+
+def _mode(setting: str) -> str:
+    if setting != "auto":
+        return setting
+    return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+
+
+def _import() -> Any:
+    import wandb  # heavy, and only wanted when used
+
+    return wandb
