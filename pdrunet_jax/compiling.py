@@ -1,7 +1,9 @@
-"""`jax.jit` with the compiler options that this network needs on CPUs."""
+"""`jax.jit` with the compiler options that this network needs on CPUs, and a store of compiled programs."""
 
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,18 @@ def compiler_options() -> dict[str, Any]:
     return _CPU_OPTIONS
 
 
+@cache
+def keep_compiled_programs() -> None:
+    """Keep what takes long to compile in the user's cache folder, for the next start.
+
+    JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) takes precedence. A folder that cannot be written costs a warning.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdrunet_jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def jit(function: Callable[..., Any], **options: Any) -> Any:
-    """`jax.jit(function, **options)` with `compiler_options()`."""
+    """`jax.jit(function, **options)` with `compiler_options()`, and the program kept for the next start."""
+    keep_compiled_programs()
     return jax.jit(function, compiler_options=compiler_options(), **options)

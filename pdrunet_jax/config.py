@@ -34,8 +34,8 @@ class DataConfig:
     out, a mask must be binary."""
     ignore: int | str | None = None
     """Mask value or colour that is left out of loss and metrics."""
-    threshold: Annotated[int, Field(gt=0, le=255)] = 128
-    """Grey value (of 255) from which a soft-edged binary mask counts as foreground."""
+    threshold: Annotated[int, Field(gt=0, le=255)] | None = None
+    """Grey value (of 255) from which a soft-edged binary mask counts as foreground; 128 when left out."""
     soft_masks: bool = False
     """Train on unrounded, bilinearly resized binary masks, as the public code does."""
     patient_regex: str | None = None

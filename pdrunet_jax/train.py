@@ -35,6 +35,11 @@ def main() -> int:
         for note in dataset.notes:
             print(note, flush=True)
         outputs = _outputs(config, dataset)
+        if not dataset.of("val"):
+            raise UserError(
+                f"{dataset.root} has no validation images, which choose the best weights: raise --data.val-fraction, "
+                "or give some patients the split val"
+            )
         run = open_run(arguments.run_folder, config, device)
         with run.lock():
             if not stop:
@@ -142,6 +147,8 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
 
 def finish(config: "Config", run: "RunFolder", dataset: "Dataset") -> None:
     """Score the best weights on the test images, write the report, and print the scores last."""
+    from pdrunet_jax import scores
+    from pdrunet_jax.baseline import threshold_baseline
     from pdrunet_jax.evaluation import evaluate_split, write_evaluation
     from pdrunet_jax.loading import load_model
     from pdrunet_jax.report import write_report
@@ -149,6 +156,9 @@ def finish(config: "Config", run: "RunFolder", dataset: "Dataset") -> None:
     split = "test" if dataset.of("test") else "val"
     result = evaluate_split(load_model(run.path), dataset, split, config.data, batch_size=config.train.batch_size)
     write_evaluation(result, run.path / "evaluation" / split, {"weights": str(run.best)})
+    print(scores.table(result.summary))
+    if len(dataset.class_names) == 1:
+        print(f"the best global threshold scores {threshold_baseline(dataset, split):.3f} on the same images")
     print(f"report: {write_report(run.path)}")
     print(result.line)
 

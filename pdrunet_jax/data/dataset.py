@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.config import DataConfig
-from pdrunet_jax.data.coding import DEFAULT_THRESHOLD, UndeclaredError, declare, resolve
+from pdrunet_jax.data.coding import UndeclaredError, declare, resolve
 from pdrunet_jax.data.layouts import Pair, find_pairs, some
 from pdrunet_jax.data.masks import MaskCoding
 from pdrunet_jax.data.partition import Sample, partition
@@ -165,8 +165,7 @@ def _declared(config: DataConfig, description: dict[str, Any]) -> MaskCoding:
     threshold = description.get("threshold")
     if threshold is not None and (not isinstance(threshold, int) or not 0 < threshold < 256):
         raise UserError(f"{DESCRIPTION}: threshold = {threshold!r} is no grey value from 1 to 255")
-    if config.threshold != DEFAULT_THRESHOLD:
-        threshold = config.threshold
+    threshold = config.threshold or threshold
     classes = config.classes or description.get("classes", {})
     ignore = description.get("ignore") if config.ignore is None else config.ignore
     return declare(classes, ignore, threshold, "data.classes" if config.classes else f"{DESCRIPTION}: classes")
