@@ -1,0 +1,115 @@
+"""python -m pdrunet_jax.evaluate: scores of a model on a dataset, per image and summed up with intervals.
+
+They are computed at each input's own resolution, ignored pixels left out (see `pdrunet_jax.evaluation`).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from pdrunet_jax import cli, config_io, scores
+from pdrunet_jax.config import Config, DataConfig
+from pdrunet_jax.data.dataset import Dataset, open_dataset
+from pdrunet_jax.errors import UserError
+from pdrunet_jax.evaluation import evaluate_split, write_evaluation
+from pdrunet_jax.inference import check_threshold
+from pdrunet_jax.loading import load_model, load_options
+from pdrunet_jax.runfolder import RunFolder
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score a model on a dataset: a table here, per_image.csv, summary.json and worst.png in a folder."""
+
+    weights: str
+    """Run folder, checkpoint, .safetensors or public .pth."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The dataset; what is left out is as the run folder's config.toml has it."""
+    split: Literal["train", "val", "test", "all"] = "test"
+    """Part of the dataset; all takes every image, for a dataset the model has never seen."""
+    output: Path | None = None
+    """Folder for the results; evaluation/SPLIT in the run folder for the run's own data, else evaluation here."""
+    batch_size: int = 8
+    """Images in each batch."""
+    threshold: float = 0.5
+    """Probability above which a pixel is foreground; for one output only."""
+
+
+def run_of(weights: str | Path) -> RunFolder | None:
+    """The run folder that `weights` is, or lies in; None if there is none."""
+    path = Path(weights)
+    places = [path, path.parent if path.name == "best.safetensors" else path]
+    if path.parent.name == "checkpoints":
+        places.append(path.parent.parent)
+    return next((RunFolder(place) for place in places if (place / "config.toml").is_file()), None)
+
+
+def data_defaults(weights: str) -> DataConfig:
+    """Data settings that go with `weights`: the run's, or the size that the file tells."""
+    if run := run_of(weights):
+        return config_io.parse(run.config.read_text(encoding="utf-8"), str(run.config)).data
+    size = load_options(weights).get("size")
+    return DataConfig(size=tuple(size)) if size else DataConfig()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    options, defaults = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    config = config_io.check(Config(data=options.data), "the command line").data
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: at least one image makes a batch")
+    check_threshold(options.threshold)
+    dataset = open_dataset(config)
+    _check_order(load_options(options.weights).get("class_names"), dataset)
+    model = load_model(options.weights)
+    for note in dataset.notes:
+        print(note)
+    evaluation = evaluate_split(
+        model, dataset, options.split, config, batch_size=options.batch_size, threshold=options.threshold
+    )
+    run = run_of(options.weights)
+    folder = options.output
+    if folder is None:
+        own = run is not None and config.root == defaults.root
+        folder = run.path / "evaluation" / options.split if run and own else Path("evaluation")
+    about = {
+        "weights": options.weights,
+        "data": config.root,
+        "size": list(config.height_width),
+        "threshold": options.threshold,
+    }
+    write_evaluation(evaluation, folder, about)
+    print(scores.table(evaluation.summary))
+    for name, count in evaluation.summary.empty.items():
+        if count:
+            print(f"{name}: truth and prediction are both empty in {count} images, which count as Dice 1")
+    print(f"results in {folder}")
+    print(evaluation.line)
+
+
+def _parse(arguments: list[str]) -> tuple[Options, DataConfig]:
+    """The options, and the data settings that the weights came with."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--weights")
+    weights = first.parse_known_args(arguments)[0].weights
+    defaults = DataConfig() if weights is None else data_defaults(weights)
+    default = Options(weights=tyro.MISSING if weights is None else weights, data=defaults)
+    return tyro.cli(Options, args=arguments, default=default, prog="python -m pdrunet_jax.evaluate"), defaults
+
+
+def _check_order(names: Sequence[str] | None, dataset: Dataset) -> None:
+    """The same classes in another order would be scored one as the other."""
+    if names and tuple(names) != dataset.class_names and sorted(names) == sorted(dataset.class_names):
+        raise UserError(
+            f"the model's classes are {', '.join(names)} in this order, those of {dataset.root} "
+            f"{', '.join(dataset.class_names)}; declare them in the model's order with --data.classes"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,136 @@
+"""A trained model on images: batches as training makes them, or one picture of any size from file to mask."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from pdrunet_jax import compiling, metrics
+from pdrunet_jax.data.images import read_image, read_spacing, resize_image
+from pdrunet_jax.errors import UserError
+from pdrunet_jax.model import PDRUNet
+
+
+class Prediction(NamedTuple):
+    """What the model sees in one image, at the image's own resolution."""
+
+    mask: np.ndarray
+    """(H, W) uint8 class indices; 0 is background."""
+    probability: np.ndarray
+    """float32: (H, W), of foreground, for one output; (H, W, K), background first, for K."""
+    spacing: tuple[float, float] | None
+    """Millimetres per pixel, (row, column), where the file states it."""
+
+
+def predict(
+    model: PDRUNet,
+    image: str | Path | np.ndarray,
+    *,
+    size: tuple[int, int] | None = None,
+    threshold: float = 0.5,
+) -> Prediction:
+    """Segment one image.
+
+    It is resized to the size that the model was trained at, and the probabilities back to its own, bilinearly both
+    times; only then each pixel is decided.
+
+    Args:
+        model: From `load_model`.
+        image: A file, or pixels (H, W) or (H, W, C): uint8, or floats in [0, 1].
+        size: (height, width) that the network works at, if not the one it was trained at; a model that knows none
+            works at the image's own.
+        threshold: Probability above which a pixel is foreground. For one output only: several classes compete, and
+            the likeliest wins.
+
+    Raises:
+        UserError: The file cannot be read as an image, the pixels have another form, or the threshold does not fit.
+    """
+    check_threshold(threshold, model.outputs)
+    pixels, spacing = _open(image, model.in_channels)
+    shape = pixels.shape[0], pixels.shape[1]
+    network_size = size or getattr(model, "size", None) or shape
+    logits = forward(model, network_input(pixels, network_size)[None])
+    probability = restore(np.asarray(metrics.probabilities(np.asarray(logits)))[0], shape)
+    return Prediction(classify(probability, threshold), probability, spacing)
+
+
+def predict_batches(
+    model: PDRUNet, batches: Iterable[Mapping[str, np.ndarray]]
+) -> Iterator[tuple[Mapping[str, np.ndarray], jax.Array]]:
+    """Each of `batches` with its logits (N, H, W, K). A batch holds "image", uint8 (N, H, W, C)."""
+    for batch in batches:
+        yield batch, forward(model, batch["image"])
+
+
+def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
+    """Logits (N, H, W, K) of uint8 images (N, H, W, C), in evaluation mode.
+
+    Compiled once for each architecture and shape, whichever weights it is called with.
+    """
+    graphdef, state = nnx.split(model)
+    logits: jax.Array = _compiled()(graphdef, state, jax.device_put(images))
+    return logits
+
+
+def network_input(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels (H, W, C) in [0, 255] as the uint8 image of `size` that the network is trained on."""
+    return resize_image(pixels, size)
+
+
+def restore(probability: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Probabilities (h, w, K) brought to another resolution bilinearly: float32 (H, W) for K = 1, else (H, W, K)."""
+    height, width = shape
+    channels = [
+        np.asarray(Image.fromarray(channel.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
+        for channel in np.moveaxis(probability, -1, 0)
+    ]
+    return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
+
+
+def classify(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Class indices (H, W) uint8 of probabilities (H, W), above `threshold`, or (H, W, K), the likeliest."""
+    decided = probability > threshold if probability.ndim == 2 else probability.argmax(axis=-1)
+    return np.asarray(decided, np.uint8)
+
+
+def check_threshold(threshold: float, outputs: int = 1) -> None:
+    """Raise `UserError` if `threshold` is no probability, or is set for a model whose classes compete."""
+    if not 0 <= threshold <= 1:
+        raise UserError(f"threshold {threshold}: a probability lies between 0 and 1")
+    if outputs > 1 and threshold != 0.5:
+        raise UserError(f"threshold {threshold}: the model has {outputs} outputs, of which the likeliest wins")
+
+
+@cache
+def _compiled() -> Any:
+    # Made at the first call: asking for the compiler's options starts the backend, which an import must not do.
+    def run(graphdef: nnx.GraphDef[PDRUNet], state: nnx.State[Any, Any], images: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, state)
+        return model(images.astype(jnp.float32) / 255)
+
+    return compiling.jit(run, static_argnums=0)
+
+
+def _open(image: str | Path | np.ndarray, channels: int) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """Pixels (H, W, C) in [0, 255], and the spacing."""
+    if isinstance(image, np.ndarray):
+        return _checked(image, channels), None
+    path = Path(image)
+    return read_image(path, channels), read_spacing(path)
+
+
+def _checked(pixels: np.ndarray, channels: int) -> np.ndarray:
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[-1] != channels or 0 in pixels.shape:
+        raise UserError(f"the image has the shape {pixels.shape}; the model takes (H, W, {channels})")
+    if pixels.dtype == np.uint8:
+        return pixels
+    if not np.issubdtype(pixels.dtype, np.floating) or not (pixels.min() >= 0 and pixels.max() <= 1):
+        raise UserError(f"the image's pixels are {pixels.dtype}; the model takes uint8, or floats in [0, 1]")
+    return pixels.astype(np.float32) * 255

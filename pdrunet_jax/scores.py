@@ -1,0 +1,180 @@
+"""Statistics of per-image scores: means with intervals that respect patients, per class and over classes."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+METRICS = ("dice", "iou", "precision", "recall")
+RESAMPLES = 2_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one class in one image; NaN where a score is undefined. Pixels marked as ignored are left out."""
+
+    image: str
+    patient: str
+    class_name: str
+    dice: float
+    iou: float
+    precision: float
+    recall: float
+    pixels_true: int
+    pixels_predicted: int
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One metric over images: NaN where there is nothing to compute it from.
+
+    `low` and `high` bound the 95 % interval of the mean; `images` and `patients` are those on which the metric is
+    defined.
+    """
+
+    mean: float
+    median: float
+    std: float
+    low: float
+    high: float
+    images: int
+    patients: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of every metric: `classes[name][metric]`, and `macro[metric]` over the per-image class means.
+
+    `empty[name]` counts the images in which truth and prediction of a class are both empty; `images` and `patients`
+    count all.
+    """
+
+    classes: dict[str, dict[str, Statistic]]
+    macro: dict[str, Statistic]
+    empty: dict[str, int]
+    images: int
+    patients: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries ready for JSON, with None for NaN."""
+        values: dict[str, Any] = _without_nan(asdict(self))
+        return values
+
+
+def summarise(rows: Sequence[Row], seed: int = 0) -> Summary:
+    """The statistics of `rows`, one for each image and class. Bootstrap intervals are drawn with `seed`.
+
+    Macro scores are averaged over the classes of an image first (leaving undefined ones out), then over images.
+    """
+    names = list(dict.fromkeys(row.class_name for row in rows))
+    per_class = {name: [row for row in rows if row.class_name == name] for name in names}
+    patient_of = {row.image: row.patient for row in rows}
+    images = list(patient_of)
+
+    def statistics(scores: dict[str, float]) -> Statistic:
+        defined = [image for image in images if not math.isnan(scores.get(image, math.nan))]
+        return statistic([scores[image] for image in defined], [patient_of[image] for image in defined], seed)
+
+    return Summary(
+        classes={
+            name: {metric: statistics({row.image: getattr(row, metric) for row in rows}) for metric in METRICS}
+            for name, rows in per_class.items()
+        },
+        macro={metric: statistics(image_means(rows, metric)) for metric in METRICS},
+        empty={
+            name: sum(row.pixels_true == row.pixels_predicted == 0 for row in rows) for name, rows in per_class.items()
+        },
+        images=len(images),
+        patients=len(set(patient_of.values())),
+    )
+
+
+def image_means(rows: Iterable[Row], metric: str = "dice") -> dict[str, float]:
+    """For each image the mean of `metric` over the classes on which it is defined; NaN if on none."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        values.setdefault(row.image, []).append(getattr(row, metric))
+    means = {}
+    for image, scores in values.items():
+        defined = [score for score in scores if not math.isnan(score)]
+        means[image] = sum(defined) / len(defined) if defined else math.nan
+    return means
+
+
+def statistic(values: Sequence[float], patients: Sequence[str], seed: int = 0) -> Statistic:
+    """Mean, median, sample standard deviation and 95 % interval of `values`, each belonging to a patient."""
+    scores = np.asarray(values, np.float64)
+    if not scores.size:
+        return Statistic(math.nan, math.nan, math.nan, math.nan, math.nan, images=0, patients=0)
+    low, high = interval(scores, patients, seed)
+    std = float(scores.std(ddof=1)) if scores.size > 1 else math.nan
+    return Statistic(
+        float(scores.mean()), float(np.median(scores)), std, low, high, images=scores.size, patients=len(set(patients))
+    )
+
+
+def interval(
+    values: np.ndarray, patients: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the mean of `values`; (NaN, NaN) for fewer than two patients.
+
+    Images of a patient resemble each other, so whole patients are drawn with replacement; a resample's mean is the
+    sum of its patients' scores over the number of their images (the ratio estimator, patients being of unequal size).
+    A percentile interval is too narrow for few patients, as if a normal quantile stood for Student's; its tails are
+    therefore widened to those of the t distribution (the expanded percentile interval of Hesterberg, "What Teachers
+    Should Know About the Bootstrap", The American Statistician 2015, doi 10.1080/00031305.2015.1089789).
+    """
+    names, member = np.unique(np.asarray(patients), return_inverse=True)
+    count = len(names)
+    if count < 2:
+        return math.nan, math.nan
+    sizes = np.bincount(member, minlength=count)
+    sums = np.bincount(member, weights=values, minlength=count)
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    student = stats.t.ppf((1 - CONFIDENCE) / 2, count - 1)
+    tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * student)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def dice_line(split: str, summary: Summary) -> str:
+    """The line that scripts may read, for example `test dice 0.934 (95% 0.921-0.945, 24 images, 24 patients)`.
+
+    The words never change; without an interval (one patient) its bounds read nan.
+    """
+    dice = summary.macro["dice"]
+    return (
+        f"{split} dice {dice.mean:.3f} (95% {dice.low:.3f}-{dice.high:.3f}, "
+        f"{summary.images} images, {summary.patients} patients)"
+    )
+
+
+def table(summary: Summary) -> str:
+    """The statistics as an aligned text table, a line for each class and metric; macro lines when classes differ."""
+    groups = dict(summary.classes)
+    if len(groups) > 1:
+        groups["mean of classes"] = summary.macro
+    lines = [("class", "metric", "mean", "95% interval", "median", "std", "images")]
+    for name, metrics in groups.items():
+        for metric, s in metrics.items():
+            bounds = f"{s.low:.3f}-{s.high:.3f}"
+            lines.append((name, metric, f"{s.mean:.3f}", bounds, f"{s.median:.3f}", f"{s.std:.3f}", str(s.images)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+    def aligned(line: tuple[str, ...]) -> str:
+        words = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
+        return "  ".join(words + numbers)
+
+    return "\n".join(aligned(line) for line in lines)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

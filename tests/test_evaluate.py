@@ -1,0 +1,157 @@
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import brightness_model, run_command, save_dataset, save_model
+
+from pdrunet_jax import cli
+from pdrunet_jax.config import Config, DataConfig
+from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.errors import UserError
+from pdrunet_jax.evaluate import main
+from pdrunet_jax.evaluation import COLUMNS, evaluate_split, write_evaluation
+from pdrunet_jax.runfolder import open_run
+
+LINE = re.compile(
+    r"(train|val|test|all) dice \d\.\d{3} \(95% (\d\.\d{3}-\d\.\d{3}|nan-nan), \d+ images, \d+ patients\)"
+)
+
+
+def opened(root, size=(24, 32)):
+    config = DataConfig(root=str(root), size=size, threads=1)
+    return open_dataset(config), config
+
+
+def evaluated(root, split="test", **options):
+    dataset, config = opened(root)
+    return evaluate_split(brightness_model(), dataset, split, config, **options)
+
+
+def test_a_perfect_model_scores_one(tmp_path):
+    evaluation = evaluated(save_dataset(tmp_path))
+    assert [(row.dice, row.iou, row.precision, row.recall) for row in evaluation.rows] == [(1, 1, 1, 1)] * 3
+    assert [(row.pixels_true, row.pixels_predicted) for row in evaluation.rows] == [(144, 144)] * 3
+    assert evaluation.line == "test dice 1.000 (95% 1.000-1.000, 3 images, 2 patients)"
+
+
+def test_scores_of_a_known_error_are_those_on_paper(tmp_path):
+    """The truth of image 3 is 2 columns of 12 wider than what is bright."""
+    evaluation = evaluated(save_dataset(tmp_path, errors={3: 2}))
+    worst = evaluation.rows[0]
+    assert worst.dice == pytest.approx(2 * 144 / (2 * 144 + 24))
+    assert worst.recall == pytest.approx(144 / 168)
+    assert worst.precision == 1
+    assert evaluation.summary.macro["dice"].mean == pytest.approx((worst.dice + 2) / 3)
+
+
+def test_ignored_pixels_cost_nothing(tmp_path):
+    assert evaluated(save_dataset(tmp_path, errors={3: 2}, ignore=True)).rows[0].dice == 1
+
+
+def test_the_batch_size_has_no_part_in_the_result(tmp_path):
+    root = save_dataset(tmp_path, errors={4: 3})
+    assert evaluated(root, batch_size=1).rows == evaluated(root, batch_size=2).rows
+
+
+def test_scores_are_at_the_inputs_resolution(tmp_path):
+    dataset, config = opened(save_dataset(tmp_path), size=(12, 16))
+    rows = evaluate_split(brightness_model(), dataset, "test", config).rows
+    assert [row.pixels_true for row in rows] == [144] * 3
+    assert all(0.8 < row.dice <= 1 for row in rows)
+
+
+def test_all_takes_every_split(tmp_path):
+    evaluation = evaluated(save_dataset(tmp_path), "all")
+    assert [row.image for row in evaluation.rows] == [f"images/{number}.png" for number in range(6)]
+
+
+def test_an_empty_split_names_those_that_are_not(tmp_path):
+    root = save_dataset(tmp_path)
+    text = (root / "manifest.csv").read_text()
+    (root / "manifest.csv").write_text("".join(line for line in text.splitlines(True) if ",test" not in line))
+    with pytest.raises(UserError, match=r"no images in the split test; --split takes train, val or all"):
+        evaluated(root)
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path):
+    dataset, config = opened(save_dataset(tmp_path))
+    with pytest.raises(UserError, match=r"2 foreground classes .* has 1"):
+        evaluate_split(brightness_model(3), dataset, "test", config)
+
+
+def test_the_folder_holds_table_summary_and_pictures(tmp_path):
+    evaluation = evaluated(save_dataset(tmp_path / "data", errors={4: 4}))
+    folder = tmp_path / "out"
+    write_evaluation(evaluation, folder, {"weights": "w"})
+    with (folder / "per_image.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = "image patient class dice iou precision recall pixels_true pixels_predicted"
+    assert list(rows[0]) == COLUMNS == expected.split()
+    assert [float(row["dice"]) for row in rows] == pytest.approx([row.dice for row in evaluation.rows], abs=1e-6)
+    assert {row["class"] for row in rows} == {"square"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["macro"]["dice"]["mean"] == pytest.approx(np.mean([row.dice for row in evaluation.rows]))
+    assert summary["dataset"]["splits"]["train"] == {"images": 2, "patients": 2}
+    assert summary["line"] == evaluation.line
+    assert [case["kind"] for case in summary["cases"]] == ["best", "best", "worst"]
+    assert summary["cases"][-1]["image"] == "images/4.png"
+    assert all((folder / panel).is_file() for case in summary["cases"] for panel in case["panels"])
+    with Image.open(folder / "worst.png") as sheet:
+        assert sheet.width > 4 * 256
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_command_scores_a_run_with_its_own_settings(tmp_path):
+    root = save_dataset(tmp_path / "data", errors={3: 2})
+    run = open_run(tmp_path / "run", Config(data=DataConfig(root=str(root), size=(24, 32), threads=1)))
+    save_model(brightness_model(), run.best, size=[24, 32], class_names=["square"])
+    done = run_command("evaluate", "--weights", run.path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert LINE.fullmatch(lines[-1])
+    assert lines[-1].startswith("test dice 0.974")
+    assert any(line.split()[:3] == ["square", "dice", "0.974"] for line in lines)
+    assert (run.path / "evaluation" / "test" / "summary.json").is_file()
+
+
+def test_the_command_takes_other_data_and_split_and_output(tmp_path):
+    root = save_dataset(tmp_path / "data")
+    weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[24, 32])
+    done = run_command(
+        "evaluate",
+        *("--weights", weights, "--data.root", root, "--split", "all", "--output", "out", "--batch-size", "2"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "all dice 1.000 (95% 1.000-1.000, 6 images, 5 patients)"
+    about = json.loads((tmp_path / "out" / "summary.json").read_text())["about"]
+    assert about == {
+        "resolution": "input",
+        "weights": str(weights),
+        "data": str(root),
+        "size": [24, 32],
+        "threshold": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--weights", "nowhere"], "nowhere: there is no such file"),
+        (["--data.root", "x"], "weights"),
+        (["--weights", "w.safetensors", "--data.root", "nowhere"], "nowhere"),
+        (["--weights", "w.safetensors", "--batch-size", "0"], "--batch-size 0"),
+        (["--weights", "w.safetensors", "--data.threshold", "0"], "threshold"),
+        (["--weights", "w.safetensors", "--threshold", "1.5"], "1.5"),
+    ],
+)
+def test_bad_options_are_one_message_and_exit_code_two(tmp_path, monkeypatch, capsys, arguments, words):
+    save_model(brightness_model(), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: main(arguments))
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err

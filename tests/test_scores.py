@@ -1,0 +1,94 @@
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from pdrunet_jax import scores
+from pdrunet_jax.scores import Row, dice_line, image_means, interval, statistic, summarise, table
+
+
+def row(image, dice, patient=None, name="bone", true=10, predicted=10):
+    return Row(image, patient or image, name, dice, dice / (2 - dice), dice, dice, true, predicted)
+
+
+def test_dice_line_has_exactly_the_promised_form():
+    rows = [row(f"{number}.png", 0.9 + 0.002 * number) for number in range(24)]
+    line = dice_line("test", summarise(rows))
+    assert re.fullmatch(r"test dice 0\.923 \(95% 0\.\d{3}-0\.\d{3}, 24 images, 24 patients\)", line)
+
+
+def test_dice_line_says_nan_where_one_patient_gives_no_interval():
+    line = dice_line("val", summarise([row("a", 0.5, "p"), row("b", 0.7, "p")]))
+    assert line == "val dice 0.600 (95% nan-nan, 2 images, 1 patients)"
+
+
+def test_statistics_are_those_on_paper():
+    values = statistic([0.2, 0.4, 0.9], ["a", "b", "c"])
+    assert values.mean == pytest.approx(0.5)
+    assert values.median == 0.4
+    assert values.std == pytest.approx(math.sqrt((0.09 + 0.01 + 0.16) / 2))
+    assert values.low < 0.5 < values.high
+
+
+def test_intervals_repeat():
+    values = np.random.default_rng(0).uniform(size=20)
+    patients = [str(number // 2) for number in range(20)]
+    assert interval(values, patients, seed=3) == interval(values, patients, seed=3)
+    assert interval(values, patients, seed=3) != interval(values, patients, seed=4)
+
+
+def test_images_of_one_patient_do_not_count_as_independent():
+    """Every image twice: with patients known the interval stays, without it would shrink."""
+    values = np.random.default_rng(0).uniform(0.5, 1, size=30)
+    twice, patients = np.repeat(values, 2), [str(number) for number in np.repeat(np.arange(30), 2)]
+    once = np.diff(interval(values, [str(number) for number in range(30)])).item()
+    clustered = np.diff(interval(twice, patients)).item()
+    naive = np.diff(interval(twice, [str(number) for number in range(60)])).item()
+    assert clustered == pytest.approx(once, rel=0.01)
+    assert naive < 0.8 * clustered
+
+
+def test_intervals_cover_the_true_mean_for_patients_of_unequal_size():
+    generator, hits, trials = np.random.default_rng(5), 0, 400
+    for trial in range(trials):
+        sizes = generator.integers(1, 6, size=15)
+        values = np.repeat(0.8 + generator.normal(0, 0.1, size=15), sizes) + generator.normal(0, 0.05, sizes.sum())
+        low, high = interval(values, np.repeat(np.arange(15), sizes).astype(str).tolist(), trial, resamples=500)
+        hits += low <= 0.8 <= high
+    assert 0.91 <= hits / trials <= 0.98
+
+
+def test_macro_averages_the_classes_of_an_image_and_leaves_undefined_ones_out():
+    rows = [
+        row("1", 0.8, name="femur"),
+        row("1", 0.4, name="tibia"),
+        row("2", 0.6, name="femur"),
+        row("2", math.nan, name="tibia"),
+    ]
+    assert image_means(rows) == pytest.approx({"1": 0.6, "2": 0.6})
+    summary = summarise(rows)
+    assert summary.classes["femur"]["dice"].mean == pytest.approx(0.7)
+    assert summary.classes["tibia"]["dice"].images == 1
+    assert summary.macro["dice"].mean == pytest.approx(0.6)
+
+
+def test_images_without_truth_and_prediction_are_counted():
+    summary = summarise([row("1", 1.0, true=0, predicted=0), row("2", 0.0, true=0), row("3", 0.9)])
+    assert summary.empty == {"bone": 1}
+
+
+def test_a_summary_is_valid_json_without_nan():
+    summary = summarise([row("1", math.nan), row("2", math.nan)])
+    values = json.loads(json.dumps(summary.to_dict(), allow_nan=False))
+    assert values["macro"]["dice"]["mean"] is None
+    assert values["classes"]["bone"]["dice"]["images"] == 0
+
+
+def test_the_table_is_aligned_and_has_every_metric():
+    rows = [row(image, 0.5, name=name) for image in "12" for name in ("femur", "tibia")]
+    lines = table(summarise(rows)).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 1 + 3 * len(scores.METRICS)
+    assert "mean of classes  dice" in lines[9]
