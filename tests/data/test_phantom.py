@@ -1,0 +1,169 @@
+import csv
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+from pdrunet_jax.baseline import threshold_dice
+from pdrunet_jax.data.phantom import Phantom, draw, write_dataset
+from pdrunet_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> list[Phantom]:
+    return [draw(index, size=128) for index in range(40)]
+
+
+def manifest(root: Path) -> list[dict[str, str]]:
+    with (root / "manifest.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def dice(first: np.ndarray, second: np.ndarray) -> float:
+    return float(2 * (first & second).sum() / max(first.sum() + second.sum(), 1))
+
+
+def otsu(image: np.ndarray) -> int:
+    share = np.bincount(image.ravel(), minlength=256) / image.size
+    below, moment = share.cumsum(), (share * np.arange(256)).cumsum()
+    spread = (moment[-1] * below - moment) ** 2 / np.maximum(below * (1 - below), 1e-12)
+    return int(spread.argmax())
+
+
+def test_the_same_arguments_give_the_same_bits_in_any_order(phantoms: list[Phantom]) -> None:
+    for index in (7, 2, 39):
+        again = draw(index, size=128)
+        assert np.array_equal(again.image, phantoms[index].image)
+        assert np.array_equal(again.mask, phantoms[index].mask)
+        assert again.patient == phantoms[index].patient
+
+
+def test_seeds_and_indices_give_different_pictures(phantoms: list[Phantom]) -> None:
+    assert not np.array_equal(draw(0, seed=1, size=128).image, phantoms[0].image)
+    assert len({phantom.image.tobytes() for phantom in phantoms}) == len(phantoms)
+
+
+def test_images_and_masks_have_the_declared_form(phantoms: list[Phantom]) -> None:
+    for phantom in phantoms:
+        assert phantom.image.shape == phantom.mask.shape == (128, 128)
+        assert phantom.image.dtype == phantom.mask.dtype == np.uint8
+        assert set(np.unique(phantom.mask)) == {0, 1}
+        assert 0.02 < phantom.mask.mean() < 0.4
+        assert phantom.image.std() > 5
+
+
+def test_a_scene_is_the_same_at_every_size() -> None:
+    for index in range(6):
+        small, large = draw(index, size=96), draw(index, size=192)
+        assert dice(small.mask > 0, large.mask[::2, ::2] > 0) > 0.9
+        shrunk = np.asarray(Image.fromarray(large.image).resize((96, 96), Image.Resampling.BOX), float)
+        assert np.corrcoef(shrunk.ravel(), small.image.ravel())[0, 1] > 0.97
+
+
+def test_two_of_three_pictures_share_a_patient(phantoms: list[Phantom]) -> None:
+    patients = [phantom.patient for phantom in phantoms[:6]]
+    assert patients[0] == patients[1]
+    assert patients[3] == patients[4]
+    assert len(set(patients)) == 4
+
+
+def test_no_threshold_finds_the_bones(phantoms: list[Phantom]) -> None:
+    images, masks = [phantom.image for phantom in phantoms], [phantom.mask for phantom in phantoms]
+    assert threshold_dice(images, masks) < 0.5
+    bright = [dice(image > otsu(image), mask > 0) for image, mask in zip(images, masks, strict=True)]
+    dark = [dice(image <= otsu(image), mask > 0) for image, mask in zip(images, masks, strict=True)]
+    assert max(np.mean(bright), np.mean(dark)) < 0.5
+
+
+def test_bones_stand_out_from_their_surroundings(phantoms: list[Phantom]) -> None:
+    """Just inside its outline nearly every bone is brighter than just outside: there is something to learn."""
+    visible = []
+    for phantom in phantoms:
+        bone = phantom.mask > 0
+        inside = bone & ~ndimage.binary_erosion(bone, iterations=3, border_value=1)
+        outside = ndimage.binary_dilation(bone, iterations=4) & ~ndimage.binary_dilation(bone)
+        visible.append(np.median(phantom.image[inside]) > np.median(phantom.image[outside]) + 3)
+    assert np.mean(visible) >= 0.9
+
+
+def test_threshold_dice_is_the_best_over_both_sides() -> None:
+    image = np.array([[10, 10, 200, 250]], np.uint8)
+    assert threshold_dice([image], [np.array([[0, 0, 1, 1]], np.uint8)]) == 1
+    assert threshold_dice([image], [np.array([[1, 1, 0, 0]], np.uint8)]) == 1
+    assert threshold_dice([image], [np.array([[0, 0, 1, 0]], np.uint8)]) == pytest.approx(2 / 3)
+    opposite = [np.array([[10, 10, 250, 250]], np.uint8), np.array([[250, 250, 10, 10]], np.uint8)]
+    masks = [np.array([[0, 0, 1, 1]], np.uint8)] * 2
+    assert threshold_dice(opposite, masks) == pytest.approx(2 / 3)  # only "everything" serves both
+
+
+def test_a_dataset_folder_holds_what_was_drawn(tmp_path: Path) -> None:
+    root = tmp_path / "new" / "phantoms"
+    write_dataset(root, 9, seed=3, size=48)
+    rows = manifest(root)
+    assert len(rows) == 9
+    for index, row in enumerate(rows):
+        phantom = draw(index, seed=3, size=48)
+        assert np.array_equal(np.asarray(Image.open(root / row["image"])), phantom.image)
+        assert np.array_equal(np.asarray(Image.open(root / row["mask"])), phantom.mask * 255)
+        assert row["patient"] == phantom.patient
+    declared = tomllib.loads((root / "dataset.toml").read_text(encoding="utf-8"))
+    assert declared["classes"] == {"bone": 255}
+    assert sorted(path.name for path in root.iterdir()) == ["dataset.toml", "images", "manifest.csv", "masks"]
+    assert [path.name for path in root.parent.iterdir()] == ["phantoms"]
+
+
+def test_splits_part_patients_three_to_one_to_one(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "phantoms", 45, size=32)
+    splits: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
+    for row in manifest(tmp_path / "phantoms"):
+        splits[row["split"]].add(row["patient"])
+    assert [len(patients) for patients in splits.values()] == [18, 6, 6]
+    assert len(set.union(*splits.values())) == 30
+
+
+@pytest.mark.parametrize(("count", "size", "problem"), [(0, 64, "at least one"), (3, 16, "at least 32")])
+def test_nothing_sensible_to_draw_is_refused(tmp_path: Path, count: int, size: int, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        write_dataset(tmp_path / "phantoms", count, size=size)
+
+
+def test_an_empty_folder_is_filled_and_a_full_one_is_left_alone(tmp_path: Path) -> None:
+    root = tmp_path / "phantoms"
+    root.mkdir()
+    write_dataset(root, 1, size=32)
+    before = (root / "manifest.csv").read_bytes()
+    with pytest.raises(UserError, match="not empty"):
+        write_dataset(root, 2, size=32)
+    assert (root / "manifest.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_drawing_leaves_no_dataset(tmp_path: Path, how: signal.Signals) -> None:
+    root = tmp_path / "phantoms"
+    script = "import sys, pathlib\nfrom pdrunet_jax.data.phantom import write_dataset\n"
+    script += "write_dataset(pathlib.Path(sys.argv[1]), 10**6, size=32)"
+    with subprocess.Popen([sys.executable, "-c", script, str(root)], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".phantoms-*/dataset/masks/*.png")):
+            assert time.monotonic() < deadline, "nothing was drawn"
+            time.sleep(0.02)
+        process.send_signal(how)
+    assert process.returncode != 0
+    assert not root.exists()
+    if how is signal.SIGINT:  # it could tidy up
+        assert list(tmp_path.iterdir()) == []
+    write_dataset(root, 1, size=32)
+    assert len(manifest(root)) == 1
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    with pytest.raises(UserError, match="phantoms cannot be written to"):
+        write_dataset(tmp_path / "file" / "phantoms", 1, size=32)
