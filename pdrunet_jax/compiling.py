@@ -30,7 +30,7 @@ def keep_compiled_programs() -> None:
 
     JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) takes precedence. A folder that cannot be written costs a warning.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # an attribute that type checkers do not see
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdrunet_jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 

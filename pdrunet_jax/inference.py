@@ -54,7 +54,7 @@ def predict(
     check_threshold(threshold, model.outputs)
     pixels, spacing = _open(image, model.in_channels)
     shape = pixels.shape[0], pixels.shape[1]
-    network_size = size or getattr(model, "size", None) or shape
+    network_size = size or model.size or shape
     logits = forward(model, network_input(pixels, network_size)[None])
     probability = restore(np.asarray(metrics.probabilities(np.asarray(logits)))[0], shape)
     return Prediction(classify(probability, threshold), probability, spacing)

@@ -110,6 +110,9 @@ class PDRUNet(nnx.Module):
         param_dtype: parameters, statistics and logits.
         rngs: its `params` stream draws the initial weights.
 
+    Attributes:
+        size: (height, width) that it was trained at, where that is known; it takes any other, too.
+
     Raises:
         ValueError: an option that does not exist.
     """
@@ -140,6 +143,7 @@ class PDRUNet(nnx.Module):
         self.norm = norm
         self.dropout = dropout
         self.path = choose_path(conv)
+        self.size: tuple[int, int] | None = None
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         for name, dilation in BLOCKS.items():
             first = name == "std_block"
