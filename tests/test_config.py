@@ -68,7 +68,7 @@ def test_settings_that_do_not_work_are_refused_by_name(text: str, named: str) ->
 def test_broken_toml_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.toml"
     path.write_text("[data\n")
-    with pytest.raises(UserError, match="broken.toml"):
+    with pytest.raises(UserError, match=r"broken\.toml"):
         config_io.load(path)
 
 
@@ -98,7 +98,7 @@ def test_classes_can_be_declared_as_options() -> None:
 
 
 def test_options_out_of_bounds_are_refused_with_the_bound() -> None:
-    with pytest.raises(UserError, match="optim.learning_rate: input should be greater than 0"):
+    with pytest.raises(UserError, match=r"optim\.learning_rate: input should be greater than 0"):
         options.parse(["--config", "mura", "--optim.learning-rate", "-1"])
 
 

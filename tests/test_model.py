@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pdrunet_jax.fused import convolve, filter_gradient, moments
+from pdrunet_jax.fused import channel_sum, convolve, filter_gradient, moments, product_filter_gradient
 from pdrunet_jax.layers import PATHS, BatchNorm
 from pdrunet_jax.model import BLOCKS, PDRUNet
 from pdrunet_jax.phases import finest_layout, relay
@@ -96,6 +97,12 @@ def test_moments_survive_a_large_mean() -> None:
     assert float(moments(x)[1][0]) == pytest.approx(np.asarray(x, np.float64).var(), rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 16, 5), (1, 97, 61, 3), (1, 1, 1, 1)])
+def test_channel_sums_are_sums(shape: tuple[int, ...]) -> None:
+    x = jax.random.normal(jax.random.key(0), shape)
+    np.testing.assert_allclose(channel_sum(x), np.asarray(x, np.float64).sum((0, 1, 2)), rtol=1e-5, atol=1e-4)
+
+
 def test_dropout_drops_its_share_and_only_in_training() -> None:
     model = build(dropout=0.5, filters=8)
     image = jax.random.uniform(jax.random.key(0), (1, 32, 32, 1))
@@ -122,11 +129,14 @@ def test_the_finest_layout_divides_both_sides(size: tuple[int, int], layout: int
     assert finest_layout(*size) == layout
 
 
+@pytest.mark.parametrize("function", [filter_gradient, product_filter_gradient])
 @pytest.mark.parametrize(("shape", "dilation"), [((2, 64, 64), 1), ((3, 7, 5), 2), ((64, 4, 4), 1), ((1, 97, 61), 8)])
-def test_the_filter_gradient_is_that_of_the_convolution(shape: tuple[int, int, int], dilation: int) -> None:
+def test_the_filter_gradient_is_that_of_the_convolution(
+    function: Callable[..., jax.Array], shape: tuple[int, int, int], dilation: int
+) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x, g = jax.random.normal(keys[0], (*shape, 3)), jax.random.normal(keys[1], (*shape, 5))
     kernel = jax.random.normal(keys[2], (3, 3, 3, 5))
     expected = jax.jit(jax.grad(lambda kernel: (convolve(x, kernel, dilation) * g).sum()))(kernel)
-    actual = jax.jit(lambda x, g: filter_gradient(x, g, dilation))(x, g)
+    actual = jax.jit(lambda x, g: function(x, g, dilation))(x, g)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
