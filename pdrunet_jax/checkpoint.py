@@ -6,6 +6,7 @@ whatever else the trainer keeps, as JSON). It is written under a temporary name,
 digest and only then renamed, so that a folder named by a number was whole once.
 """
 
+import logging
 import math
 import shutil
 import sys
@@ -102,7 +103,8 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:  # Orbax reports a full disk as any of them
             for leftover in self.folder.glob(f"{temporary.name}*"):  # Orbax adds a suffix of its own while it writes
                 shutil.rmtree(leftover, ignore_errors=True)
-            raise RunError(f"cannot write the checkpoint {final}: {error}; earlier checkpoints are intact") from error
+            reason = str(error).rsplit(": ", 1)[-1]  # TensorStore names its whole chain of files before it
+            raise RunError(f"cannot write the checkpoint {final}: {reason}; earlier checkpoints are intact") from error
 
     def restore(self, template: Any) -> Restored | None:
         """The newest intact checkpoint, with its state in the form of `template`; None if there are no checkpoints.
@@ -225,10 +227,15 @@ def _checkpointer() -> ocp.Checkpointer:
 
 def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    with _checkpointer() as checkpointer:
-        checkpointer.save(
-            folder, args=ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
-        )
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # Orbax logs a traceback for each of its threads besides raising the error
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder, args=items)
+    finally:
+        logger.setLevel(level)
     seal(folder)
 
 

@@ -250,7 +250,9 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_names_the_path(tmp_pat
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
     )
-    assert f"cannot write the checkpoint {tmp_path / '2'}" in result.stdout
+    assert f"cannot write the checkpoint {tmp_path / '2'}: " in result.stdout
+    assert "File too large" in result.stdout
+    assert result.stderr == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1"]
     restored = reopened(tmp_path).restore({"a": np.zeros(5)})
     assert restored is not None
