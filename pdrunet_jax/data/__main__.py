@@ -7,11 +7,13 @@ import posixpath
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from pdrunet_jax import cli, config_io
 from pdrunet_jax.config import Config, DataConfig
+from pdrunet_jax.data.commands_import import ImportLabelme, ImportMura, described, import_labelme, import_mura
 from pdrunet_jax.data.dataset import Inspection, inspect_dataset
 from pdrunet_jax.data.layouts import MANIFEST, read_manifest
 from pdrunet_jax.data.partition import split_counts
@@ -120,12 +122,17 @@ def phantom(options: Phantom) -> None:
 
 def main() -> None:
     """Run the subcommand of the command line."""
-    options = tyro.cli(Check | Split | Phantom, prog="python -m pdrunet_jax.data", description=__doc__)
+    commands: Any = Check | Split | described(ImportLabelme) | described(ImportMura) | Phantom
+    options = tyro.cli(commands, prog="python -m pdrunet_jax.data", description=__doc__)
     if isinstance(options, Check):
         check(options)
     elif isinstance(options, Split):
         split(options)
-    else:
+    elif isinstance(options, ImportLabelme):
+        import_labelme(options)
+    elif isinstance(options, ImportMura):
+        import_mura(options)
+    elif isinstance(options, Phantom):
         phantom(options)
 
 

@@ -25,6 +25,7 @@ _HOW_TO_GET_DATA = """\
 MURA's radiographs are free of charge after registration: https://stanfordmlgroup.github.io/competitions/mura/
 Masks for its humerus and forearm images (CC BY 4.0) are in the FleXray data release, folder
 mura_forearm_humerus_annotations: https://huggingface.co/datasets/VictorButoi/flexray-data
+    python -m pdrunet_jax.data import-mura MURA-v1.1 data/mura --region XR_HUMERUS --masks FOLDER
     python -m pdrunet_jax.data import-mura --help    shows how both become a dataset folder
     python -m pdrunet_jax.train --config phantom     trains on synthetic X-rays, without any data"""
 

@@ -184,7 +184,7 @@ def _by_key(root: Path, folder: str, found: Found) -> dict[str, list[str]]:
     """Image files below `folder` by their path in it without the extension."""
     result: dict[str, list[str]] = defaultdict(list)
     others = []
-    for path in _files(root / folder):
+    for path in files_below(root / folder):
         relative = path.relative_to(root).as_posix()
         if path.suffix.lower() in SUFFIXES:
             result[path.relative_to(root / folder).with_suffix("").as_posix()].append(relative)
@@ -195,13 +195,13 @@ def _by_key(root: Path, folder: str, found: Found) -> dict[str, list[str]]:
     return result
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Files below `folder` in the order of their names, without what operating systems leave behind."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith(".") or path.name.lower() in _JUNK_FILES or path.name in _JUNK_FOLDERS:
             continue
         if path.is_dir():
-            yield from _files(path)
+            yield from files_below(path)
         else:
             yield path
 

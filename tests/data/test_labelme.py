@@ -1,0 +1,419 @@
+"""LabelMe files become the masks that LabelMe shows, hostile ones are refused, and masks come back as polygons."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from labelme_files import annotate, box, png, shape
+from PIL import Image, ImageDraw
+from small_data import SIZE, config, noise, save
+
+from pdrunet_jax.data.contours import outlines
+from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.data.images import read_image
+from pdrunet_jax.data.labelme import import_labelme
+from pdrunet_jax.data.labelme_shapes import image_location, rasterise, read_annotation
+from pdrunet_jax.data.labelme_write import write_labelme
+from pdrunet_jax.data.masks import read_mask
+from pdrunet_jax.data.phantom import draw
+from pdrunet_jax.errors import DataError, UserError
+
+HEIGHT, WIDTH = SIZE
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """An annotations' folder with one image, a.png."""
+    save(noise(0), tmp_path / "source" / "a.png")
+    return tmp_path / "source"
+
+
+def masks(source: Path, **options: Any) -> dict[str, np.ndarray]:
+    """Import `source` and read back every mask's values, by the mask's path."""
+    target = source.parent / "target"
+    import_labelme(source, target, **options)
+    folder = target / "masks"
+    return {path.relative_to(folder).as_posix(): np.array(Image.open(path)) for path in folder.rglob("*.png")}
+
+
+def drawn(shapes: list[dict[str, Any]], source: Path, **options: Any) -> np.ndarray:
+    annotate(source / "a.json", "a.png", shapes, SIZE)
+    return masks(source, **options)["a.png"]
+
+
+def refused(source: Path, **options: Any) -> str:
+    """The message of a failing import, which must leave nothing behind."""
+    before = sorted(source.parent.rglob("*"))
+    with pytest.raises(DataError) as caught:
+        import_labelme(source, source.parent / "target", **options)
+    assert sorted(source.parent.rglob("*")) == before
+    return str(caught.value)
+
+
+def test_an_import_is_a_dataset_that_stands_by_itself(source: Path, tmp_path: Path) -> None:
+    for index, name in enumerate(("b", "c", "d")):
+        save(noise(index + 1), source / "images" / "sub" / f"{name}.png")
+        annotate(source / "json" / f"{name}.json", f"..\\images\\sub\\{name}.png", [shape("tibia", box(2, 3, 9, 12))])
+    annotate(source / "a.json", "a.png", [shape("femur", box(1, 1, 5, 5))], SIZE)
+    notes = import_labelme(source, tmp_path / "target")
+    source.rename(tmp_path / "gone")
+    dataset = open_dataset(config(tmp_path / "target"))
+    assert dataset.class_names == ("femur", "tibia")
+    assert [sample.id for sample in dataset.samples][:2] == ["images/a.png", "images/images/sub/b.png"]
+    sample = dataset.samples[1]
+    assert sample.mask is not None
+    expected = np.zeros(SIZE, np.uint8)
+    expected[3:13, 2:10] = 2
+    assert (read_mask(sample.mask, dataset.coding) == expected).all()
+    assert (read_image(sample.image)[:, :, 0] == noise(1)).all()
+    assert any("--classes femur 1 tibia 2" in note for note in notes)
+
+
+def test_references_name_the_images_where_they_are(source: Path, tmp_path: Path) -> None:
+    drawn([shape("femur", box(1, 1, 5, 5))], source, by_reference=True)
+    assert not (tmp_path / "target" / "images").exists()
+    assert open_dataset(config(tmp_path / "target")).samples[0].image == source / "a.png"
+
+
+def test_a_file_of_version_3_reads(source: Path) -> None:
+    old = {"version": "3.16.7", "lineColor": [0, 255, 0, 128], "fillColor": [255, 0, 0, 128], "imageData": None}
+    old |= {"shapes": [shape("femur", box(2, 2, 6, 8), None, line_color=None, fill_color=None)], "imagePath": "a.png"}
+    (source / "a.json").write_text(json.dumps(old))
+    assert (masks(source)["a.png"][2:9, 2:7] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "points", "pixels"),
+    [
+        ("polygon", [[2.4, 3.7], [9.9, 3.2], [9.1, 12.8]], None),
+        ("rectangle", [[9.5, 12.5], [2.5, 3.5]], 8 * 10),
+        ("oriented_rectangle", box(2.5, 3.5, 9.5, 12.5), 8 * 10),
+        ("circle", [[10.0, 9.0], [14.0, 9.0]], None),
+    ],
+)
+def test_shapes_are_drawn_as_labelme_draws_them(
+    source: Path, kind: str, points: list[list[float]], pixels: int | None
+) -> None:
+    mask = drawn([shape("bone", points, kind)], source)
+    expected = Image.new("L", (WIDTH, HEIGHT))
+    pen = ImageDraw.Draw(expected)
+    xy = [tuple(point) for point in points]
+    if kind == "circle":
+        pen.ellipse([6, 5, 14, 13], outline=1, fill=1)
+    elif kind == "rectangle":
+        pen.rectangle([xy[1], xy[0]], outline=1, fill=1)
+    else:
+        pen.polygon(xy, outline=1, fill=1)
+    assert (mask == np.array(expected)).all()
+    assert pixels is None or (mask == 1).sum() == pixels
+
+
+def test_a_mask_shape_is_pasted_into_its_box(source: Path) -> None:
+    patch = np.zeros((4, 5), np.uint8)
+    patch[1:, 2:] = 255
+    mask = drawn([shape("bone", [[3.0, 6.0], [7.0, 9.0]], "mask", mask=png(patch))], source)
+    expected = np.zeros(SIZE, np.uint8)
+    expected[7:10, 5:8] = 1
+    assert (mask == expected).all()
+
+
+def test_later_shapes_lie_over_earlier_ones_and_background_cuts_out(source: Path) -> None:
+    shapes = [
+        shape("femur", box(1, 1, 12, 12)),
+        shape("_background_", box(4, 4, 6, 6)),
+        shape("tibia", box(8, 8, 16, 16)),
+        shape("__ignore__", box(1, 1, 2, 2)),
+    ]
+    mask = drawn(shapes, source)
+    assert [mask[3, 3], mask[5, 5], mask[10, 10], mask[1, 1], mask[19, 0]] == [1, 0, 2, 255, 0]
+    assert tomllib.loads((source.parent / "target" / "dataset.toml").read_text())["ignore"] == 255
+
+
+def test_lines_and_points_have_no_area_which_is_said(source: Path) -> None:
+    shapes = [shape("femur", box(1, 1, 4, 4)), shape("ruler", [[0, 0], [9, 9]], "line"), shape("x", [[9, 9]], "point")]
+    annotate(source / "a.json", "a.png", shapes, SIZE)
+    notes = import_labelme(source, source.parent / "target", classes={"femur": 1})
+    assert "skipped, having no area: 1 line, 1 point" in notes
+
+
+def test_a_rectangle_around_its_own_polygon_is_a_box_unless_kept(source: Path) -> None:
+    shapes = [
+        shape("femur", [[1.5, 2.5], [17.0, 2.0]], "rectangle") | {"points": [[1.5, 1.5], [12.0, 17.0]]},
+        shape("femur", [[2, 2], [11, 3], [6, 16]]),
+        shape("tibia", [[14, 2], [20, 8]], "rectangle"),
+    ]
+    annotate(source / "a.json", "a.png", shapes, SIZE)
+    notes = import_labelme(source, source.parent / "dropped")
+    assert any(note.startswith("1 rectangles around") for note in notes)
+    mask = np.array(Image.open(source.parent / "dropped" / "masks" / "a.png"))
+    assert mask[15, 2] == 0
+    assert (mask[2:9, 14:21] == 2).all()
+    assert drawn(shapes, source, boxes="keep")[15, 2] == 1
+
+
+def test_the_image_file_beats_embedded_data_of_another_contrast(source: Path) -> None:
+    annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], imageData=png(noise(0) // 3))
+    import_labelme(source, source.parent / "target")
+    assert (read_image(source.parent / "target" / "images" / "a.png")[:, :, 0] == noise(0)).all()
+
+
+def test_embedded_data_serves_where_there_is_no_file(source: Path, tmp_path: Path) -> None:
+    annotate(source / "b.json", "../source/b.dcm", [shape("bone", box(1, 1, 5, 5))], SIZE, imageData=png(noise(7)))
+    notes = import_labelme(source, tmp_path / "target")
+    assert (read_image(tmp_path / "target" / "images" / "b.png")[:, :, 0] == noise(7)).all()
+    assert "1 images have no file: taken out of imageData" in notes
+    assert any(note.startswith("1 images without a LabelMe file are left out: a.png") for note in notes)
+
+
+def test_labels_are_numbered_as_declared(source: Path) -> None:
+    shapes = [shape(label, box(x, 2, x + 3, 9)) for label, x in (("left femur", 1), ("right femur", 6), ("cast", 12))]
+    mask = drawn(shapes, source, classes={"left femur": 3, "right femur": 3, "cast": 0})
+    assert [mask[5, 2], mask[5, 7], mask[5, 13]] == [3, 3, 0]
+    assert open_dataset(config(source.parent / "target")).class_names == ("left femur",)
+
+
+def test_unknown_labels_are_listed_together_with_the_declared(source: Path) -> None:
+    shapes = [shape("tibai", box(1, 1, 4, 4)), shape("ulna", box(5, 5, 8, 8)), shape("femur", box(9, 9, 12, 12))]
+    annotate(source / "a.json", "a.png", shapes, SIZE)
+    message = refused(source, classes={"femur": 1, "tibia": 2})
+    for words in ('"tibai" (in a.json) is not declared; did you mean tibia?', '"ulna"', "declares femur 1, tibia 2"):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../../etc/passwd", "/etc/passwd", "..\\..\\secret.png", "C:\\x.png", "\\\\server\\x.png", "..", "a\u0000.png"],
+)
+def test_an_image_path_that_leads_out_of_the_folder_is_refused(source: Path, path: str) -> None:
+    save(noise(3), source.parent / "secret.png")
+    annotate(source / "sub" / "evil.json", path, [shape("bone", box(1, 1, 5, 5))], SIZE, imageData=png(noise(1)))
+    message = refused(source)
+    assert "sub/evil.json: imagePath" in message
+    assert "leads out" in message
+
+
+def test_an_image_path_beside_the_json_folder_is_followed(source: Path) -> None:
+    annotate(source / "json" / "a.json", "../a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
+    assert (masks(source)["a.png"][1:6, 1:6] == 1).all()
+
+
+def test_every_problem_of_every_file_is_reported_at_once(source: Path) -> None:
+    good = [shape("bone", box(1, 1, 5, 5))]
+    bad: dict[str, tuple[list[Any], dict[str, Any], str]] = {
+        "size": (good, {"imageHeight": 10**30}, "imageHeight"),
+        "other": (good, {"imageHeight": 40, "imageWidth": 48}, "drawn on 48x40 pixels, but "),
+        "huge": (good, {"imageHeight": 10**8, "imageWidth": 10**8}, "drawn on 100000000x100000000 pixels"),
+        "nan": ([shape("bone", [[1, 1], [float("nan"), 2], [5, 5]])], {}, "finite"),
+        "inf": ([shape("bone", [[1, 1], [float("inf"), 2], [5, 5]])], {}, "finite"),
+        "far": ([shape("bone", [[1, 1], [1e8, 2], [5, 5]])], {}, "far outside"),
+        "circle": ([shape("bone", [[1, 1], [1e8, 2]], "circle")], {}, "far outside"),
+        "few": ([shape("bone", [[1, 1], [5, 5]])], {}, "a polygon of 2 points"),
+        "many": ([shape("bone", [[1, 1]] * 200_001)], {}, "200,001 points"),
+        "pairs": ([shape("bone", [[1, 1, 1], [2, 2], [3, 3]])], {}, "pairs"),
+        "text": ([shape("bone", [["1", 1], [2, 2], [3, 3]])], {}, "pairs"),
+        "half": ([shape("a\ud800", box(1, 1, 5, 5))], {}, "is no text"),
+        "label": ([shape("", box(1, 1, 5, 5)), {**good[0], "label": {"a": 1}}], {}, "label a dict is no text"),
+        "kind": ([shape("bone", box(1, 1, 5, 5), "spline")], {}, "shape_type 'spline' is unknown"),
+        "object": (["bone"], {}, "shape 1: no object"),
+        "shapes": (good, {"shapes": {"a": 1}}, "shapes is no list"),
+        "path": (good, {"imagePath": 7}, "imagePath is missing"),
+        "base64": ([shape("bone", [[1, 1], [3, 3]], "mask", mask="%%%")], {}, "no valid base64"),
+        "nopng": ([shape("bone", [[1, 1], [3, 3]], "mask", mask="AAAA")], {}, "its mask is no PNG"),
+        "nomask": ([shape("bone", [[1, 1], [3, 3]], "mask")], {}, "without its mask"),
+        "corner": ([shape("bone", [[1, 1], [9, 9]], "mask", mask=png(noise(0)))], {}, "24x20 pixels, but its corners"),
+        "gone": (good, {"imagePath": "none.png"}, "none.png does not exist, and none is embedded"),
+        "data": (good, {"imagePath": "no1.png", "imageData": "*"}, "imageData is no valid base64"),
+        "noimage": (good, {"imagePath": "no2.png", "imageData": "AAAA"}, "no PNG, JPEG"),
+        "datasize": (good, {"imagePath": "no3.png", "imageData": png(noise(0)[:9])}, "imageData has 24x9"),
+    }
+    for number, (name, (shapes, extra, _)) in enumerate(bad.items()):
+        save(noise(number), source / f"{name}.png")
+        annotate(source / f"{name}.json", f"{name}.png", shapes, None if name.startswith("no") else SIZE, **extra)
+    texts = {"deep": "[" * 100_000, "cut": '{"shapes": [', "digits": '{"shapes": ' + "9" * 5000 + "}"}
+    for name, text in texts.items():
+        (source / f"{name}.json").write_text(text)
+    (source / "bytes.json").write_bytes(b"\xff\xfe\x00{")
+    annotate(source / "twice.json", "size.png", good)
+    annotate(source / "again.json", "size.png", good)
+    message = refused(source)
+    for name, (_, _, reason) in bad.items():
+        lines = [line for line in message.splitlines() if line.startswith(f"  - {name}.json: ")]
+        assert any(reason in line for line in lines), (name, lines)
+    for name in (*texts, "bytes"):
+        assert f"  - {name}.json: " in message
+    assert "twice.json: size.png is annotated in again.json already" in message
+
+
+def test_a_bomb_inside_a_mask_shape_is_not_unpacked(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bomb = png(np.zeros((3000, 3000), np.uint8))
+    annotate(source / "a.json", "a.png", [shape("bone", [[0, 0], [9, 9]], "mask", mask=bomb)], SIZE)
+    assert "3000x3000 pixels, but its corners leave 10x10" in refused(source)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    annotate(source / "a.json", "gone.png", [shape("bone", box(1, 1, 5, 5))], imageData=bomb)
+    assert "bomb" in refused(source)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    damage=st.dictionaries(st.sampled_from(["shapes", "imagePath", "imageData", "imageHeight", "version"]), JSON),
+    inner=st.dictionaries(st.sampled_from(["label", "points", "shape_type", "mask"]), JSON),
+    kind=st.sampled_from(["polygon", "circle", "rectangle", "mask", "line"]),
+)
+def test_a_damaged_file_is_drawn_or_refused_but_never_crashes(
+    tmp_path: Path, damage: dict[str, Any], inner: dict[str, Any], kind: str
+) -> None:
+    whole = shape("bone", [[1, 1], [3, 3]], kind, mask=png(np.ones((3, 3), np.uint8)))
+    path = annotate(tmp_path / "a.json", "a.png", [whole | inner], SIZE, **damage)
+    with suppress(DataError):
+        annotation = read_annotation(path, "a.json")
+        if annotation is not None:
+            image_location(annotation, tmp_path, tmp_path)
+            assert rasterise(annotation.shapes, {s.label: 1 for s in annotation.shapes}, SIZE, "a").shape == SIZE
+
+
+def test_an_image_on_its_side_is_annotated_upright_as_labelme_shows_it(source: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(noise(5), source / "side.jpg", exif=exif)
+    annotate(source / "side.json", "side.jpg", [shape("bone", box(1, 1, 5, 15))], (WIDTH, HEIGHT))
+    assert masks(source)["side.png"].shape == (WIDTH, HEIGHT)
+    assert len(open_dataset(config(source.parent / "target")).samples) == 1
+
+
+def test_other_json_and_system_files_are_passed_over(source: Path) -> None:
+    (source / "coco.json").write_text('{"images": [], "annotations": []}')
+    (source / "list.json").write_text("[1, 2]")
+    (source / "._a.json").write_bytes(b"\x00\x05")
+    annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
+    notes = import_labelme(source, source.parent / "target")
+    assert "passed over, JSON but not LabelMe's: coco.json, list.json" in notes
+
+
+def test_a_folder_that_is_in_use_is_left_alone(source: Path, tmp_path: Path) -> None:
+    annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
+    with pytest.raises(UserError, match="not empty"):
+        import_labelme(source, source)
+    with pytest.raises(UserError, match="is no folder"):
+        import_labelme(tmp_path / "absent", tmp_path / "target")
+    (source / "a.json").unlink()
+    with pytest.raises(UserError, match="no LabelMe file"):
+        import_labelme(source, tmp_path / "target")
+    with pytest.raises(UserError, match="--classes bone 300"):
+        import_labelme(source, tmp_path / "target", classes={"bone": 300})
+
+
+def test_masks_of_one_stem_do_not_overwrite_each_other(source: Path) -> None:
+    save(noise(1), source / "A.bmp")
+    annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
+    annotate(source / "b.json", "A.bmp", [shape("bone", box(6, 6, 9, 9))], SIZE)
+    assert masks(source).keys() == {"a.png.png", "A.bmp.png"}
+
+
+def test_the_command_imports_and_reports(source: Path, tmp_path: Path) -> None:
+    annotate(source / "a.json", "a.png", [shape("femur", box(1, 1, 5, 5))], SIZE)
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pdrunet_jax.data", "import-labelme", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    good = run(source, tmp_path / "target", "--classes", "femur", "1", "tibia", "2")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "declared, but in no file: tibia" in good.stdout
+    bad = run(source, tmp_path / "other", "--classes", "tibia", "2")
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: ")
+    assert "Traceback" not in bad.stderr
+
+
+def redrawn(mask: np.ndarray, names: tuple[str, ...], folder: Path, tolerance: float) -> np.ndarray:
+    write_labelme(folder / "x.json", mask, names, "x.png", tolerance=tolerance)
+    annotation = read_annotation(folder / "x.json", "x.json")
+    assert annotation is not None
+    index_of = {name: index for index, name in enumerate(names, start=1)} | {"__ignore__": 255}
+    return rasterise(annotation.shapes, index_of, (mask.shape[0], mask.shape[1]), "x.json")
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_bones_survive_the_round_trip_at_one_pixel_of_tolerance(index: int, tmp_path: Path) -> None:
+    mask = draw(index, size=256).mask
+    again = redrawn(mask, ("bone",), tmp_path, 1.0)
+    assert dice(mask == 1, again == 1) >= 0.995
+    points = [len(shape["points"]) for shape in json.loads((tmp_path / "x.json").read_text())["shapes"]]
+    assert sum(points) < 200  # few enough to be moved by hand
+
+
+@pytest.mark.parametrize("degrees", [0, 7, 33, 45, 80, 90])
+def test_a_shaft_of_fifteen_pixels_survives_at_any_angle(degrees: int, tmp_path: Path) -> None:
+    rows, columns = np.mgrid[-128:128, -128:128]
+    turn = np.radians(degrees)
+    along = columns * np.cos(turn) + rows * np.sin(turn)
+    across = rows * np.cos(turn) - columns * np.sin(turn) - 6 * np.sin(along / 50)
+    mask = ((np.abs(along) < 90) & (np.abs(across) < 7.5 + 4 * (along / 90) ** 4)).astype(np.uint8)
+    assert dice(mask == 1, redrawn(mask, ("bone",), tmp_path, 1.0) == 1) >= 0.995
+
+
+def test_a_round_trip_without_tolerance_is_exact_for_holes_islands_and_neighbours(tmp_path: Path) -> None:
+    mask = np.zeros((40, 50), np.uint8)
+    mask[2:30, 3:25] = 1
+    mask[6:12, 6:12] = 0  # a hole
+    mask[8:10, 8:10] = 1  # an island in it
+    mask[15:25, 8:14] = 2  # another class inside
+    mask[10:38, 25:45] = 2
+    mask[20, 30] = 0  # a hole of one pixel
+    mask[0, 49] = mask[1, 48] = 1  # two that touch by a corner
+    mask[39, 0] = 2  # one pixel
+    mask[35, 5:15] = 1  # a line
+    mask[33:36, 46:50] = 255
+    assert (redrawn(mask, ("femur", "tibia"), tmp_path, 0.0) == mask).all()
+
+
+def test_no_outline_is_further_off_than_the_tolerance() -> None:
+    rows, columns = np.mgrid[:120, :150]
+    region = np.hypot((rows - 60) / 40, (columns - 75) / 60) + 0.05 * np.sin(columns / 3) < 1
+    (exact,), (simple,) = outlines(region, 0.0), outlines(region, 1.5)
+    assert len(simple) < len(exact) / 3
+    ends = np.roll(simple, -1, axis=0)
+    along = (ends - simple).astype(float)
+    offset = exact[:, None, :] - simple[None, :, :]
+    share = np.clip((offset * along[None]).sum(2) / (along**2).sum(1)[None, :], 0, 1)
+    distance = np.linalg.norm(offset - share[:, :, None] * along[None], axis=2).min(axis=1)
+    assert distance.max() <= 1.5 + 1e-6
+
+
+def test_what_is_written_is_a_labelme_5_file(tmp_path: Path) -> None:
+    mask = np.zeros(SIZE, np.uint8)
+    mask[3:12, 4:15] = 1
+    write_labelme(tmp_path / "x.json", mask, ("Oberschenkelknochen äöü",), "..\\images\\x.png")
+    content = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert content["version"].startswith("5.")
+    assert (content["imageHeight"], content["imageWidth"], content["imageData"]) == (HEIGHT, WIDTH, None)
+    assert content["imagePath"] == "../images/x.png"
+    (only,) = content["shapes"]
+    assert only.keys() == {"label", "points", "group_id", "description", "shape_type", "flags", "mask"}
+    assert (only["label"], only["shape_type"]) == ("Oberschenkelknochen äöü", "polygon")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+    assert sorted(only["points"]) == [[4.5, 3.5], [4.5, 11.5], [14.5, 3.5], [14.5, 11.5]]
+
+
+def test_a_mask_with_classes_that_have_no_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="class 2"):
+        write_labelme(tmp_path / "x.json", np.full(SIZE, 2, np.uint8), ("bone",), "x.png")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_labelme(tmp_path / "no" / "x.json", np.zeros(SIZE, np.uint8), ("bone",), "x.png")
