@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -15,6 +14,7 @@ from pdrunet_jax import compiling, metrics
 from pdrunet_jax.data.images import read_image, read_spacing, resize_image
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.scaling import unit_range
 
 
 class Prediction(NamedTuple):
@@ -112,7 +112,7 @@ def _compiled() -> Any:
     # Made at the first call: asking for the compiler's options starts the backend, which an import must not do.
     def run(graphdef: nnx.GraphDef[PDRUNet], state: nnx.State[Any, Any], images: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, state)
-        return model(images.astype(jnp.float32) / 255)
+        return model(unit_range(images))
 
     return compiling.jit(run, static_argnums=0)
 

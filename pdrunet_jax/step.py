@@ -21,6 +21,7 @@ from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.losses import Loss, make_loss
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.optim import make_optimizer, make_schedule
+from pdrunet_jax.scaling import unit_range
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -98,7 +99,7 @@ def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[j
         bool, false where the mask is to be ignored.
     """
     if soft:
-        return mask.astype(dtype) / 255, jnp.ones(mask.shape, bool)
+        return unit_range(mask, dtype), jnp.ones(mask.shape, bool)
     valid = mask != IGNORE
     return ((mask == 1).astype(dtype) if outputs == 1 else mask.astype(jnp.int32)), valid
 
@@ -120,7 +121,7 @@ def _train_step(
     soft = config.data.soft_masks
     dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32
     keys = sample_keys(random_stream(config.seed, _AUGMENT), batch["epoch"], batch["index"])
-    images, mask = augment(batch["image"].astype(dtype) / 255, batch["mask"], keys, config.augment, soft=soft)
+    images, mask = augment(unit_range(batch["image"], dtype), batch["mask"], keys, config.augment, soft=soft)
     target, valid = targets(mask, outputs=outputs, soft=soft, dtype=dtype)
     dropout_key = jax.random.fold_in(random_stream(config.seed, _DROPOUT), state.step)
 
@@ -205,7 +206,7 @@ def _eval_step(config: Config, graphdef: Any, outputs: int, params: Any, stats: 
     soft = config.data.soft_masks
     dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32
     target, valid = targets(batch["mask"], outputs=outputs, soft=soft, dtype=dtype)
-    logits = nnx.merge(graphdef, params, stats, copy=True)(batch["image"].astype(dtype) / 255)
+    logits = nnx.merge(graphdef, params, stats, copy=True)(unit_range(batch["image"], dtype))
     loss_function = make_loss(config.loss, outputs)
 
     def one(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pdrunet_jax import config_io
+from pdrunet_jax.scaling import unit_range
 from pdrunet_jax.step import build_model, create_state, make_eval_step, make_train_step
 
 SMALL = {
@@ -151,3 +152,10 @@ def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32() -> None:
     state, values = step(state, batch())
     kinds = {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.stats, values["loss"]))}
     assert kinds == {"float32", "int32"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scaling_is_a_correctly_rounded_division_when_compiled(dtype: str) -> None:
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    expected = values.astype(jnp.dtype(dtype)) / np.asarray(255, jnp.dtype(dtype))
+    assert np.array_equal(jax.jit(lambda x: unit_range(x, dtype))(values), expected)

@@ -79,7 +79,7 @@ _FAR = 1.2  # beyond every view
 
 def draw_limb(rng: np.random.Generator) -> Limb:
     """One patient's limb."""
-    kind = int(rng.choice(len(_KINDS), p=[0.25, 0.3, 0.2, 0.15, 0.1]))
+    kind = int(rng.choice(len(_KINDS), p=[0.2, 0.25, 0.25, 0.15, 0.15]))
     draw, thickness = _KINDS[kind]
     bones, blobs = draw(rng)
     zoom = float(rng.uniform(0.85, 1.15))
@@ -104,7 +104,7 @@ def draw_limb(rng: np.random.Generator) -> Limb:
 
 
 def _lower_leg(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
-    ankle = rng.random() < 0.6
+    ankle = rng.random() < 0.5
     if not ankle:
         return _knee(rng, float(rng.uniform(-0.5, -0.3)))
     end = float(rng.uniform(0.15, 0.55))
@@ -112,8 +112,8 @@ def _lower_leg(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     fibula = Bone(
         -_FAR,
         end + 0.05,
-        float(rng.uniform(0.085, 0.11)),
-        0.02,
+        float(rng.uniform(0.09, 0.115)),
+        0.025,
         CUT,
         End("head", 0.3, 0.7, 3.0),
         tilt=float(rng.uniform(-0.03, 0.02)),
@@ -133,14 +133,14 @@ def _knee(rng: np.random.Generator, joint: float | None = None) -> tuple[list[Bo
         -_FAR, joint - 0.012, 0.0, 0.06, CUT, End("condyles", 0.85, 0.85, 3.2), tilt=float(rng.uniform(-0.08, 0.08))
     )
     tibia = Bone(joint + 0.025, _FAR, -0.01, 0.056, End("plateau", 0.9, 0.9, 2.4), CUT)
-    fibula = Bone(joint + 0.09, _FAR, 0.1, 0.02, End("head", 0.5, 0.7, 2.5), CUT, tilt=0.02, cortex=0.5)
+    fibula = Bone(joint + 0.09, _FAR, 0.105, 0.025, End("head", 0.5, 0.7, 2.5), CUT, tilt=0.02, cortex=0.5)
     return [femur, tibia, fibula], [Blob(joint - 0.1, 0.0, 0.055, 0.05, 0.35)]
 
 
 def _forearm(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     gap = float(rng.uniform(0.055, 0.08))
     bow = float(rng.uniform(0.01, 0.035))
-    if rng.random() < 0.55:  # wrist
+    if rng.random() < 0.4:  # wrist
         end = float(rng.uniform(0.05, 0.4))
         radius = Bone(-_FAR, end, -gap, 0.034, CUT, End("slant", 0.75, 0.85, 3.4), bow=-bow, cortex=0.42)
         ulna = Bone(-_FAR, end - 0.03, gap * 0.95, 0.028, CUT, End("head", 0.15, 0.35, 2.2), bow=bow / 2, cortex=0.45)

@@ -29,9 +29,9 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int) -> tuple[NDArray
     u, v = _view(x, y, rng)
     soft, under_skin = project_soft_tissue(limb, u, v)
     muscle, haze, trabeculae = (_cloud(rng, cells, size) for cells in (9, 4, 90))
-    attenuation = 3.0 * soft * (1 + 0.04 * muscle) + 7 * project_blobs(limb.blobs, u, v)
+    attenuation = 3.0 * soft * (1 + 0.04 * muscle) + 4 * project_blobs(limb.blobs, u, v)
     if limb.ribs:
-        attenuation += 7 * project_ribs(limb, u, v, rng)
+        attenuation += 5 * project_ribs(limb, u, v, rng)
     if rng.random() < 0.06:
         attenuation += _cast(under_skin, trabeculae, rng)
 
@@ -58,7 +58,7 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int) -> tuple[NDArray
 def _view(x: Array, y: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """Limb coordinates of the pixels: turned, scaled, shifted, mirrored."""
     angle = rng.normal(0, 14) if rng.random() < 0.85 else rng.uniform(-180, 180)
-    scale = rng.uniform(1.0, 1.3)
+    scale = rng.uniform(1.05, 1.35)
     shift = rng.uniform(-0.08, 0.08, 2)
     cos, sin = np.cos(np.radians(angle)) / scale, np.sin(np.radians(angle)) / scale
     u = np.float32(cos) * y + np.float32(sin) * x + np.float32(shift[0])
@@ -134,7 +134,7 @@ def _expose(
     low, high = np.percentile(signal[bone if bone.any() else body], (2, 98))
     soft = np.percentile(signal[body & ~bone], rng.uniform(5, 60))
     contrast = max(high - soft, 0.3)
-    bottom = min(soft, low) - contrast * rng.uniform(0.0, 1.3)
+    bottom = min(soft, low) - contrast * rng.uniform(0.0, 1.1)
     top = high + contrast * rng.uniform(-0.1, 0.6)
     display = np.clip((signal - bottom) / (top - bottom), 0, 1)
     return np.asarray(display**2 ** rng.uniform(-0.7, 0.9), np.float32)

@@ -1,0 +1,72 @@
+"""The session's settings, restored afterwards, and the error budget at its end."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+import torch
+
+from parity_tests.budget import Budget
+
+REPORT = Path(__file__).parent / "report" / "parity_report.json"
+
+SETTINGS = {
+    "jax_enable_x64": True,  # float32 cases name their dtype
+    "jax_default_matmul_precision": "highest",  # GPUs would convolve in TF32, with errors of 1e-2
+    "jax_numpy_rank_promotion": "raise",
+}
+
+_BUDGET = pytest.StashKey[Budget]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--parity-report", type=Path, default=REPORT, help=f"JSON file of the error budget ({REPORT})")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_BUDGET] = Budget()
+
+
+@pytest.fixture(scope="package", autouse=True)
+def settings(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Both frameworks in their most exact and deterministic mode."""
+    cache = getattr(pytestconfig, "cache", None)  # absent under `-p no:cacheprovider`
+    if jax.config.jax_compilation_cache_dir is None and cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    for name, value in SETTINGS.items():
+        jax.config.update(name, value)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)  # small arrays; and the order of sums then does not depend on the machine
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+@pytest.fixture(scope="session")
+def budget(pytestconfig: pytest.Config) -> Budget:
+    """Holds a comparison to its tolerance and notes what was measured."""
+    return pytestconfig.stash[_BUDGET]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    budget = config.stash.get(_BUDGET, None)
+    if budget is None or not budget.rows:
+        return
+    terminalreporter.section("error budget, JAX against PyTorch")
+    for line in budget.lines():
+        terminalreporter.write_line(line)
+    path = config.getoption("--parity-report", REPORT)
+    budget.write(path)
+    if path == REPORT:  # generated where the tests are, so it says itself that it is not to be kept
+        (path.parent / ".gitignore").write_text("*\n", encoding="utf-8")
+    terminalreporter.write_line(f"written to {path}")

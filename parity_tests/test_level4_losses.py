@@ -1,0 +1,154 @@
+"""Level 4: losses and their gradients, metrics, and preprocessing."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from PIL import Image
+from torch.nn import functional as F
+from torchmetrics.functional import classification as reference
+
+from parity_tests.budget import Budget
+from parity_tests.cases import DTYPES
+from parity_tests.compare import largest, relative
+from parity_tests.pairs import nchw, nhwc, torch_target
+from pdrunet_jax import inference, metrics
+from pdrunet_jax.config import LossConfig
+from pdrunet_jax.data.images import resize_image
+from pdrunet_jax.losses import make_loss
+from pdrunet_torch_ref import training
+
+SHAPE = (3, 9, 11)
+
+LOSSES = [
+    *((name, 1) for name in ("bce", "dice", "bce_dice", "focal", "tversky")),
+    *((name, outputs) for name in ("ce", "dice", "ce_dice", "tversky") for outputs in (2, 5)),
+]
+
+
+def logits_and_target(outputs: int, dtype: str, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits (N, H, W, K), target and valid pixels: with `kind` "soft" grey targets, "ignored" or "empty" pixels."""
+    rng = np.random.default_rng(outputs)
+    logits = (3 * rng.standard_normal((*SHAPE, outputs))).astype(dtype)
+    logits.flat[::97] *= 30  # saturated probabilities
+    target = rng.integers(0, max(outputs, 2), SHAPE)
+    valid = np.ones(SHAPE, bool)
+    if kind == "ignored":
+        valid = rng.random(SHAPE) < 0.8
+        target[~valid] = 255
+    if kind == "empty":
+        target[0] = 0
+    if outputs == 1:
+        soft = rng.random(SHAPE) if kind == "soft" else np.where(valid, target, 0)
+        return logits, soft.astype(dtype), valid
+    return logits, target.astype(np.int32), valid
+
+
+def compare_loss(budget: Budget, dtype: str, ours: Any, theirs: Any, data: Any, where: str) -> None:
+    logits, target, valid = data
+    value, gradient = jax.value_and_grad(ours)(jnp.asarray(logits), jnp.asarray(target), jnp.asarray(valid))
+    tensor = nchw(logits).requires_grad_()
+    want = theirs(tensor, torch_target(target), torch.from_numpy(valid))
+    want.backward()
+    assert value.dtype == dtype
+    budget.hold(4, "loss", dtype, {"value": relative(np.asarray(value), want.detach().numpy())}, where)
+    budget.hold(4, "loss gradient", dtype, {"gradient": relative(np.asarray(gradient), nhwc(tensor.grad))}, where)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kind", "weighted"), [("plain", False), ("ignored", False), ("empty", False), ("ignored", True)]
+)
+@pytest.mark.parametrize(("name", "outputs"), LOSSES)
+def test_loss_and_gradient_agree(
+    name: str, outputs: int, kind: str, weighted: bool, dtype: str, budget: Budget
+) -> None:
+    weights = tuple(0.5 + 0.75 * i for i in range(max(outputs, 2))) if weighted else ()
+    ours = make_loss(LossConfig(name=name, class_weights=weights), outputs)  # type: ignore[arg-type]
+    theirs = training.make_loss(name, outputs, class_weights=weights)
+    where = f"{name} {outputs} {kind}{' weighted' if weighted else ''}"
+    compare_loss(budget, dtype, ours, theirs, logits_and_target(outputs, dtype, kind), where)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["bce", "dice", "bce_dice", "focal", "tversky"])
+def test_losses_agree_on_soft_targets(name: str, dtype: str, budget: Budget) -> None:
+    ours = make_loss(LossConfig(name=name), 1)  # type: ignore[arg-type]
+    data = logits_and_target(1, dtype, "soft")
+    compare_loss(budget, dtype, ours, training.make_loss(name, 1), data, f"{name} soft")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unweighted_entropies_are_one_call_of_pytorch(dtype: str, budget: Budget) -> None:
+    """Straight against torch.nn.functional, nothing of the twin's in between."""
+    bce = make_loss(LossConfig(name="bce"), 1)
+    data = logits_and_target(1, dtype, "plain")
+    compare_loss(
+        budget, dtype, bce, lambda x, t, _: F.binary_cross_entropy_with_logits(x[:, 0], t), data, "torch's own BCE"
+    )
+    ce = make_loss(LossConfig(name="ce"), 5)
+    data = logits_and_target(5, dtype, "ignored")
+    compare_loss(budget, dtype, ce, lambda x, t, _: F.cross_entropy(x, t, ignore_index=255), data, "torch's own CE")
+
+
+METRICS = {
+    "dice": ("f1_score", metrics.dice),
+    "iou": ("jaccard_index", metrics.iou),
+    "precision": ("precision", metrics.precision),
+    "recall": ("recall", metrics.recall),
+    "specificity": ("specificity", metrics.specificity),
+}
+
+
+@pytest.mark.parametrize("classes", [1, 4])
+def test_metrics_agree_with_torchmetrics(classes: int, budget: Budget) -> None:
+    rng = np.random.default_rng(classes)
+    shape = (4, 21, 15)
+    prediction, target = (rng.integers(0, classes + 1, shape) for _ in range(2))
+    valid = rng.random(shape) < 0.8
+    counts = metrics.confusion(*(jnp.asarray(a) for a in (prediction, target, valid)), classes)
+    theirs = torch.from_numpy(np.where(valid, target, -1))
+    errors = {}
+    for image in range(shape[0]):
+        for index in range(1, classes + 1):
+            # One class against the rest, with -1 for what is left out: the plainest form of every metric there.
+            truth = torch.where(theirs[image] < 0, -1, (theirs[image] == index).long())
+            guess = torch.from_numpy((prediction[image] == index).astype(np.int64))
+            stats = reference.binary_stat_scores(guess, truth, ignore_index=-1)[:4]
+            ours = [counts.tp, counts.fp, counts.tn, counts.fn]
+            for count, got, want in zip(["tp", "fp", "tn", "fn"], ours, stats, strict=True):
+                errors[f"{count} of class {index} in image {image}"] = abs(int(got[image, index - 1]) - int(want))
+            for name, (their_name, function) in METRICS.items():
+                want = float(getattr(reference, f"binary_{their_name}")(guess, truth, ignore_index=-1))
+                got = float(function(counts)[image, index - 1])
+                errors[f"{name} of class {index} in image {image}"] = abs(got - want)
+    budget.hold(4, "metrics", "float32", errors, f"{classes} classes")  # torchmetrics computes in float32
+
+
+class PassOn(nnx.Module):
+    """A network that returns what it is given."""
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        return images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(256, 256), (64, 96), (97, 61), (400, 300)])
+def test_preprocessing_is_bit_equal_to_pillow_and_torchvision_scaling(
+    size: tuple[int, int], channels: int, budget: Budget
+) -> None:
+    """torchvision's `Resize` on a Pillow image is Pillow's own `resize`; its `ToTensor` divides by 255 in float32."""
+    pixels = np.random.default_rng(0).integers(0, 256, (301, 207, channels), np.uint8)
+    ours = resize_image(pixels, size)
+    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    theirs = torch.from_numpy(np.array(picture.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(*size, channels))
+    scaled = inference.forward(PassOn(), ours[None])  # type: ignore[arg-type]
+    errors = {
+        "resize": largest(ours.astype(np.float64), theirs.double().numpy()),
+        "scaling": largest(np.asarray(scaled[0]), (theirs.to(torch.float32) / 255).numpy()),
+    }
+    budget.hold(4, "preprocessing", "float32", errors, f"{size[0]}x{size[1]}x{channels}")
