@@ -95,7 +95,8 @@ def project_ribs(limb: Limb, u: Array, v: Array, rng: np.random.Generator) -> Ar
     row = (u + slope * depth - np.float32(0.8) * depth**2) / spacing + phase
     inward = np.float32(0.22) - np.abs(row - np.round(row))  # in units of the spacing
     ring = np.clip(inward * 10, 0, 1) - np.float32(0.6) * np.clip((inward - np.float32(0.07)) * 10, 0, 1)
-    return np.float32(0.09) * ring * np.clip(depth * 14, 0, 1)
+    shadows: Array = np.float32(0.09) * ring * np.clip(depth * 14, 0, 1)
+    return shadows
 
 
 def _lookup(at: Array, knots: NDArray[np.float64], values: NDArray[np.float64]) -> Array:
@@ -104,7 +105,8 @@ def _lookup(at: Array, knots: NDArray[np.float64], values: NDArray[np.float64]) 
     position = np.clip((at - np.float32(knots[0])) * np.float32(last / (knots[-1] - knots[0])), 0, last - 1e-3)
     below = position.astype(np.int32)
     table = values.astype(np.float32)
-    return table[below] + (position - below).astype(np.float32) * np.diff(table)[below]
+    found: Array = table[below] + (position - below).astype(np.float32) * np.diff(table)[below]
+    return found
 
 
 def _cap(shape: EndShape, across: Array) -> Array:

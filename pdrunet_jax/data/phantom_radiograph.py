@@ -71,7 +71,8 @@ def _cloud(rng: np.random.Generator, cells: int, size: int) -> Array:
     position = np.linspace(0, cells - 1, size)
     weights = np.clip(1 - np.abs(position[:, None] - np.arange(cells)[None, :]), 0, 1).astype(np.float32)
     grid = rng.standard_normal((cells, cells), np.float32)
-    return weights @ grid @ weights.T
+    cloud: Array = weights @ grid @ weights.T
+    return cloud
 
 
 def _cast(under_skin: Array, texture: Array, rng: np.random.Generator) -> Array:
@@ -91,7 +92,8 @@ def _implant(bone: Bone, u: Array, v: Array, rng: np.random.Generator, pixel: fl
     across = v - bone.offset - bone.tilt * u - middle
 
     def box(inside: Array) -> Array:
-        return np.clip(inside / np.float32(pixel) + np.float32(0.5), 0, 1)
+        coverage: Array = np.clip(inside / np.float32(pixel) + np.float32(0.5), 0, 1)
+        return coverage
 
     within = np.minimum(u - begin, begin + length - u)
     kind = rng.random()
