@@ -5,6 +5,7 @@ the way in and halve on the way out, and long skips that are additions.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -65,30 +66,10 @@ class Block(nnx.Module):
 
     def __call__(self, x: Activation, *, path: Path, train: bool, tap: Tap | None) -> Activation:
         """The block's output; arguments as in `conv_norm_relu`."""
-        names = [f"{self.name}.{part}" for part in ("first", "bnorm1", "second", "bnorm2")]
-        c1 = conv_norm_relu(
-            x,
-            self.first,
-            self.bnorm1,
-            None,
-            dilation=self.dilation,
-            path=path,
-            train=train,
-            tap=tap,
-            names=(names[0], names[1]),
-        )
+        layer = partial(conv_norm_relu, dilation=self.dilation, path=path, train=train, tap=tap)
+        c1 = layer(x, self.first, self.bnorm1, None, names=(f"{self.name}.first", f"{self.name}.bnorm1"))
         skip = (x if self.shortcut == "input" else c1) if self.residual else None
-        out = conv_norm_relu(
-            c1,
-            self.second,
-            self.bnorm2,
-            skip,
-            dilation=self.dilation,
-            path=path,
-            train=train,
-            tap=tap,
-            names=(names[2], names[3]),
-        )
+        out = layer(c1, self.second, self.bnorm2, skip, names=(f"{self.name}.second", f"{self.name}.bnorm2"))
         if tap is not None:
             tap(self.name, out.image())
         return out
