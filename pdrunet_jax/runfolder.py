@@ -19,8 +19,9 @@ from pdrunet_jax import config_io
 from pdrunet_jax.config import Config
 from pdrunet_jax.errors import RunError, UserError
 
-MAY_CHANGE = ("tracking", "data.threads", "data.cache")
-"""Settings that a resumed run may change: none of them has a part in the result."""
+MAY_CHANGE = ("tracking", "data.root", "data.threads", "data.cache")
+"""Settings that a resumed run may change: none of them has a part in the result. Wherever the data lie now, their
+fingerprint has to be the one that the checkpoints were saved with."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

@@ -93,7 +93,7 @@ def test_another_learning_rate_is_refused_with_a_diff_and_nothing_changes(tmp_pa
 
 def test_settings_without_a_part_in_the_result_may_change_and_restarts_are_recorded(tmp_path: Path) -> None:
     open_run(tmp_path, Config(), device="cpu")
-    changed = config(tracking={"wandb": "disabled"}, data={"threads": 0, "cache": "none"})
+    changed = config(tracking={"wandb": "disabled"}, data={"threads": 0, "cache": "none", "root": "moved"})
     run = open_run(tmp_path, changed, device="gpu")
     assert config_io.parse(run.config.read_text(), "config.toml") == changed
     record = tomllib.loads(run.config.read_text())["environment"]
