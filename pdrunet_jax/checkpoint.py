@@ -21,8 +21,9 @@ import orbax.checkpoint as ocp
 
 from pdrunet_jax import config_io
 from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.files import sync
 from pdrunet_jax.integrity import DIGEST, damage, seal
-from pdrunet_jax.runfolder import RunFolder, sync
+from pdrunet_jax.runfolder import RunFolder
 
 _WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
 

@@ -24,9 +24,9 @@ from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.masks import IGNORE, read_mask
 from pdrunet_jax.data.partition import Sample
 from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.files import atomic_write
 from pdrunet_jax.inference import check_threshold, classify, predict_batches, restore
 from pdrunet_jax.model import PDRUNet
-from pdrunet_jax.runfolder import atomic_write
 
 WORST = 6
 """Cases on worst.png."""

@@ -7,7 +7,7 @@ that guards the list itself.
 import hashlib
 from pathlib import Path
 
-from pdrunet_jax.runfolder import atomic_write, sync
+from pdrunet_jax.files import atomic_write, sync
 
 DIGEST = "digest.sha256"
 _GUARD = "# sha256 of the lines above: "

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pdrunet_jax.data.masks import IGNORE
-from pdrunet_jax.runfolder import atomic_write
+from pdrunet_jax.files import atomic_write
 
 COLOURS = (
     (86, 180, 233),

@@ -14,7 +14,8 @@ from typing import Any
 
 from pdrunet_jax import curves, pictures
 from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.runfolder import RunFolder, atomic_write
+from pdrunet_jax.files import atomic_write
+from pdrunet_jax.runfolder import RunFolder
 
 EVALUATION = Path("evaluation") / "test"
 """Where in the run folder the scores of the test split are."""

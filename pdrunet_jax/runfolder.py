@@ -18,6 +18,7 @@ import tomli_w
 from pdrunet_jax import config_io
 from pdrunet_jax.config import Config
 from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.files import atomic_write
 
 MAY_CHANGE = ("tracking", "data.root", "data.threads", "data.cache")
 """Settings that a resumed run may change: none of them has a part in the result. Wherever the data lie now, their
@@ -134,30 +135,3 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return revision or None
-
-
-def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write `path` so that it holds either what it held before or all of `data`, whatever happens.
-
-    Raises `OSError` if the disk refuses; the earlier file is then intact.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed process leaves no litter behind
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, from the system's memory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

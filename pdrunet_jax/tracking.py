@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from pdrunet_jax.config import Config
 from pdrunet_jax.errors import RunError
-from pdrunet_jax.runfolder import RunFolder, atomic_write
+from pdrunet_jax.files import atomic_write
+from pdrunet_jax.runfolder import RunFolder
 from pdrunet_jax.wandb_run import Picture, WandbRun
 
 __all__ = ["MetricsLog", "Picture", "Progress", "Tracker"]

@@ -193,7 +193,7 @@ def _report(values: Any, progress: Progress, clock: Clock, images: int) -> dict[
 
 def _not_finite(run: "RunFolder", state: "TrainState", step: int, recent: list[Any], dataset: "Dataset") -> RunError:
     """Write down which samples were in the batch that gave a loss or gradient that is not finite."""
-    from pdrunet_jax.runfolder import atomic_write
+    from pdrunet_jax.files import atomic_write
 
     good = int(state.step)
     samples = [dataset.of("train")[int(index)].id for index in recent[good - step]]

@@ -15,7 +15,8 @@ import numpy as np
 
 from pdrunet_jax import config_io
 from pdrunet_jax.config import Config
-from pdrunet_jax.runfolder import RunFolder, atomic_write
+from pdrunet_jax.files import atomic_write
+from pdrunet_jax.runfolder import RunFolder
 
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 120.0

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.runfolder import atomic_write
+from pdrunet_jax.files import atomic_write
 
 OPTIONS_KEY = "pdrunet"
 """Key of our options, one JSON object, in the metadata header of a `.safetensors` file."""

@@ -12,7 +12,8 @@ import pytest
 from pdrunet_jax import config_io
 from pdrunet_jax.config import Config
 from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.runfolder import RunFolder, atomic_write, environment, git_revision, open_run
+from pdrunet_jax.files import atomic_write
+from pdrunet_jax.runfolder import RunFolder, environment, git_revision, open_run
 
 HOLD = """
 import sys, time
@@ -123,7 +124,7 @@ def test_a_failed_write_leaves_the_earlier_file_and_no_litter(tmp_path: Path) ->
     program = f"""
 import resource, signal
 from pathlib import Path
-from pdrunet_jax.runfolder import atomic_write
+from pdrunet_jax.files import atomic_write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 atomic_write(Path({str(path)!r}), b"x" * 5000)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import posixpath
 from collections import Counter
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pdrunet_jax.data.layouts import MANIFEST, read_manifest
 from pdrunet_jax.data.partition import split_counts
 from pdrunet_jax.data.scan import class_shares
 from pdrunet_jax.errors import UserError
+from pdrunet_jax.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def split(options: Split) -> None:
     writer = csv.DictWriter(text, [*columns, "split"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    temporary = path.with_name(f".{MANIFEST}.{os.getpid()}")
-    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    atomic_write(path, text.getvalue())
     print(f"{path}: {split_counts(samples)}")
 
 

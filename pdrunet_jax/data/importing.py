@@ -2,10 +2,7 @@
 
 import csv
 import difflib
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,42 +73,6 @@ def check_classes(declared: Mapping[str, int]) -> None:
     for label, value in declared.items():
         if not 0 <= value <= IGNORE:
             raise UserError(f"--classes {label} {value}: a class has a value from 1 to 254, background 0, ignore 255")
-
-
-def require_vacant(root: Path) -> None:
-    """Raise `UserError` if `root` is anything but absent or an empty folder."""
-    try:
-        vacant = not root.exists() or (root.is_dir() and not any(root.iterdir()))
-    except OSError as error:
-        raise UserError(f"{root}: {error.strerror}") from None
-    if not vacant:
-        raise UserError(f"{root} exists and is not empty; name a new folder, or remove it")
-
-
-@contextmanager
-def new_folder(root: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `root` in one step when the block ends well, and vanishes when it does not.
-
-    Raises `UserError` if `root` holds something already, or cannot be written.
-    """
-    require_vacant(root)
-    try:
-        parent = root.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=parent))
-    except OSError as error:
-        raise UserError(f"{root} cannot be written: {error.strerror}") from None
-    try:
-        folder = workplace / "dataset"  # made here with the usual permissions; mkdtemp's own folder is private
-        folder.mkdir()
-        yield folder
-        if root.exists():
-            root.rmdir()
-        folder.rename(root)
-    except OSError as error:
-        raise UserError(f"{root} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
 
 
 def save_index_mask(mask: np.ndarray, path: Path) -> None:

@@ -8,19 +8,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pdrunet_jax.data.images import SUFFIXES, decode_image, read_bytes
-from pdrunet_jax.data.importing import (
-    check_classes,
-    label_table,
-    new_folder,
-    require_vacant,
-    save_index_mask,
-    write_description,
-    write_manifest,
-)
+from pdrunet_jax.data.importing import check_classes, label_table, save_index_mask, write_description, write_manifest
 from pdrunet_jax.data.labelme_shapes import Annotation, image_location, rasterise, read_annotation, without_boxes
 from pdrunet_jax.data.layouts import files_below, some
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.files import new_folder, require_vacant
 
 Boxes = Literal["drop", "keep"]
 

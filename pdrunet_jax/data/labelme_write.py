@@ -1,7 +1,6 @@
 """Masks as LabelMe files, so that a person can correct a prediction by hand and train on it."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pdrunet_jax.data.contours import Ring, outlines
 from pdrunet_jax.data.labelme_shapes import IGNORE_LABEL
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.errors import UserError
+from pdrunet_jax.files import atomic_write
 
 VERSION = "5.5.0"
 """The version of LabelMe whose files these are."""
@@ -51,12 +51,9 @@ def write_labelme(
         "imageHeight": mask.shape[0],
         "imageWidth": mask.shape[1],
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-        os.replace(temporary, path)
+        atomic_write(path, json.dumps(content, ensure_ascii=False, indent=2))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdrunet_jax.data.images import decode_image, read_bytes
-from pdrunet_jax.data.importing import new_folder, require_vacant, save_index_mask, write_description, write_manifest
+from pdrunet_jax.data.importing import save_index_mask, write_description, write_manifest
 from pdrunet_jax.data.labelme import Boxes
 from pdrunet_jax.data.layouts import some
 from pdrunet_jax.data.masks import IGNORE
@@ -15,6 +15,7 @@ from pdrunet_jax.data.mura_files import View, find_views, match_masks, mura_root
 from pdrunet_jax.data.mura_masks import DrawnMasks, ImageMasks
 from pdrunet_jax.data.split import assign, overlaps, together
 from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.files import new_folder, require_vacant
 
 REGIONS = ("ELBOW", "FINGER", "FOREARM", "HAND", "HUMERUS", "SHOULDER", "WRIST")
 

@@ -4,8 +4,6 @@ Everything depends on the seed and the picture's index alone, so pictures can be
 """
 
 import csv
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from PIL import Image
 from pdrunet_jax.data.phantom_anatomy import draw_limb
 from pdrunet_jax.data.phantom_radiograph import radiograph
 from pdrunet_jax.errors import UserError
+from pdrunet_jax.files import new_folder
 
 SMALLEST = 32
 """Side, in pixels, below which a bone is no longer recognisable."""
@@ -64,23 +63,8 @@ def write_dataset(root: Path, count: int, seed: int = 0, size: int = 256) -> Non
         raise UserError(f"{count} phantoms cannot be drawn; ask for at least one")
     if size < SMALLEST:
         raise UserError(f"phantoms of {size} pixels show nothing; ask for at least {SMALLEST}")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} exists and is not empty; name another folder for the phantoms or remove it")
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    except OSError as error:
-        raise UserError(f"phantoms cannot be written to {root}: {error.strerror}") from error
-    try:
-        folder = workplace / "dataset"  # made here with the usual permissions; mkdtemp's own folder is private
+    with new_folder(root, "phantoms") as folder:
         _write_files(folder, count, seed, size)
-        if root.exists():
-            root.rmdir()
-        folder.rename(root)
-    except OSError as error:
-        raise UserError(f"phantoms cannot be written to {root}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
 
 
 def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
