@@ -1,12 +1,12 @@
 """The comparisons that the levels share, and that the negative controls must make fail."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.stats import ks_2samp
 
 from parity_tests.budget import Budget
-from parity_tests.pairs import Case, Pass
+from parity_tests.case import Arrays, Case, Pass, Trajectory
 
 
 def largest(got: np.ndarray, want: np.ndarray) -> float:
@@ -108,3 +108,72 @@ def compare_initialisation(
         ours, theirs = pooled
         errors = {leaf: float(ks_2samp(ours, theirs).statistic), "largest": abs(float(np.abs(ours).max()) - 1)}
         budget.hold(2, comparison, dtype, errors)
+
+
+def compare_updates(budget: Budget, dtype: str, got: Sequence[Arrays], want: Sequence[Arrays], where: str) -> None:
+    """Level 7: parameters after each update, relative to the largest."""
+    errors = {
+        f"{name} after update {number + 1}": relative(ours[name], array)
+        for number, (ours, theirs) in enumerate(zip(got, want, strict=True))
+        for name, array in theirs.items()
+    }
+    budget.hold(7, "updates", dtype, errors, where)
+
+
+def compare_trajectories(budget: Budget, level: int, case: Case, got: Trajectory, want: Trajectory, where: str) -> None:
+    """Levels 8 and 9: every loss; every parameter and buffer after the last step; logits in evaluation mode.
+
+    A bias before BatchNorm has no effect on the loss, so its gradient is rounding noise, of which Adam makes steps. The
+    running mean follows it, and so do, in evaluation mode, the logits; those three have bounds of their own.
+    """
+    same_names(got.arrays, want.arrays, "arrays")
+    losses = {f"step {i + 1}": abs(a - b) for i, (a, b) in enumerate(zip(got.losses, want.losses, strict=True))}
+    budget.hold(level, "loss of training steps", case.dtype, losses, where)
+    kinds: dict[str, dict[str, float]] = {}
+    for name, array in want.arrays.items():
+        error = largest(got.arrays[name], array)
+        scale = max(1.0, float(np.abs(array).max(initial=0.0)))
+        if name.endswith("num_batches_tracked"):
+            kinds.setdefault("batches tracked", {})[name] = error
+        elif name.endswith("running_mean"):
+            kinds.setdefault("running mean after steps", {})[name] = error / scale
+        elif name.endswith("running_var"):
+            kinds.setdefault("running variance", {})[name] = error / scale
+        elif case.norm == "batch" and name.endswith(("first.bias", "second.bias")):
+            kinds.setdefault("biases before BatchNorm", {})[name] = error
+        elif array.ndim == 4:
+            kinds.setdefault("kernels", {})[name] = error
+        else:
+            kinds.setdefault("scales and biases", {})[name] = error
+    for kind, errors in kinds.items():
+        budget.hold(level, kind, case.dtype, errors, where)
+    scale = max(1.0, float(np.abs(want.logits).max()))
+    mode = "with" if case.norm == "batch" else "without"
+    budget.hold(
+        level, f"logits at the end, {mode} BatchNorm", case.dtype, {"logits": largest(got.logits, want.logits) / scale},
+        where,
+    )  # fmt: skip
+
+
+def compare_paths(budget: Budget, what: str, dtype: str, case: Case, got: Arrays, want: Arrays, where: str) -> None:
+    """Level 10: logits relative to their largest, everything else as a share of its norm."""
+    same_names(got, want, "arrays")
+    scale = max(1.0, float(np.abs(want["logits"]).max()))
+    budget.hold(10, f"{what}: logits", dtype, {"logits": largest(got["logits"], want["logits"]) / scale}, where)
+    gradients, buffers = {}, {}
+    for name, array in want.items():
+        if name.endswith(("running_mean", "running_var", "num_batches_tracked")):
+            buffers[name] = relative(got[name], array)
+        elif case.norm == "batch" and name.endswith(("first.bias", "second.bias")):
+            kernel = want[name.replace("bias", "weight")]  # a zero gradient; see `compare_gradients`
+            gradients[name] = float(np.linalg.norm(got[name] - array) / np.linalg.norm(kernel))
+        elif name != "logits":
+            gradients[name] = of_norm(got[name], array)
+    if what == "bfloat16":
+        # Small gradients drown in the rounding of large activations; what moves the network is all of them together.
+        names = [name for name in gradients if name != "loss"]
+        together = [np.concatenate([arrays[name].ravel() for name in names]) for arrays in (got, want)]
+        gradients = {"loss": gradients["loss"], "all": of_norm(*together)}
+    for kind, errors in (("gradients", gradients), ("buffers", buffers)):
+        if errors:
+            budget.hold(10, f"{what}: {kind}", dtype, errors, where)

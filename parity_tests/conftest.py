@@ -7,6 +7,7 @@ import jax
 import pytest
 import torch
 
+from parity_tests import report, torch_side
 from parity_tests.budget import Budget
 
 REPORT = Path(__file__).parent / "report" / "parity_report.json"
@@ -18,10 +19,21 @@ SETTINGS = {
 }
 
 _BUDGET = pytest.StashKey[Budget]()
+_DEVICES = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--parity-report", type=Path, default=REPORT, help=f"JSON file of the error budget ({REPORT})")
+    parser.addoption(
+        "--parity-report",
+        type=Path,
+        default=REPORT,
+        help=f"JSON file of the error budget, with a page of the same name beside it ({REPORT})",
+    )
+    parser.addoption(
+        "--torch-process",
+        action="store_true",
+        help="run PyTorch in a process of its own, on a GPU where it sees one; as is done where JAX runs on a GPU",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,10 +53,15 @@ def settings(pytestconfig: pytest.Config) -> Iterator[None]:
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
-    torch.use_deterministic_algorithms(True)
-    torch.set_num_threads(1)  # small arrays; and the order of sums then does not depend on the machine
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch_side.exact()
+    theirs = "CPU"
+    if jax.default_backend() != "cpu" or pytestconfig.getoption("--torch-process", False):
+        theirs = torch_side.own_process() + ", in a process of its own"
+    # Elsewhere the errors are others, and the standard itself is what they are held to.
+    Budget.measured_here = jax.default_backend() == "cpu" and theirs.startswith("CPU")
+    pytestconfig.stash[_DEVICES] = {"JAX": jax.devices()[0].device_kind, "PyTorch": theirs}
     yield
+    torch_side.end_process()
     for name, value in before.items():
         jax.config.update(name, value)
     torch.use_deterministic_algorithms(deterministic)
@@ -62,11 +79,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     budget = config.stash.get(_BUDGET, None)
     if budget is None or not budget.rows:
         return
+    devices = config.stash.get(_DEVICES, {})
     terminalreporter.section("error budget, JAX against PyTorch")
     for line in budget.lines():
         terminalreporter.write_line(line)
     path = config.getoption("--parity-report", REPORT)
-    budget.write(path)
+    page = report.write(path, budget, devices)
     if path == REPORT:  # generated where the tests are, so it says itself that it is not to be kept
         (path.parent / ".gitignore").write_text("*\n", encoding="utf-8")
-    terminalreporter.write_line(f"written to {path}")
+    terminalreporter.write_line(f"written to {path} and {page}")

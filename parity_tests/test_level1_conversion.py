@@ -11,9 +11,11 @@ import torch
 from flax import nnx
 
 from parity_tests.budget import Budget
+from parity_tests.case import Arrays, Case
 from parity_tests.cases import DTYPES
 from parity_tests.compare import largest, same_names
-from parity_tests.pairs import Arrays, Case, make_flax, make_twin, state_arrays
+from parity_tests.jax_side import make_flax
+from parity_tests.torch_side import make_twin, state_arrays
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.weights import dead_entries, from_public, read_weights, table, to_public, write_pth, write_safetensors
 from pdrunet_torch_ref import PDRUNet as Twin
@@ -118,7 +120,7 @@ def test_parameter_counts_are_those_of_the_public_code() -> None:
 
 
 def test_the_count_of_batches_survives_the_change_of_its_type() -> None:
-    model = make_flax(make_twin(Case()), Case())
+    model = make_flax(state_arrays(make_twin(Case())), Case())
     assert model.e1.bnorm1.num_batches_tracked[...].dtype == jnp.int32
     _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     count = to_public(params, stats)["e1.bnorm1.num_batches_tracked"]

@@ -9,9 +9,10 @@ import torch
 from flax import nnx
 
 from parity_tests.budget import Budget
+from parity_tests.case import Arrays
 from parity_tests.cases import DTYPES
 from parity_tests.compare import compare_initialisation
-from parity_tests.pairs import Arrays, state_arrays
+from parity_tests.torch_side import state_arrays
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.weights import to_public
 from pdrunet_torch_ref import PDRUNet as Twin

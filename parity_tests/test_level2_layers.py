@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch.nn import functional as F
 
+from parity_tests import torch_side
 from parity_tests.budget import Budget
-from parity_tests.cases import DTYPES
+from parity_tests.case import Case
+from parity_tests.cases import DTYPES, state_of
 from parity_tests.compare import relative
-from parity_tests.pairs import Case, compile_case, make_flax, make_twin, nchw, nhwc
+from parity_tests.jax_side import compiled, make_flax
+from parity_tests.torch_side import on_torch
 from pdrunet_jax import layers
 from pdrunet_jax.layers import PATHS
 from pdrunet_jax.model import BLOCKS
-from pdrunet_torch_ref.model import Dropout
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
 SIZES = {"plain": ((97, 61), (20, 12)), "polyphase": ((32, 64), (20, 12)), "fused": ((32, 64), (20, 12))}
@@ -45,11 +46,9 @@ def test_convolution_agrees_at_every_dilation(path: str, dtype: str, budget: Bud
         def every(x: jax.Array, conv: layers.Conv = conv) -> dict[int, jax.Array]:
             return {d: layer(x, conv, None, dilation=d, path=path, train=False) for d in DILATIONS}
 
-        got = compile_case(every)(jnp.asarray(x))
-        errors = {}
-        for d in DILATIONS:
-            want = F.conv2d(nchw(x), torch.from_numpy(kernel), torch.from_numpy(bias), padding=d, dilation=d)
-            errors[f"dilation {d}"] = relative(np.asarray(got[d]), nhwc(torch.relu(want)))
+        got = compiled(every)(jnp.asarray(x))
+        want = on_torch(torch_side.convolutions, x, kernel, bias, DILATIONS)
+        errors = {f"dilation {d}": relative(np.asarray(got[d]), want[d]) for d in DILATIONS}
         budget.hold(2, "convolution", dtype, errors, f"{path} {size[0]}x{size[1]}")
 
 
@@ -60,19 +59,17 @@ def test_convolution_agrees_at_every_dilation(path: str, dtype: str, budget: Bud
 def test_batch_norm_agrees_for_any_mean_and_deviation(
     mean: float, deviation: float, path: str, train: bool, dtype: str, budget: Budget
 ) -> None:
+    compare_batch_norm(budget, mean, deviation, path, train, dtype)
+
+
+def compare_batch_norm(budget: Budget, mean: float, deviation: float, path: str, train: bool, dtype: str) -> None:
     channels = 6
     x = (mean + deviation * random((3, 8, 16, channels), dtype)).astype(dtype)
-    twin = torch.nn.BatchNorm2d(channels, dtype=getattr(torch, dtype)).train(train)
-    torch.manual_seed(0)
-    torch.nn.init.uniform_(twin.weight, 0.5, 1.5)
-    torch.nn.init.normal_(twin.bias)
-    twin.running_mean.fill_(mean)
-    twin.running_var.fill_(deviation**2)
+    want = on_torch(torch_side.batch_norm, x, mean, deviation, train)
     norm = layers.BatchNorm(channels, dtype=jnp.dtype(dtype))
-    for ours, theirs in ((norm.scale, twin.weight), (norm.bias, twin.bias)):
-        ours[...] = jnp.asarray(theirs.detach().numpy())
-    norm.running_mean[...] = jnp.asarray(twin.running_mean.numpy().copy())
-    norm.running_var[...] = jnp.asarray(twin.running_var.numpy().copy())
+    norm.scale[...], norm.bias[...] = jnp.asarray(want["weight"]), jnp.asarray(want["bias"])
+    norm.running_mean[...] = jnp.asarray(want["running_mean"])
+    norm.running_var[...] = jnp.asarray(want["running_var"])
     # A kernel that passes its input on unchanged leaves the normalisation alone.
     conv = layers.Conv(channels, channels, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     conv.kernel[...] = jnp.zeros_like(conv.kernel[...]).at[1, 1].set(jnp.eye(channels, dtype=dtype))
@@ -85,14 +82,13 @@ def test_batch_norm_agrees_for_any_mean_and_deviation(
         out = layer(x, conv, inner, dilation=1, path=path, train=train)
         return out, (inner.running_mean[...], inner.running_var[...])
 
-    out, (running_mean, running_var) = compile_case(run)(jnp.asarray(x), state)
-    want = nhwc(torch.relu(twin(nchw(x))))
+    out, (running_mean, running_var) = compiled(run)(jnp.asarray(x), state)
     # What the input is rounded to bounds what can be expected of either framework: an error of `mean` times that.
     scale = max(1.0, abs(mean) / deviation)
     errors = {
-        "output": relative(np.asarray(out), want) / scale,
-        "running mean": relative(np.asarray(running_mean), twin.running_mean.numpy()),
-        "running variance": relative(np.asarray(running_var), twin.running_var.numpy()) / scale,
+        "output": relative(np.asarray(out), want["output"]) / scale,
+        "running mean": relative(np.asarray(running_mean), want["new_running_mean"]),
+        "running variance": relative(np.asarray(running_var), want["new_running_var"]) / scale,
     }
     budget.hold(2, f"batch norm, {'train' if train else 'eval'}", dtype, errors, f"{path}, {mean:g} +- {deviation:g}")
 
@@ -116,8 +112,8 @@ def test_every_block_agrees_on_an_input_of_its_own(
 ) -> None:
     case = Case(shortcut=shortcut, norm=norm, path=path, dtype=dtype)
     height, width = SIZES[path][1]
-    twin = make_twin(case).train(train)
-    graph, params, stats = nnx.split(make_flax(twin, case), nnx.Param, nnx.BatchStat)
+    arrays = state_of(case)
+    graph, params, stats = nnx.split(make_flax(arrays, case), nnx.Param, nnx.BatchStat)
     blocks = {name: name.replace("_", ".") if name.startswith("bottleneck") else name for name in BLOCKS}
     inputs = {
         name: random((2, height, width, case.in_channels if name == "std_block" else case.filters), dtype, i)
@@ -131,21 +127,19 @@ def test_every_block_agrees_on_an_input_of_its_own(
             for name, x in inputs.items()
         }
 
-    got = compile_case(every)(params, stats, jax.tree.map(jnp.asarray, inputs))
-    errors = {
-        name: relative(np.asarray(got[name]), nhwc(twin.get_submodule(public)(nchw(inputs[name]))))
-        for name, public in blocks.items()
-    }
+    got = compiled(every)(params, stats, jax.tree.map(jnp.asarray, inputs))
+    theirs = {public: inputs[name] for name, public in blocks.items()}
+    want = on_torch(torch_side.blocks, case, arrays, theirs, train)
+    errors = {name: relative(np.asarray(got[name]), want[public]) for name, public in blocks.items()}
     budget.hold(2, f"block, {'train' if train else 'eval'}", dtype, errors, str(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_agrees_on_an_injected_mask(dtype: str, budget: Budget) -> None:
     x, keep = random((2, 9, 7, 4), dtype), np.random.default_rng(1).random((2, 9, 7, 4)) >= 0.3
-    twin = Dropout(0.3).train()
-    twin.keep = nchw(keep)
     got = layers.dropout(jnp.asarray(x), 0.3, jnp.asarray(keep))
-    budget.hold(2, "dropout", dtype, {"output": relative(np.asarray(got), nhwc(twin(nchw(x))))})
+    want = on_torch(torch_side.dropped, x, keep, 0.3)
+    budget.hold(2, "dropout", dtype, {"output": relative(np.asarray(got), want)})
     # PyTorch's own dropout scales alike: what it keeps of ones is 1 / 0.7.
     kept = torch.nn.functional.dropout(torch.ones(1000, dtype=getattr(torch, dtype)), 0.3).max().item()
     assert float(got.max() / x[keep].max()) == pytest.approx(kept, rel=1e-6)

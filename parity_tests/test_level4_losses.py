@@ -1,6 +1,6 @@
 """Level 4: losses and their gradients, metrics, and preprocessing."""
 
-from typing import Any
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +9,18 @@ import pytest
 import torch
 from flax import nnx
 from PIL import Image
-from torch.nn import functional as F
 from torchmetrics.functional import classification as reference
 
+from parity_tests import jax_side, torch_side
 from parity_tests.budget import Budget
+from parity_tests.case import Objective
 from parity_tests.cases import DTYPES
 from parity_tests.compare import largest, relative
-from parity_tests.pairs import nchw, nhwc, torch_target
+from parity_tests.torch_side import on_torch
 from pdrunet_jax import inference, metrics
-from pdrunet_jax.config import LossConfig
 from pdrunet_jax.data.images import resize_image
-from pdrunet_jax.losses import make_loss
-from pdrunet_torch_ref import training
+
+Data = tuple[np.ndarray, Objective]
 
 SHAPE = (3, 9, 11)
 
@@ -30,8 +30,8 @@ LOSSES = [
 ]
 
 
-def logits_and_target(outputs: int, dtype: str, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Logits (N, H, W, K), target and valid pixels: with `kind` "soft" grey targets, "ignored" or "empty" pixels."""
+def make_data(name: str, outputs: int, dtype: str, kind: str, weights: tuple[float, ...] = ()) -> Data:
+    """Logits (N, H, W, K) and the loss `name`: with `kind` "soft" grey targets, "ignored" or "empty" pixels."""
     rng = np.random.default_rng(outputs)
     logits = (3 * rng.standard_normal((*SHAPE, outputs))).astype(dtype)
     logits.flat[::97] *= 30  # saturated probabilities
@@ -43,20 +43,19 @@ def logits_and_target(outputs: int, dtype: str, kind: str) -> tuple[np.ndarray, 
     if kind == "empty":
         target[0] = 0
     if outputs == 1:
-        soft = rng.random(SHAPE) if kind == "soft" else np.where(valid, target, 0)
-        return logits, soft.astype(dtype), valid
-    return logits, target.astype(np.int32), valid
+        truth = (rng.random(SHAPE) if kind == "soft" else np.where(valid, target, 0)).astype(dtype)
+    else:
+        truth = target.astype(np.int32)
+    return logits, Objective(name, outputs, truth, valid, weights)
 
 
-def compare_loss(budget: Budget, dtype: str, ours: Any, theirs: Any, data: Any, where: str) -> None:
-    logits, target, valid = data
-    value, gradient = jax.value_and_grad(ours)(jnp.asarray(logits), jnp.asarray(target), jnp.asarray(valid))
-    tensor = nchw(logits).requires_grad_()
-    want = theirs(tensor, torch_target(target), torch.from_numpy(valid))
-    want.backward()
+def compare_loss(budget: Budget, dtype: str, ours: Objective, theirs: Objective, logits: np.ndarray, kind: str) -> None:
+    value, gradient = jax.value_and_grad(jax_side.loss_of(ours))(jnp.asarray(logits))
+    want, want_gradient = on_torch(torch_side.loss_and_gradient, logits, theirs)
     assert value.dtype == dtype
-    budget.hold(4, "loss", dtype, {"value": relative(np.asarray(value), want.detach().numpy())}, where)
-    budget.hold(4, "loss gradient", dtype, {"gradient": relative(np.asarray(gradient), nhwc(tensor.grad))}, where)
+    where = f"{theirs.name} {theirs.outputs} {kind}{' weighted' if theirs.class_weights else ''}"
+    budget.hold(4, "loss", dtype, {"value": relative(np.asarray(value), want)}, where)
+    budget.hold(4, "loss gradient", dtype, {"gradient": relative(np.asarray(gradient), want_gradient)}, where)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,31 +67,25 @@ def test_loss_and_gradient_agree(
     name: str, outputs: int, kind: str, weighted: bool, dtype: str, budget: Budget
 ) -> None:
     weights = tuple(0.5 + 0.75 * i for i in range(max(outputs, 2))) if weighted else ()
-    ours = make_loss(LossConfig(name=name, class_weights=weights), outputs)  # type: ignore[arg-type]
-    theirs = training.make_loss(name, outputs, class_weights=weights)
-    where = f"{name} {outputs} {kind}{' weighted' if weighted else ''}"
-    compare_loss(budget, dtype, ours, theirs, logits_and_target(outputs, dtype, kind), where)
+    logits, objective = make_data(name, outputs, dtype, kind, weights)
+    compare_loss(budget, dtype, objective, objective, logits, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["bce", "dice", "bce_dice", "focal", "tversky"])
 def test_losses_agree_on_soft_targets(name: str, dtype: str, budget: Budget) -> None:
-    ours = make_loss(LossConfig(name=name), 1)  # type: ignore[arg-type]
-    data = logits_and_target(1, dtype, "soft")
-    compare_loss(budget, dtype, ours, training.make_loss(name, 1), data, f"{name} soft")
+    logits, objective = make_data(name, 1, dtype, "soft")
+    compare_loss(budget, dtype, objective, objective, logits, "soft")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_unweighted_entropies_are_one_call_of_pytorch(dtype: str, budget: Budget) -> None:
+@pytest.mark.parametrize(("name", "outputs", "kind"), [("bce", 1, "plain"), ("ce", 5, "ignored")])
+def test_unweighted_entropies_are_one_call_of_pytorch(
+    name: str, outputs: int, kind: str, dtype: str, budget: Budget
+) -> None:
     """Straight against torch.nn.functional, nothing of the twin's in between."""
-    bce = make_loss(LossConfig(name="bce"), 1)
-    data = logits_and_target(1, dtype, "plain")
-    compare_loss(
-        budget, dtype, bce, lambda x, t, _: F.binary_cross_entropy_with_logits(x[:, 0], t), data, "torch's own BCE"
-    )
-    ce = make_loss(LossConfig(name="ce"), 5)
-    data = logits_and_target(5, dtype, "ignored")
-    compare_loss(budget, dtype, ce, lambda x, t, _: F.cross_entropy(x, t, ignore_index=255), data, "torch's own CE")
+    logits, objective = make_data(name, outputs, dtype, kind)
+    compare_loss(budget, dtype, objective, dataclasses.replace(objective, name=f"torch {name}"), logits, kind)
 
 
 METRICS = {

@@ -6,9 +6,11 @@ On 2x8x8 the unbiased variance is 0.8 % above the biased one; on the usual sizes
 import pytest
 
 from parity_tests.budget import Budget
-from parity_tests.cases import DTYPES
+from parity_tests.case import Case, Pass, make_images, make_masks
+from parity_tests.cases import DTYPES, SWEEP, state_of, train_passes
 from parity_tests.compare import compare_buffers
-from parity_tests.pairs import Case, Pass, make_flax, make_images, make_jax_pass, make_masks, make_twin, torch_pass
+from parity_tests.jax_side import make_flax, make_jax_pass
+from parity_tests.torch_side import network_pass, on_torch
 
 PASSES = 5
 
@@ -26,12 +28,10 @@ CASES = [
 
 def after_passes(case: Case) -> tuple[Pass, Pass]:
     """The last of `PASSES` training passes on new images each, in JAX and in PyTorch."""
-    twin = make_twin(case)
-    ours = make_jax_pass(make_flax(twin, case), train=True)
-    for number in range(PASSES):
-        images, masks = make_images(case, 10 + number), make_masks(case, 30 + number)
-        got, want = ours(images, masks), torch_pass(twin, images, train=True, masks=masks)
-    return got, want
+    arrays = state_of(case)
+    inputs = [(make_images(case, 10 + number), make_masks(case, 30 + number)) for number in range(PASSES)]
+    ours = make_jax_pass(make_flax(arrays, case), train=True)
+    return [ours(*each) for each in inputs][-1], on_torch(network_pass, case, arrays, inputs, True)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -39,3 +39,8 @@ def test_buffers_agree_after_five_training_passes(case: Case, budget: Budget) ->
     got, want = after_passes(case)
     compare_buffers(budget, case, got, want)
     assert want.buffers["d5.bnorm2.num_batches_tracked"] == 3 + PASSES
+
+
+@pytest.mark.parametrize("case", [case for case in SWEEP if case.norm == "batch"], ids=str)
+def test_buffers_agree_after_one_training_pass_in_every_combination(case: Case, budget: Budget) -> None:
+    compare_buffers(budget, case, *train_passes(case))

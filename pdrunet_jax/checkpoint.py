@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,26 @@ def restore_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], d
     params = state.get("ema") or state["params"]
     options |= meta["extra"].get("options", {})
     return params, state.get("stats", {}), options
+
+
+def read_checkpoint(path: str | Path, template: Callable[[dict[str, Any]], Any]) -> Restored:
+    """The state of a checkpoint, or of the newest intact one of a run folder, for reading only.
+
+    `template` makes the form to return it in of the stored arrays, as in `Checkpoints.restore`. Raises `UserError` if
+    there is no intact checkpoint, or if the state has other names, shapes or types.
+    """
+    folder = _choose(Path(path), "latest").absolute()
+    if fault := _fault(folder):
+        raise UserError(f"checkpoint {folder} is damaged: {fault}; take another one")
+    meta, arrays = _read_meta(folder), _read_state(folder)
+    state = _fill(template(arrays), arrays, folder)
+    return Restored(meta["step"], state, meta["position"], meta["extra"], meta["val_dice"])
+
+
+def run_of(path: str | Path) -> Path:
+    """The run folder of a checkpoint; any other path is returned as it is."""
+    path = Path(path)
+    return path.absolute().parent.parent if path.name.isdecimal() and path.parent.name == "checkpoints" else path
 
 
 def save_weights(

@@ -1,4 +1,4 @@
-"""python -m pdrunet_jax.convert: weights from one format to another, in every direction."""
+"""python -m pdrunet_jax.convert: weights, or a whole training, from one format to another, in every direction."""
 
 import dataclasses
 import math
@@ -11,12 +11,12 @@ import jax
 import numpy as np
 import tyro
 
-from pdrunet_jax import cli, config_io
+from pdrunet_jax import cli, config_io, convert_training
 from pdrunet_jax.config import Config, DataConfig, ModelConfig
 from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.loading import MODEL_OPTIONS, Loaded, load_weights
 from pdrunet_jax.weight_files import TORCH_SUFFIXES
-from pdrunet_jax.weights import DEAD_BLOCK, dead_entries, to_public, write_pth, write_safetensors
+from pdrunet_jax.weights import DEAD_BLOCK, dead_entries, read_weights, to_public, write_pth, write_safetensors
 
 OURS = {"config.toml", "best.safetensors", "checkpoints"}
 """What `convert` puts into a run folder; a folder with anything else in it is not replaced."""
@@ -24,7 +24,7 @@ OURS = {"config.toml", "best.safetensors", "checkpoints"}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Convert weights between the public PyTorch code's files, .safetensors and run folders.
+    """Convert weights between the public PyTorch code's files, .safetensors and run folders; or a whole training.
 
     The format follows from the name: .pth and .pt are PyTorch state dicts, .safetensors opens in both frameworks, and
     a name without suffix is a run folder.
@@ -38,6 +38,12 @@ class Options:
     """Wiring of a .pth, which cannot state it: input is the public code's, and assumed; conv1 the paper's."""
     which: Literal["best", "latest"] = "best"
     """Which weights of a run folder."""
+    to_torch_training_state: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write the newest state of the run folder SRC with optimizer and step, not weights alone, to a .pth, from which
+    PyTorch goes on. Converted back, it becomes a run folder that training resumes."""
+    config: str | None = None
+    """Configuration of a run folder DST that is to be trained on, for a .pth SRC with an optimizer that does not say
+    its own."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace DST if it exists."""
 
@@ -48,12 +54,18 @@ def convert(
     *,
     shortcut: Literal["input", "conv1"] | None = None,
     which: Literal["best", "latest"] = "best",
+    to_torch_training_state: bool = False,
+    config: str | None = None,
     force: bool = False,
 ) -> list[str]:
-    """Write the weights in `src` to `dst`, whole or not at all; returns what a user should know, a line each.
+    """Write what is in `src` to `dst`, whole or not at all; returns what a user should know, a line each.
+
+    That is its weights; or, with `to_torch_training_state`, or for a `.pth` with an optimizer and a `config` of its own
+    or given, the whole training (`pdrunet_jax.convert_training`).
 
     Raises:
-        UserError: `src` cannot be used, `dst` has an unknown suffix, or exists and `force` is not given.
+        UserError: `src` cannot be used, `dst` has an unknown suffix, or exists and `force` is not given; a whole
+            training is wanted where there is none.
         RunError: `dst` cannot be written.
     """
     src, dst = Path(src), Path(dst)
@@ -62,6 +74,15 @@ def convert(
     if dst.exists() and src.resolve() == dst.resolve():
         raise UserError(f"{dst} is SRC itself; give another DST")
     _check_target(dst, force)
+    if to_torch_training_state:
+        if dst.suffix not in TORCH_SUFFIXES or src.is_file():
+            raise UserError("--to-torch-training-state reads a run folder, or a checkpoint in one, and writes a .pth")
+        return convert_training.run_to_torch(src, dst)
+    if config is not None and (dst.suffix or src.suffix not in TORCH_SUFFIXES):
+        raise UserError("--config is for a .pth that becomes a run folder")
+    whole = src.suffix in TORCH_SUFFIXES and not dst.suffix and src.is_file()
+    if whole and (config is not None or convert_training.is_training_state(read_weights(src).arrays)):
+        return _new_run(src, dst, config)
 
     loaded = load_weights(src, shortcut=shortcut, which=which)
     used = sum(array.size for array in jax.tree.leaves(loaded.params))
@@ -87,7 +108,15 @@ def convert(
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; `arguments` default to the process's own."""
     options = tyro.cli(Options, args=arguments, prog="python -m pdrunet_jax.convert")
-    lines = convert(options.src, options.dst, shortcut=options.shortcut, which=options.which, force=options.force)
+    lines = convert(
+        options.src,
+        options.dst,
+        shortcut=options.shortcut,
+        which=options.which,
+        to_torch_training_state=options.to_torch_training_state,
+        config=options.config,
+        force=options.force,
+    )
     print("\n".join(lines))
 
 
@@ -102,6 +131,13 @@ def _check_target(dst: Path, force: bool) -> None:
         raise UserError(f"{dst} holds more than weights ({', '.join(others[:5])}); give the name of a new folder")
     if not force and (dst.is_file() or any(dst.iterdir())):
         raise UserError(f"{dst} exists; give --force to replace it")
+
+
+def _new_run(src: Path, dst: Path, config: str | None) -> list[str]:
+    """Make the run folder of a training that goes on."""
+    if dst.exists() and any(dst.iterdir()):
+        raise UserError(f"{dst} holds a run already; a training is converted to a new folder")
+    return convert_training.torch_to_run(src, dst, config)
 
 
 def _write_run_folder(dst: Path, arrays: dict[str, np.ndarray], loaded: Loaded) -> None:

@@ -1,6 +1,6 @@
 """Convolution, batch normalisation with PyTorch's semantics, and their execution paths."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -173,6 +173,11 @@ def _normalise(z: jax.Array, norm: BatchNorm, pixels: int, train: bool) -> jax.A
         mean, var = norm.running_mean[...], norm.running_var[...]
     factor = per_channel(norm.scale[...] * lax.rsqrt(var + EPSILON))
     return (z - per_channel(mean)) * factor + per_channel(norm.bias[...])
+
+
+def keep_masks(key: jax.Array, rate: float, shape: Sequence[int], count: int = 2) -> list[jax.Array]:
+    """Random boolean masks of `shape`, true with probability 1 - `rate`: what each dropout of a step keeps."""
+    return [jax.random.bernoulli(part, 1 - rate, tuple(shape)) for part in jax.random.split(key, count)]
 
 
 def dropout(x: jax.Array, rate: float, keep: jax.Array) -> jax.Array:

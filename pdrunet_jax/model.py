@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pdrunet_jax.layers import BatchNorm, Conv, Path, Tap, choose_path, conv_norm_relu, dropout, enter
+from pdrunet_jax.layers import BatchNorm, Conv, Path, Tap, choose_path, conv_norm_relu, dropout, enter, keep_masks
 from pdrunet_jax.phases import Activation, relay
 
 BLOCKS = {
@@ -175,8 +175,7 @@ class PDRUNet(nnx.Module):
         elif dropout_masks is not None:
             keep = dropout_masks
         elif dropout_key is not None:
-            shape = (*images.shape[:3], self.filters)
-            keep = [jax.random.bernoulli(key, 1 - self.dropout, shape) for key in jax.random.split(dropout_key)]
+            keep = keep_masks(dropout_key, self.dropout, (*images.shape[:3], self.filters))
         else:
             raise ValueError("training with dropout needs dropout_key or dropout_masks")
 

@@ -1,6 +1,9 @@
 """Optimizers and learning-rate schedules, every hyperparameter explicit, with PyTorch's semantics."""
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from pdrunet_jax.config import OptimConfig
 
@@ -18,9 +21,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """The learning rate as a function of the update's number, 0 to `steps` - 1."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     if config.schedule == "onecycle":
-        return optax.cosine_onecycle_schedule(
-            steps, peak, pct_start=WARMUP_SHARE, div_factor=ONECYCLE_START, final_div_factor=ONECYCLE_END
-        )
+        return one_cycle(steps, peak)
     rest = steps - config.warmup_steps
     if config.schedule == "constant":
         main = optax.constant_schedule(peak)
@@ -36,13 +37,42 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, main], [config.warmup_steps])
 
 
+def one_cycle(steps: int, peak: float) -> optax.Schedule:
+    """torch's OneCycleLR: half a cosine up to `peak`, reached before the update 0.3 `steps` - 1, and one down.
+
+    optax's own reaches its peak and its end one update later.
+    """
+    start, end = peak / ONECYCLE_START, peak / ONECYCLE_START / ONECYCLE_END
+    top, last = WARMUP_SHARE * steps - 1, steps - 1
+
+    def half_cosine(first: float, second: float, share: jax.Array) -> jax.Array:
+        return second + (first - second) / 2 * (1 + jnp.cos(jnp.pi * share))
+
+    def rate(count: ArrayLike) -> jax.Array:
+        count = jnp.asarray(count)
+        down = half_cosine(peak, end, jnp.clip((count - top) / (last - top), 0, 1))
+        return jnp.where(count <= top, half_cosine(start, peak, count / top), down)
+
+    return rate
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """torch's clip_grad_norm_: it divides by the norm plus 1e-6, which optax's own does not."""
+
+    def clip(gradients: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        factor = jnp.minimum(largest / (optax.tree.norm(gradients) + 1e-6), 1.0)
+        return jax.tree.map(lambda gradient: gradient * factor.astype(gradient.dtype), gradients)
+
+    return optax.stateless(clip)
+
+
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The optimizer that `config` describes, over `steps` updates.
 
     adam and sgd add weight_decay * parameter to the gradient, as torch's do; adamw decays parameters on their own.
     """
     schedule = make_schedule(config, steps)
-    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    parts = [clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     if config.name != "adamw" and config.weight_decay:
         parts.append(optax.add_decayed_weights(config.weight_decay))
     if config.name == "sgd":

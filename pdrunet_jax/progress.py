@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ class Progress:
     """What a run knows beside the arrays; saved with each checkpoint.
 
     Attributes:
-        data: fingerprint of the dataset.
+        data: fingerprint of the dataset; empty in a checkpoint that another framework's training was converted to.
         sequence: digest over the indices of all samples so far, in order.
         best_dice: best validation Dice so far; below 0 before the first.
         best_step: the step it was reached at.
         validated: the step of the last validation.
+        skipped: batches without an update, because their loss was a spike: step, loss, median and samples of each.
     """
 
     data: str
@@ -26,6 +28,7 @@ class Progress:
     best_dice: float = -1.0
     best_step: int = 0
     validated: int = 0
+    skipped: Sequence[Mapping[str, Any]] = ()
 
     def seen(self, index: Any) -> "Progress":
         """With the batch of these sample indices behind it."""
@@ -39,12 +42,17 @@ class Progress:
 
     def resumed(self, saved: dict[str, Any], run: Path) -> "Progress":
         """The progress of a checkpoint; raises `UserError` if the dataset is not the one it was saved with."""
+        saved = {**saved, "data": saved["data"] or self.data}
         if saved["data"] != self.data:
             raise UserError(
                 f"{run} was trained on other data: images, masks or splits of data.root have changed since. "
                 "Bring the earlier ones back to resume it, or choose another --workdir for a new run."
             )
         return Progress(**saved)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**vars(self), "skipped": list(self.skipped)}
 
 
 class Clock:

@@ -57,6 +57,11 @@ def random_stream(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
+def dropout_key(seed: int, step: int | jax.Array) -> jax.Array:
+    """The key that the dropouts of a step draw from; `step` counts the updates before it."""
+    return jax.random.fold_in(random_stream(seed, _DROPOUT), step)
+
+
 def build_model(config: Config, outputs: int) -> PDRUNet:
     """The network of `config` with its initial weights, drawn from `config.seed`."""
     wide = jnp.float64 if config.train.precision == "float64" else jnp.float32
@@ -123,7 +128,7 @@ def _train_step(
     keys = sample_keys(random_stream(config.seed, _AUGMENT), batch["epoch"], batch["index"])
     images, mask = augment(unit_range(batch["image"], dtype), batch["mask"], keys, config.augment, soft=soft)
     target, valid = targets(mask, outputs=outputs, soft=soft, dtype=dtype)
-    dropout_key = jax.random.fold_in(random_stream(config.seed, _DROPOUT), state.step)
+    key = dropout_key(config.seed, state.step)
 
     loss, logits, gradients, stats = accumulate(
         graphdef,
@@ -131,7 +136,7 @@ def _train_step(
         state.params,
         state.stats,
         (images, target, valid),
-        dropout_key,
+        key,
         config.optim.accumulate,
     )
     updates, opt_state = make_optimizer(config.optim, config.train.steps).update(

@@ -64,16 +64,25 @@ def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], option
     _write(Path(path), save(contiguous, metadata=metadata))
 
 
-def write_pth(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write `arrays` as a PyTorch state dict; all of it or nothing. A state dict has no place for options.
+def write_pth(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write arrays by name as a PyTorch state dict, or nested dictionaries of them; all of it or nothing.
+
+    Arrays become tensors; what else there is (numbers, text, lists, None) stays as it is. A state dict has no place for
+    options.
 
     Raises:
         RunError: the file cannot be written.
         UserError: PyTorch is not installed.
     """
     torch = _torch(Path(path))
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: tensors(item) for key, item in value.items()}
+        return torch.from_numpy(np.array(value, order="C")) if isinstance(value, np.ndarray) else value
+
     buffer = BytesIO()
-    torch.save({name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}, buffer)
+    torch.save(tensors(content), buffer)
     _write(Path(path), buffer.getvalue())
 
 

@@ -1,0 +1,106 @@
+"""A network with its input, and what one pass of it leaves: NumPy alone, so that either framework can do without the
+other."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network and its input."""
+
+    shortcut: str = "input"
+    norm: str = "batch"
+    in_channels: int = 1
+    outputs: int = 1
+    filters: int = 4
+    dropout: float = 0.3
+    path: str = "plain"
+    dtype: str = "float64"
+    shape: tuple[int, int, int] = (1, 32, 32)
+    """Batch, height, width."""
+
+    def __str__(self) -> str:
+        batch, height, width = self.shape
+        channels = f"{self.in_channels}-{self.filters}-{self.outputs}"
+        return f"{self.shortcut} {self.norm} {channels} {batch}x{height}x{width} {self.path} {self.dtype}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        names = ("shortcut", "norm", "in_channels", "outputs", "filters", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+    def replace(self, **changes: Any) -> "Case":
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass
+class Pass:
+    """What one pass leaves, arrays in NHWC order under the public names."""
+
+    activations: Arrays
+    logits: np.ndarray
+    buffers: Arrays
+    loss: float | None = None
+    gradients: Arrays | None = None
+
+
+@dataclasses.dataclass
+class Trajectory:
+    """What training steps leave."""
+
+    losses: list[float]
+    """Before each update."""
+    arrays: Arrays
+    """Parameters and buffers after the last one, under the public names and in the public layout."""
+    logits: np.ndarray
+    """Of the last images, in evaluation mode, NHWC."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """The input of one training step."""
+
+    images: np.ndarray
+    """(N, H, W, C), in [0, 1]."""
+    target: np.ndarray
+    valid: np.ndarray
+    masks: list[np.ndarray]
+    """What the two dropouts keep, (N, H, W, filters), bool."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A loss with all that it needs but the logits."""
+
+    name: str
+    outputs: int
+    target: np.ndarray
+    """(N, H, W), float for one output and class indices, int32, else."""
+    valid: np.ndarray
+    """Pixels that count, (N, H, W), bool."""
+    class_weights: tuple[float, ...] = ()
+
+
+def make_images(case: Case, seed: int = 1) -> np.ndarray:
+    """Random images (N, H, W, C) in [0, 1]."""
+    return np.random.default_rng(seed).random((*case.shape, case.in_channels)).astype(case.dtype)
+
+
+def make_masks(case: Case, seed: int = 2) -> list[np.ndarray]:
+    """Keep masks of the two dropouts, (N, H, W, filters)."""
+    rng = np.random.default_rng(seed)
+    return [rng.random((*case.shape, case.filters)) >= case.dropout for _ in range(2)]
+
+
+def make_objective(case: Case, seed: int = 3) -> Objective:
+    """The default loss with a random target, and nine of ten pixels valid."""
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(0, max(case.outputs, 2), case.shape)
+    valid = rng.random(case.shape) < 0.9
+    target = classes.astype(case.dtype if case.outputs == 1 else np.int32)
+    return Objective("bce_dice" if case.outputs == 1 else "ce_dice", case.outputs, target, valid)

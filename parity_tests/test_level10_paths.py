@@ -1,0 +1,104 @@
+"""Level 10: every way to carry the network out, against the plain one."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from parity_tests.budget import Budget
+from parity_tests.case import Arrays, Case, Objective, make_images, make_masks, make_objective
+from parity_tests.cases import DTYPES, state_of
+from parity_tests.compare import compare_paths
+from parity_tests.jax_side import compiled, loss_of
+from pdrunet_jax.config import LossConfig
+from pdrunet_jax.losses import make_loss
+from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.step import accumulate
+from pdrunet_jax.weights import from_public, to_public
+
+NETWORKS = (
+    Case(filters=8, shape=(2, 64, 32)),
+    Case(filters=8, shape=(1, 24, 40), shortcut="conv1", outputs=2, in_channels=3),
+    Case(filters=8, shape=(2, 32, 32), norm="none"),
+)
+
+
+@cache
+def outcome(case: Case, compute: str | None = None, train: bool = True) -> Arrays:
+    """Logits, and in training loss, gradients and new buffers; `compute` is the dtype of the convolutions."""
+    imported = from_public(state_of(case), "the twin")
+    dtype = jnp.dtype(case.dtype)
+
+    def build() -> PDRUNet:
+        return PDRUNet(
+            **case.options,
+            conv=case.path,
+            param_dtype=dtype,
+            dtype=None if compute is None else jnp.dtype(compute),
+            rngs=nnx.Rngs(0),
+        )
+
+    graph = nnx.graphdef(nnx.eval_shape(build))
+    params, stats = (jax.tree.map(jnp.asarray, part) for part in (imported.params, imported.stats))
+    images, masks, objective = make_images(case), make_masks(case), make_objective(case)
+    if not train:
+        return {"logits": np.asarray(compiled(lambda p, s: nnx.merge(graph, p, s)(images))(params, stats))}
+
+    def forward(params: Any, stats: Any) -> Any:
+        model = nnx.merge(graph, params, stats, copy=True)
+        logits = model(images, train=True, dropout_masks=[jnp.asarray(mask) for mask in masks])
+        return loss_of(objective)(logits), (logits, nnx.state(model, nnx.BatchStat))
+
+    (loss, (logits, stats)), gradients = compiled(jax.value_and_grad(forward, has_aux=True))(params, stats)
+    arrays = to_public(gradients, stats, dead_block=False)
+    return {"loss": np.asarray(loss), "logits": np.asarray(logits), **arrays}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", ["polyphase", "fused"])
+@pytest.mark.parametrize("case", NETWORKS, ids=str)
+def test_every_path_agrees_with_the_plain_one(case: Case, path: str, dtype: str, budget: Budget) -> None:
+    case = case.replace(dtype=dtype)
+    for train in (False, True):
+        got, want = outcome(case.replace(path=path), train=train), outcome(case, train=train)
+        compare_paths(budget, "convolution path", dtype, case, got, want, f"{path} {case}")
+
+
+@pytest.mark.parametrize("path", ["plain", "polyphase", "fused"])
+def test_bfloat16_agrees_with_float32(path: str, budget: Budget) -> None:
+    case = NETWORKS[0].replace(dtype="float32")
+    got, want = outcome(case.replace(path=path), "bfloat16"), outcome(case)
+    assert got["e1.bnorm1.running_var"].dtype == got["e1.first.weight"].dtype == got["logits"].dtype == np.float32
+    compare_paths(budget, "bfloat16", "float32", case, got, want, f"{path} {case}")
+
+
+def accumulated(case: Case, parts: int) -> Arrays:
+    """Loss, logits and gradients of a batch that is taken in parts; without dropout, whose masks are of a part."""
+    case = case.replace(dropout=0.0)
+    imported = from_public(state_of(case), "the twin")
+    graph = nnx.graphdef(
+        nnx.eval_shape(lambda: PDRUNet(**case.options, param_dtype=jnp.dtype(case.dtype), rngs=nnx.Rngs(0)))
+    )
+    objective: Objective = make_objective(case)
+    params, stats = (jax.tree.map(jnp.asarray, part) for part in (imported.params, imported.stats))
+    valid = np.ones_like(objective.valid)  # the mean over a part's pixels is then the batch's
+    data = tuple(jnp.asarray(array) for array in (make_images(case), objective.target, valid))
+    loss = make_loss(LossConfig(name="bce_dice"), 1)
+    run = compiled(lambda p, s: accumulate(graph, loss, p, s, data, jax.random.key(0), parts))  # type: ignore[arg-type]
+    value, logits, gradients, stats = run(params, stats)
+    return {
+        "loss": np.asarray(value),
+        "logits": np.asarray(logits),
+        **to_public(gradients, stats, dead_block=False),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulated_gradients_are_those_of_the_whole_batch(dtype: str, budget: Budget) -> None:
+    """Without normalisation: with it, the statistics are a part's, in PyTorch as well."""
+    case = Case(norm="none", shape=(4, 16, 16), dtype=dtype)
+    compare_paths(budget, "accumulation", dtype, case, accumulated(case, 4), accumulated(case, 1), str(case))

@@ -1,0 +1,95 @@
+"""A training that moves between PyTorch and JAX: model, optimizer and step in one file.
+
+`python -m pdrunet_jax.convert RUN state.pth --to-torch-training-state` writes such a file, `load` makes the twin and
+its optimizer of it, `save` writes it back, and `python -m pdrunet_jax.convert state.pth RUN` makes a run folder that
+JAX goes on with.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pdrunet_torch_ref.model import PDRUNet
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+HEADER = "pdrunet"
+
+
+@dataclass
+class TrainingState:
+    """What training goes on from."""
+
+    model: PDRUNet
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    """Updates done."""
+    ema: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Averaged parameters by name, if the run keeps them."""
+    header: Mapping[str, Any] = field(default_factory=dict)
+    """The run's configuration (`config`) and the fingerprint of its data (`data`), as they came."""
+
+
+def make_optimizer(model: PDRUNet, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """The optimizer over `model.parameters()` that the `[optim]` section of a configuration describes.
+
+    Its learning rate is the constant `learning_rate`; schedules, clipping and averages are the caller's.
+    """
+    name = settings.get("name", "adam")
+    options: dict[str, Any] = {
+        "lr": settings.get("learning_rate", 1e-3),
+        "weight_decay": settings.get("weight_decay", 0.0),
+    }
+    if name == "sgd":
+        momentum = settings.get("momentum", 0.9)
+        options |= {"momentum": momentum, "nesterov": bool(momentum) and settings.get("nesterov", True)}
+    else:
+        options |= {
+            "betas": (settings.get("b1", 0.9), settings.get("b2", 0.999)),
+            "eps": settings.get("eps", 1e-8),
+        }
+    return OPTIMIZERS[name](model.parameters(), **options)
+
+
+def load(path: str | Path) -> TrainingState:
+    """The twin and its optimizer as the file has them; `ValueError` for a file without a configuration."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if HEADER not in content:
+        raise ValueError(f"{path} does not hold a training that was converted from a run folder")
+    header = json.loads(content[HEADER])
+    options = header["config"]["model"]
+    kernel = content["model"]["final_conv.weight"]
+    model = PDRUNet(
+        in_channels=options["in_channels"],
+        outputs=kernel.shape[0],
+        filters=options["filters"],
+        shortcut=options["shortcut"],
+        norm=options["norm"],
+        dropout=options["dropout"],
+    ).to(kernel.dtype)
+    model.load_state_dict(content["model"], strict=True)
+    optimizer = make_optimizer(model, header["config"]["optim"])
+    optimizer.load_state_dict(content["optimizer"])
+    return TrainingState(model, optimizer, content["step"], content.get("ema", {}), header)
+
+
+def save(path: str | Path, state: TrainingState) -> None:
+    """Write `state` to `path`."""
+    content: dict[str, Any] = {
+        "model": state.model.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+        "step": state.step,
+    }
+    if state.header:
+        content[HEADER] = json.dumps(dict(state.header))
+    if state.ema:
+        content["ema"] = state.ema
+    torch.save(content, path)
