@@ -131,9 +131,8 @@ def _picture(budget: Budget, comparison: str, title: str) -> str:
     legend = " ".join(
         f'<svg width="10" height="10"><circle class="{dtype}" cx="5" cy="5" r="4"/></svg> {dtype}' for dtype in series
     )
-    drawing = (
-        f'<svg width="{width + 50}" height="{height + 80}" role="img" aria-label="{_text(title)}">{"".join(parts)}</svg>'
-    )
+    size = f'width="{width + 50}" height="{height + 80}"'
+    drawing = f'<svg {size} role="img" aria-label="{_text(title)}">{"".join(parts)}</svg>'
     return f'<h2>{_text(title)}</h2><p class="soft">{legend}</p><div class="wide">{drawing}</div>'
 
 

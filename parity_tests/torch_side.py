@@ -74,7 +74,7 @@ def _device_name() -> str:
 def make_twin(case: Case, seed: int = 0) -> Twin:
     """The twin with random weights, and affine parameters and statistics that are far from their initial ones."""
     torch.manual_seed(seed)
-    twin = Twin(**case.options).to(getattr(torch, case.dtype))
+    twin = Twin(**case.options).double()  # drawn in float64 for every dtype, so that all have the same weights
     for module in twin.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -82,7 +82,7 @@ def make_twin(case: Case, seed: int = 0) -> Twin:
             module.running_mean.normal_(0, 0.3)
             module.running_var.uniform_(0.5, 2)
             module.num_batches_tracked.fill_(3)
-    return twin
+    return twin.to(getattr(torch, case.dtype))
 
 
 def twin_of(case: Case, arrays: Arrays) -> Twin:
