@@ -7,7 +7,7 @@ docstrings into `--help`.
 import dataclasses
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -17,6 +17,10 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+MaskValue = Annotated[
+    int | str, BeforeValidator(lambda value: ",".join(map(str, value)) if isinstance(value, list) else value)
+]
+"""A grey value, palette index or "#rrggbb" colour, or several with commas between them; TOML may list them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +33,11 @@ class DataConfig:
     """Dataset folder: with a manifest.csv, or in one of the layouts of docs/data.md."""
     size: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=2)] = (256,)
     """Height and width in pixels that images are resized to; one number for both."""
-    classes: dict[str, int | str] = dataclasses.field(default_factory=dict)
-    """Mask coding: class names with their grey value, palette index or "#rrggbb" colour. Overrides dataset.toml; left
-    out, a mask must be binary."""
-    ignore: int | str | None = None
-    """Mask value or colour that is left out of loss and metrics."""
+    classes: dict[str, MaskValue] = dataclasses.field(default_factory=dict)
+    """Mask coding: class names with their grey value, palette index or "#rrggbb" colour; 1,2 gives a class several.
+    Overrides dataset.toml; left out, a mask must be binary."""
+    ignore: MaskValue | None = None
+    """Mask value or colour that is left out of loss and metrics; 1,2 gives several."""
     threshold: Annotated[int, Field(gt=0, le=255)] | None = None
     """Grey value (of 255) from which a soft-edged binary mask counts as foreground; 128 when left out."""
     soft_masks: bool = False
@@ -202,6 +206,12 @@ class TrainConfig:
     """Best checkpoints, by validation Dice, that are kept as well."""
     samples: Count = 4
     """Validation images drawn with their prediction at each validation."""
+    spike: Literal["off", "stop", "skip"] = "off"
+    """A loss far above those before: train on it as on any other, stop before its update, or skip its batch."""
+    spike_factor: Annotated[float, Field(gt=1)] = 5.0
+    """How many times the median of the last losses counts as far above."""
+    spike_window: Positive = 50
+    """Losses that this median is taken of; before there are as many, none is a spike."""
     deterministic: bool = False
     """On GPUs: bit-equal repetition, at some cost in speed. CPUs always repeat."""
 

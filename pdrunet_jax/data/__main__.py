@@ -3,7 +3,6 @@
 import csv
 import io
 import posixpath
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ import tyro
 from pdrunet_jax import cli, config_io
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.commands_import import ImportLabelme, ImportMura, described, import_labelme, import_mura
-from pdrunet_jax.data.dataset import Inspection, inspect_dataset
+from pdrunet_jax.data.dataset import inspect_dataset
 from pdrunet_jax.data.layouts import MANIFEST, read_manifest
 from pdrunet_jax.data.partition import split_counts
-from pdrunet_jax.data.scan import class_shares
+from pdrunet_jax.data.phantom_files import Drawing, write_phantoms
+from pdrunet_jax.data.summary import report_lines
 from pdrunet_jax.errors import UserError
-from pdrunet_jax.files import atomic_write
+from pdrunet_jax.files import atomic_write, writing
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,11 @@ class _Folder:
     root: tyro.conf.Positional[Path]
     """Dataset folder."""
     classes: dict[str, int | str] = field(default_factory=dict)
-    """Class names with their grey value, palette index or #rrggbb colour; overrides dataset.toml."""
+    """Class names with their grey value, palette index or #rrggbb colour, or several (1,2); overrides dataset.toml."""
     ignore: int | str | None = None
-    """Mask value or colour that is left out of loss and metrics."""
+    """Mask value or colour that is left out of loss and metrics, or several (1,2)."""
+    threshold: int | None = None
+    """Grey value (of 255) from which a soft-edged binary mask counts as foreground; 128 when left out."""
     patient_regex: str | None = None
     """Regular expression whose first group (or whole match) in the image's path is the patient."""
     val_fraction: float = 0.2
@@ -52,6 +54,11 @@ _SETTINGS = DataConfig.__dataclass_fields__
 class Check(_Folder):
     """Read every file and report what is there, or everything that is wrong."""
 
+    output: Path | None = None
+    """Folder for check.html and contact_sheet.png: the report, and images with their masks drawn over them."""
+    pictures: int = 24
+    """Images on the contact sheet, from the least foreground to the most."""
+
 
 @dataclass(frozen=True)
 class Split(_Folder):
@@ -59,22 +66,26 @@ class Split(_Folder):
 
 
 @dataclass(frozen=True)
-class Phantom:
+class Phantom(Drawing):
     """Draw synthetic X-rays of long bones with exact masks."""
 
-    root: tyro.conf.Positional[Path]
+    root: tyro.conf.Positional[Path] = tyro.MISSING
     """Folder to write; it must not exist, or be empty."""
-    count: int = 120
-    """Images."""
-    seed: int = 0
-    """Seed of all that is random in them."""
-    size: int = 256
-    """Height and width in pixels."""
 
 
 def check(options: Check) -> None:
     """Print counts, sizes, modes, classes, patients, splits and notes. Raises `DataError` with every problem."""
-    print("\n".join(_report(inspect_dataset(options.config()))))
+    if options.pictures < 1:
+        raise UserError(f"--pictures {options.pictures}: at least one image makes a contact sheet")
+    inspection = inspect_dataset(options.config())
+    lines = report_lines(inspection)
+    print("\n".join(lines))
+    if options.output is None:
+        print("pictures  add --output FOLDER to see masks over images")
+        return
+    from pdrunet_jax.data.contact_sheet import write_check
+
+    print(f"pictures  {write_check(options.output, inspection, lines, options.pictures)}")
 
 
 def split(options: Split) -> None:
@@ -104,18 +115,17 @@ def split(options: Split) -> None:
     writer = csv.DictWriter(text, [*columns, "split"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    atomic_write(path, text.getvalue())
+    with writing(path):
+        atomic_write(path, text.getvalue())
     print(f"{path}: {split_counts(samples)}")
 
 
 def phantom(options: Phantom) -> None:
     """Write phantoms. Raises `UserError` if something is there."""
-    if options.root.exists() and not (options.root.is_dir() and not any(options.root.iterdir())):
-        raise UserError(f"{options.root} exists; name a new folder")
-    from pdrunet_jax.data.phantom import write_dataset
-
-    write_dataset(options.root, options.count, options.seed, options.size)
+    write_phantoms(options.root, options)
     print(f"{options.root}: {options.count} images of {options.size}x{options.size} pixels")
+    if options.annotations == "labelme":
+        print(f"next      python -m pdrunet_jax.data import-labelme {options.root} FOLDER")
 
 
 def main() -> None:
@@ -132,27 +142,6 @@ def main() -> None:
         import_mura(options)
     elif isinstance(options, Phantom):
         phantom(options)
-
-
-def _report(inspection: Inspection) -> list[str]:
-    dataset, scanned = inspection.dataset, inspection.scanned
-    heights, widths = zip(*(item.size for item in scanned), strict=True)
-    shares = [class_shares(item.codes, dataset.coding) for item in scanned]
-    means = [sum(column) / len(shares) for column in zip(*shares, strict=True)]
-    ignored = sum(bool(item.codes.keys() & set(dataset.coding.ignore)) for item in scanned)
-    modes = Counter(item.mode for item in scanned)
-    return [
-        f"{dataset.name} at {dataset.root} ({inspection.layout})",
-        f"images    {len(scanned)}, {min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high",
-        f"modes     {', '.join(f'{count} {mode}' for mode, count in modes.most_common())}",
-        *(
-            f"class {index}   {name}: {share:.1%} of the pixels, in {sum(row[index] > 0 for row in shares)} masks"
-            for index, (name, share) in enumerate(zip(("background", *dataset.class_names), means, strict=True))
-        ),
-        f"patients  {len({sample.patient for sample in dataset.samples})}",
-        *([f"ignored   {ignored} masks have pixels that are left out"] if ignored else []),
-        *(f"note      {note}" for note in dataset.notes),
-    ]
 
 
 if __name__ == "__main__":

@@ -136,4 +136,4 @@ def _unknown_problems(
     remedy += f" as ignore, {BACKGROUND} or a class"
     if value is not None:
         remedy += f", or threshold = {DEFAULT_THRESHOLD} if they are soft edges"
-    return [*problems, f"{remedy}; {_HOW}"]
+    return [*problems[:-1], f"{problems[-1]}\n    {remedy}; {_HOW}"]

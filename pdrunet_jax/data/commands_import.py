@@ -84,9 +84,11 @@ class ImportMura:
     region: tuple[str, ...] = ("XR_HUMERUS",)
     """One or several of XR_ELBOW, XR_FINGER, XR_FOREARM, XR_HAND, XR_HUMERUS, XR_SHOULDER, XR_WRIST."""
     classes: dict[str, int | str] = field(default_factory=dict)
-    """LabelMe: labels with mask values. Mask images: names with grey value, palette index or #rrggbb colour."""
+    """LabelMe: labels with mask values. Mask images: names with grey value, palette index, #rrggbb colour, or 1,2."""
     ignore: int | str | None = None
     """Value or colour in mask images that is left out of loss and metrics."""
+    threshold: int | None = None
+    """Grey value (of 255) from which a soft-edged mask image counts as foreground; 128 when left out."""
     boxes: Literal["drop", "keep"] = "drop"
     """LabelMe rectangles around another shape of the same label: drop them as boxes, or keep them as regions."""
     val_fraction: float = 0.2
@@ -131,6 +133,7 @@ def import_mura(options: ImportMura) -> None:
             options.masks,
             classes=options.classes,
             ignore=options.ignore,
+            threshold=options.threshold,
             boxes=options.boxes,
             val_fraction=options.val_fraction,
             split_seed=options.split_seed,

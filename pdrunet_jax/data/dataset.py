@@ -1,25 +1,22 @@
 """A dataset folder, opened and checked: images, masks, patients, splits, and what the masks mean."""
 
-import difflib
 import hashlib
 import json
 import re
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.config import DataConfig
-from pdrunet_jax.data.coding import UndeclaredError, declare, resolve
+from pdrunet_jax.data.cache import Cache, keeps
+from pdrunet_jax.data.coding import UndeclaredError, resolve
+from pdrunet_jax.data.description import read_description
 from pdrunet_jax.data.layouts import Pair, find_pairs, some
-from pdrunet_jax.data.masks import MaskCoding
+from pdrunet_jax.data.masks import MaskCoding, classify
 from pdrunet_jax.data.partition import Sample, partition
 from pdrunet_jax.data.scan import Scanned, foreground_share, scan
 from pdrunet_jax.errors import DataError, UserError
-
-DESCRIPTION = "dataset.toml"
-_KEYS = ("name", "classes", "ignore", "threshold", "spacing", "licence")
 
 _HOW_TO_GET_DATA = """\
 MURA's radiographs are free of charge after registration: https://stanfordmlgroup.github.io/competitions/mura/
@@ -34,7 +31,7 @@ A dataset folder has one of
     manifest.csv                        columns image,mask and optionally patient,split; paths relative to it
     {train,val,test}/{images,masks}/    pairs of one name
     images/ and masks/                  pairs of one name; a mask may end in _mask, _seg or _label
-    imagesTr/ and labelsTr/             nnU-Net: case_0000.png with case.png"""
+    imagesTr/ and labelsTr/             nnU-Net: case_0000.png with case.png; classes from dataset.json"""
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,8 @@ class Dataset:
     """What the log should say."""
     spacing: tuple[float, float] | None = None
     """(row, column) spacing in mm that dataset.toml declares for all images."""
-    decoded: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
-    """Resized pixels that the pipeline keeps; no part of what the dataset is."""
+    _caches: dict[Any, Cache] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """Resized pixels; no part of what the dataset is."""
 
     @property
     def outputs(self) -> int:
@@ -63,6 +60,14 @@ class Dataset:
     def of(self, split: str) -> tuple[Sample, ...]:
         """The samples of "train", "val" or "test", in the order of their ids; "all" is every one."""
         return tuple(sample for sample in self.samples if split in (sample.split, "all"))
+
+    def cache(self, size: tuple[int, int], channels: int, *, soft: bool) -> Cache:
+        """Where the pipeline keeps samples of this form, in the order of `samples`; other forms are forgotten."""
+        key = size, channels, soft
+        if key not in self._caches:
+            self._caches.clear()
+            self._caches[key] = Cache(len(self.samples), size, channels)
+        return self._caches[key]
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that a run's data depends on: files, splits, patients, coding."""
@@ -95,15 +100,15 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     if _vacant(root) or not root.is_dir():
         state = "is empty" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise UserError(f"--data.root {config.root}: the folder {state}.\n{_HOW_TO_GET_DATA}\n{_LAYOUTS}")
-    description = _read_description(root)
-    declared = _declared(config, description)
-    spacing = _spacing(description, root)
+    description = read_description(root)
+    declared = description.coding(config)
     _check_regex(config)
     found = find_pairs(root)
     if not found.layout or not (found.pairs or found.problems):
         raise UserError(f"--data.root {config.root}: no images with masks here.\n{_LAYOUTS}\n{_HOW_TO_GET_DATA}")
     pairs = sorted(found.pairs, key=lambda pair: pair.id)
-    scanned = scan(pairs, declared, config.threads)
+    keep = config.height_width if keeps(config, len(pairs), 1) and not config.soft_masks else None
+    scanned = scan(pairs, declared, config.threads, keep)
     problems = found.problems + [problem for item in scanned for problem in item.problems]
     notes = list(found.notes)
     coding = declared
@@ -121,18 +126,28 @@ def inspect_dataset(config: DataConfig) -> Inspection:
         problems += wrong
         raise DataError(f"--data.root {config.root}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
     notes += more
-    name = str(description.get("name", root.resolve().name))
-    dataset = Dataset(root, name, coding.names, coding, samples, tuple(notes), spacing)
-    return Inspection(dataset, found.layout, tuple(scanned))
+    name = description.name or root.resolve().name
+    dataset = Dataset(root, name, coding.names, coding, samples, tuple(notes), description.spacing)
+    if keep and (declared.classes or not coding.colours):  # else masks were read as numbers, and are colours
+        _fill(dataset.cache(keep, 1, soft=False), scanned, coding)
+    return Inspection(dataset, found.layout, tuple(replace(item, small=None) for item in scanned))
+
+
+def _fill(cache: Cache, scanned: list[Scanned], coding: MaskCoding) -> None:
+    """Move the resized pixels of `scanned` to `cache`, one after another, so that none is in memory twice."""
+    for row, item in enumerate(scanned):
+        if item.small is not None:
+            cache.put(row, (item.small[0], classify(item.small[1], coding, "")))
+        scanned[row] = replace(item, small=None)
 
 
 def ensure_phantoms(config: DataConfig) -> None:
     """Draw `config.phantoms` synthetic X-rays into `config.root` if that is missing or empty. Raises `UserError`."""
     root = Path(config.root)
     if config.phantoms and _vacant(root):
-        from pdrunet_jax.data.phantom import write_dataset
+        from pdrunet_jax.data.phantom_files import Drawing, write_phantoms
 
-        write_dataset(root, config.phantoms, config.split_seed, max(config.height_width))
+        write_phantoms(root, Drawing(config.phantoms, config.split_seed, max(config.height_width)))
 
 
 def _vacant(root: Path) -> bool:
@@ -141,45 +156,6 @@ def _vacant(root: Path) -> bool:
         return not root.exists() or (root.is_dir() and not any(root.iterdir()))
     except OSError as error:
         raise UserError(f"--data.root {root}: {error.strerror}") from None
-
-
-def _read_description(root: Path) -> dict[str, Any]:
-    path = root / DESCRIPTION
-    if not path.is_file():
-        return {}
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-    for key in values:
-        if key not in _KEYS:
-            close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
-            raise UserError(
-                f"{path}: unknown key {key}; " + (f"did you mean {close[0]}?" if close else f"known: {_KEYS}")
-            )
-    if not isinstance(values.get("classes", {}), dict):
-        raise UserError(f"{path}: classes is a table of names and values, such as {{ bone = 255 }}")
-    return values
-
-
-def _declared(config: DataConfig, description: dict[str, Any]) -> MaskCoding:
-    threshold = description.get("threshold")
-    if threshold is not None and (not isinstance(threshold, int) or not 0 < threshold < 256):
-        raise UserError(f"{DESCRIPTION}: threshold = {threshold!r} is no grey value from 1 to 255")
-    threshold = config.threshold or threshold
-    classes = config.classes or description.get("classes", {})
-    ignore = description.get("ignore") if config.ignore is None else config.ignore
-    return declare(classes, ignore, threshold, "data.classes" if config.classes else f"{DESCRIPTION}: classes")
-
-
-def _spacing(description: dict[str, Any], root: Path) -> tuple[float, float] | None:
-    value = description.get("spacing")
-    if value is None:
-        return None
-    values = value if isinstance(value, list) else [value, value]
-    if len(values) != 2 or not all(isinstance(item, int | float) and item > 0 for item in values):
-        raise UserError(f"{root / DESCRIPTION}: spacing = {value!r} is neither a number of mm nor [rows, columns]")
-    return float(values[0]), float(values[1])
 
 
 def _check_regex(config: DataConfig) -> None:

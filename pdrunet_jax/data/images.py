@@ -1,7 +1,10 @@
 """Image files to pixels: PNG, JPEG, TIFF, BMP and DICOM, of any depth, upright, or an error that names the file."""
 
 import io
+import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +19,23 @@ from PIL import (  # noqa: F401
     UnidentifiedImageError,
 )
 
+from pdrunet_jax.data.plain_png import decode_plain_png
 from pdrunet_jax.errors import DataError, UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 """Extensions, in lower case, by which a folder's images are told from its other files."""
 
 PERCENTILES = (0.1, 99.9)
-"""What becomes 0 and 255 in images of more than 8 bits that bring no window: a few dead or burnt-out pixels and
-lead markers must not set the range."""
+"""Between them lie the pixels that matter in images of more than 8 bits that bring no window."""
+
+REACH = 3.0
+"""So many times the distance of the `PERCENTILES` may the darkest and the brightest pixel lie beyond them and still
+become 0 and 255; farther off they are dead or burnt out, and must not set the range."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_RAW = "raw mode"
+"""Key in a Pillow image's `info`: how its file stores pixels."""
 
 
 def read_image(path: Path, channels: int = 1) -> np.ndarray:
@@ -81,10 +90,15 @@ def decode_image(data: bytes, name: str, channels: int = 1) -> tuple[np.ndarray,
         from pdrunet_jax.data import dicom
 
         pixels, mode = dicom.decode(data, name)
+    elif (plain := decode_plain_png(data)) is not None:
+        pixels, mode = plain, "L"
     else:
         image = open_upright(data, name)
-        mode = image.mode
-        pixels = _deep_pixels(image, name) if mode in _DEEP else np.asarray(_eight_bit(image, channels))
+        mode = f"{image.mode};16" if is_deep_colour(image) else image.mode
+        if is_deep_colour(image):
+            pixels = _deep_colour(image, data, name, channels)
+        else:
+            pixels = _deep_pixels(image, name) if mode in _DEEP else np.asarray(_eight_bit(image, channels))
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.shape[2] != channels:
@@ -95,8 +109,11 @@ def decode_image(data: bytes, name: str, channels: int = 1) -> tuple[np.ndarray,
     return pixels, mode
 
 
-def open_upright(data: bytes, name: str) -> Image.Image:
-    """A decoded Pillow image in its own mode, turned by its EXIF orientation. Raises `DataError` that says `name`."""
+def open_upright(data: bytes, name: str, raw: str | None = None) -> Image.Image:
+    """A decoded Pillow image in its own mode, turned by its EXIF orientation. Raises `DataError` that says `name`.
+
+    `raw` replaces what the file says of how its pixels are stored.
+    """
     if not data:
         raise unreadable(name, "the file is empty")
     try:
@@ -105,6 +122,11 @@ def open_upright(data: bytes, name: str) -> Image.Image:
         if limit and image.width * image.height > limit:
             raise Image.DecompressionBombError
         frames = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        tile = image.tile[0] if image.tile else None
+        stored = "" if tile is None else str(tile.args[0] if isinstance(tile.args, tuple) else tile.args)
+        if tile is not None and raw:
+            image.tile = [each._replace(args=_with_raw(each.args, raw)) for each in image.tile]
+        image.info[_RAW] = stored
         image.load()
         upright = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -118,16 +140,29 @@ def open_upright(data: bytes, name: str) -> Image.Image:
     return upright
 
 
-def scale_by_percentiles(values: np.ndarray) -> np.ndarray:
-    """Any finite numbers to float32 in [0, 255] by `PERCENTILES`; a constant image becomes 0."""
-    low, high = np.percentile(values, PERCENTILES)
-    if low == high:  # nearly all pixels are one value: what differs must still show
-        low, high = values.min(), values.max()
+def scale_by_range(values: np.ndarray) -> np.ndarray:
+    """Any finite numbers to float32 in [0, 255]: from the darkest to the brightest; a constant image becomes 0.
+
+    Where these lie far off (`REACH`), the range ends at `PERCENTILES`.
+    """
+    low, high = (float(value) for value in np.percentile(values, PERCENTILES))
+    darkest, brightest = float(values.min()), float(values.max())
+    reach = REACH * (high - low) or np.inf  # nearly all pixels are one value: what differs must still show
+    low = darkest if low - darkest <= reach else low
+    high = brightest if brightest - high <= reach else high
     if low == high:
         return np.zeros(values.shape, np.float32)
-    scaled = (values.astype(np.float64) - low) * (255.0 / (float(high) - float(low)))
-    result: np.ndarray = np.clip(scaled, 0, 255).astype(np.float32)
+    scaled = values.astype(np.float64)
+    scaled -= low  # in place: large radiographs take enough memory as it is
+    scaled *= 255.0 / (high - low)
+    result: np.ndarray = np.clip(scaled, 0, 255, out=scaled).astype(np.float32)
     return result
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Whether an image of `open_upright` has 16 bits in each of several channels, of which Pillow keeps 8."""
+    stored = str(image.info.get(_RAW, ""))
+    return image.mode not in _DEEP and re.search(r";16[BLN]$", stored) is not None
 
 
 def unreadable(name: str, reason: str) -> DataError:
@@ -150,4 +185,29 @@ def _deep_pixels(image: Image.Image, name: str) -> np.ndarray:
     values = np.asarray(image)
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise unreadable(name, "holds NaN or infinity")
-    return scale_by_percentiles(values)
+    return scale_by_range(values)
+
+
+def _deep_colour(image: Image.Image, data: bytes, name: str, channels: int) -> np.ndarray:
+    """(H, W) or (H, W, 3) float32 in [0, 255] of 16-bit colours, scaled like 16-bit grey.
+
+    Pillow drops the lower half of every number: read in the other byte order, the file gives that half.
+    """
+    stored = str(image.info[_RAW])
+    upper = np.asarray(image)
+    if stored == "LA;16B":  # grey with alpha: its four bytes, read as four channels
+        lower = np.asarray(open_upright(data, name, "RGBA"))[:, :, 1:2]
+        upper = upper[:, :, :1]
+    elif stored[:-1] in ("RGB;16", "RGBA;16", "RGBX;16"):
+        little = stored[-1] == "L" or (stored[-1] == "N" and sys.byteorder == "little")
+        lower = np.asarray(open_upright(data, name, stored[:-1] + ("B" if little else "L")))
+    else:
+        raise unreadable(name, f"16 bits for each channel ({stored}): save it as 16-bit grey or RGB")
+    values = (upper[:, :, :3].astype(np.uint16) << 8) | lower[:, :, :3]
+    if channels == 1 and values.shape[2] == 3:
+        return scale_by_range(values @ np.array([0.299, 0.587, 0.114], np.float32))
+    return scale_by_range(values)
+
+
+def _with_raw(arguments: tuple[Any, ...] | str | None, raw: str) -> tuple[Any, ...] | str:
+    return (raw, *arguments[1:]) if isinstance(arguments, tuple) else raw

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import posixpath
 import re
 from collections import defaultdict
@@ -66,7 +67,10 @@ def find_pairs(root: Path) -> Found:
         _pair_folders(root, "images", "masks", found)
     elif (root / "imagesTr").is_dir():
         found.layout = "nnU-Net imagesTr/labelsTr"
-        _pair_folders(root, "imagesTr", "labelsTr", found, nnunet=True)
+        tested = (root / "imagesTs").is_dir() and (root / "labelsTs").is_dir()
+        _pair_folders(root, "imagesTr", "labelsTr", found, split="train" if tested else None, nnunet=True)
+        if tested:
+            _pair_folders(root, "imagesTs", "labelsTs", found, split="test", nnunet=True)
     return found
 
 
@@ -111,7 +115,7 @@ def _from_manifest(root: Path) -> Found:
                 found.problems.append(f"{where}: {kind} {row[kind] or 'path'} {reason}")
             else:
                 paths[kind] = posixpath.normpath(row[kind].replace("\\", "/"))
-                if not (root / paths[kind]).is_file():
+                if not os.path.isfile(root / paths[kind]):  # unlike Path.is_file, for any text
                     found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
                     del paths[kind]
         split = canonical_split(row.get("split", "")) if "split" in columns else None

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pdrunet_jax.data.images import open_upright, read_bytes, resize_image, unreadable
+from pdrunet_jax.data.images import is_deep_colour, open_upright, read_bytes, resize_image, unreadable
+from pdrunet_jax.data.plain_png import decode_plain_png
 from pdrunet_jax.errors import UserError
 
 IGNORE = 255
@@ -90,7 +91,12 @@ def resize_soft_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def parse_value(value: object, source: str) -> tuple[int, ...]:
-    """The codes of a declaration: a number, "#rrggbb", or a list of these. Raises `UserError` that says `source`."""
+    """The codes of a declaration: a number, "#rrggbb", or several: a list, or a text with commas between them.
+
+    Raises `UserError` that says `source`.
+    """
+    if isinstance(value, str) and "," in value:
+        value = [part.strip() for part in value.split(",")]
     if isinstance(value, list | tuple):
         return tuple(code for item in value for code in parse_value(item, source))
     if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
@@ -112,7 +118,11 @@ def decode_codes(data: bytes, name: str, coding: MaskCoding) -> np.ndarray:
 
     Undeclared classes are decoded as numbers where the file allows that, as colours where it does not.
     """
+    if not coding.colours and (plain := decode_plain_png(data)) is not None:
+        return plain
     image = open_upright(data, name)
+    if is_deep_colour(image):
+        raise unreadable(name, "a mask of 16 bits for each colour channel; save it with 8, or as 16-bit grey")
     if coding.colours:
         return _colour_codes(image, coding.threshold or 128)
     if image.mode == "1":
@@ -156,9 +166,12 @@ def unknown_values(codes: set[int]) -> str:
 
 def _colour_codes(image: Image.Image, threshold: int) -> np.ndarray:
     """What a viewer shows; pixels more transparent than `threshold` are black."""
-    pixels = np.asarray(image.convert("RGBA")).astype(np.int32)
-    codes = COLOUR + (pixels[:, :, 0] << 16) + (pixels[:, :, 1] << 8) + pixels[:, :, 2]
-    return np.where(pixels[:, :, 3] >= threshold, codes, COLOUR)
+    pixels = np.asarray(image.convert("RGBA"))
+    codes = np.full(pixels.shape[:2], COLOUR, np.int32)
+    for channel, shift in enumerate((16, 8, 0)):  # one at a time: all at once would take four times the memory
+        codes += pixels[:, :, channel].astype(np.int32) << shift
+    codes[pixels[:, :, 3] < threshold] = COLOUR
+    return codes
 
 
 def _palette_codes(image: Image.Image, coding: MaskCoding) -> np.ndarray:
@@ -185,6 +198,8 @@ def _alpha_is_mask(pixels: np.ndarray, coding: MaskCoding) -> bool:
     """Whether (H, W, 4) pixels are a drawing in one colour on transparent ground, and the declaration fits that."""
     alpha = pixels[:, :, 3]
     if alpha.min() == 255 or (coding.classes and coding.only_value != 255):
+        return False
+    if not coding.classes and alpha.any() and alpha.max() < 255:  # then nothing would be the number 255 later on
         return False
     drawn = alpha == 255 if (alpha == 255).any() else alpha > 0
     colours = pixels[drawn][:, :3]

@@ -46,6 +46,7 @@ def import_mura(
     *,
     classes: Mapping[str, int | str] | None = None,
     ignore: int | str | None = None,
+    threshold: int | None = None,
     boxes: Boxes = "drop",
     val_fraction: float = 0.2,
     split_seed: int = 0,
@@ -62,6 +63,7 @@ def import_mura(
         masks: folder of LabelMe files or mask images that go by MURA's paths.
         classes: for LabelMe files, labels with mask values; for mask images, class names with values or colours.
         ignore: value or colour in mask images that is left out of loss and metrics.
+        threshold: grey value from which a soft-edged mask image counts as foreground, if not 128.
         boxes: "drop" leaves out LabelMe rectangles around another shape of the same label.
         val_fraction: share of MURA's training patients that validate.
         split_seed: seed of that choice.
@@ -82,7 +84,7 @@ def import_mura(
     if not matched and not problems:
         raise UserError(f"--masks {masks}: no LabelMe file and no mask image of {', '.join(chosen)} is in it or below")
     drawn = any(path.suffix.lower() == ".json" for path in matched.values())
-    kind: Masks = DrawnMasks(classes or {}, boxes) if drawn else ImageMasks(classes or {}, ignore)
+    kind: Masks = DrawnMasks(classes or {}, boxes) if drawn else ImageMasks(classes or {}, ignore, threshold)
     found = _survey(views, matched, masks, kind, problems)
     problems += kind.settle() + _split_patients(views)
     if problems:

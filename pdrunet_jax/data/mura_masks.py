@@ -72,8 +72,12 @@ class DrawnMasks:
 class ImageMasks:
     """Mask images in any coding that a dataset may have: `add` every one, `settle`, then `read`."""
 
-    def __init__(self, classes: Mapping[str, int | str], ignore: int | str | None) -> None:
-        self._coding = declare(classes, ignore, source="--classes")
+    def __init__(
+        self, classes: Mapping[str, int | str], ignore: int | str | None, threshold: int | None = None
+    ) -> None:
+        if threshold is not None and not 0 < threshold < 256:
+            raise UserError(f"--threshold {threshold} is no grey value from 1 to 255")
+        self._coding = declare(classes, ignore, threshold, source="--classes")
         self._found: list[tuple[str, dict[int, int]]] = []
         self.notes: list[str] = []
 

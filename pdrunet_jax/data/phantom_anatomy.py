@@ -9,6 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+BONES = ("femur", "tibia", "fibula", "humerus", "radius", "ulna")
+
 EndShape = Literal["condyles", "plateau", "head", "slant", "cut"]
 
 
@@ -27,6 +29,8 @@ class End:
 class Bone:
     """A long bone: a tube of cortex around marrow, with flared ends full of trabecular bone."""
 
+    name: str
+    """One of `BONES`."""
     start: float
     stop: float
     offset: float
@@ -108,8 +112,11 @@ def _lower_leg(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     if not ankle:
         return _knee(rng, float(rng.uniform(-0.5, -0.3)))
     end = float(rng.uniform(0.15, 0.55))
-    tibia = Bone(-_FAR, end, -0.02, 0.052, CUT, End("slant", 0.75, 0.45, 2.6), bow=float(rng.uniform(-0.02, 0.02)))
+    tibia = Bone(
+        "tibia", -_FAR, end, -0.02, 0.052, CUT, End("slant", 0.75, 0.45, 2.6), bow=float(rng.uniform(-0.02, 0.02))
+    )
     fibula = Bone(
+        "fibula",
         -_FAR,
         end + 0.05,
         float(rng.uniform(0.09, 0.115)),
@@ -130,10 +137,17 @@ def _lower_leg(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
 def _knee(rng: np.random.Generator, joint: float | None = None) -> tuple[list[Bone], list[Blob]]:
     joint = float(rng.uniform(-0.2, 0.2)) if joint is None else joint
     femur = Bone(
-        -_FAR, joint - 0.012, 0.0, 0.06, CUT, End("condyles", 0.85, 0.85, 3.2), tilt=float(rng.uniform(-0.08, 0.08))
+        "femur",
+        -_FAR,
+        joint - 0.012,
+        0.0,
+        0.06,
+        CUT,
+        End("condyles", 0.85, 0.85, 3.2),
+        tilt=float(rng.uniform(-0.08, 0.08)),
     )
-    tibia = Bone(joint + 0.025, _FAR, -0.01, 0.056, End("plateau", 0.9, 0.9, 2.4), CUT)
-    fibula = Bone(joint + 0.09, _FAR, 0.105, 0.025, End("head", 0.5, 0.7, 2.5), CUT, tilt=0.02, cortex=0.5)
+    tibia = Bone("tibia", joint + 0.025, _FAR, -0.01, 0.056, End("plateau", 0.9, 0.9, 2.4), CUT)
+    fibula = Bone("fibula", joint + 0.09, _FAR, 0.105, 0.025, End("head", 0.5, 0.7, 2.5), CUT, tilt=0.02, cortex=0.5)
     return [femur, tibia, fibula], [Blob(joint - 0.1, 0.0, 0.055, 0.05, 0.35)]
 
 
@@ -142,18 +156,29 @@ def _forearm(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     bow = float(rng.uniform(0.01, 0.035))
     if rng.random() < 0.4:  # wrist
         end = float(rng.uniform(0.05, 0.4))
-        radius = Bone(-_FAR, end, -gap, 0.034, CUT, End("slant", 0.75, 0.85, 3.4), bow=-bow, cortex=0.42)
-        ulna = Bone(-_FAR, end - 0.03, gap * 0.95, 0.028, CUT, End("head", 0.15, 0.35, 2.2), bow=bow / 2, cortex=0.45)
+        radius = Bone("radius", -_FAR, end, -gap, 0.034, CUT, End("slant", 0.75, 0.85, 3.4), bow=-bow, cortex=0.42)
+        ulna = Bone(
+            "ulna", -_FAR, end - 0.03, gap * 0.95, 0.028, CUT, End("head", 0.15, 0.35, 2.2), bow=bow / 2, cortex=0.45
+        )
         first = [Blob(end + 0.055 + 2 * v * v, v, 0.036, 0.034, 1.3) for v in (-0.08, -0.02, 0.045)]
         second = [Blob(end + 0.115 + 2 * v * v, v, 0.038, 0.032, 1.3) for v in (-0.095, -0.035, 0.02, 0.075)]
         palm = [Blob(end + 0.265, 1.1 * v, 0.11, 0.02, 2) for v in (-0.13, -0.065, 0.0, 0.06, 0.115)]
         return [radius, ulna], first + second + palm
     joint = float(rng.uniform(-0.35, -0.05))
     humerus = Bone(
-        -_FAR, joint - 0.02, 0.01, 0.045, CUT, End("condyles", 1.0, 1.1, 2.6), tilt=float(rng.uniform(-0.15, 0.15))
+        "humerus",
+        -_FAR,
+        joint - 0.02,
+        0.01,
+        0.045,
+        CUT,
+        End("condyles", 1.0, 1.1, 2.6),
+        tilt=float(rng.uniform(-0.15, 0.15)),
     )
-    radius = Bone(joint + 0.03, _FAR, -gap * 0.8, 0.029, End("plateau", 0.35, 0.35, 1.2), CUT, bow=-bow, cortex=0.42)
-    ulna = Bone(joint - 0.01, _FAR, gap * 0.75, 0.033, End("head", 0.5, 0.4, 3.0), CUT, bow=bow, cortex=0.42)
+    radius = Bone(
+        "radius", joint + 0.03, _FAR, -gap * 0.8, 0.029, End("plateau", 0.35, 0.35, 1.2), CUT, bow=-bow, cortex=0.42
+    )
+    ulna = Bone("ulna", joint - 0.01, _FAR, gap * 0.75, 0.033, End("head", 0.5, 0.4, 3.0), CUT, bow=bow, cortex=0.42)
     return [humerus, radius, ulna], []
 
 
@@ -161,12 +186,16 @@ def _humerus(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     top = float(rng.uniform(-0.35, -0.1))
     tilt = float(rng.uniform(-0.2, 0.1))
     shoulder = [Blob(top + 0.06, 0.2, 0.1, 0.05, 0.8), Blob(top - 0.09, 0.13, 0.022, 0.15, 1.5)]
-    return [Bone(top, _FAR, -0.02, 0.055, End("head", 0.35, 0.85, 3.6), CUT, tilt=tilt, cortex=0.4)], shoulder
+    return [
+        Bone("humerus", top, _FAR, -0.02, 0.055, End("head", 0.35, 0.85, 3.6), CUT, tilt=tilt, cortex=0.4)
+    ], shoulder
 
 
 def _femur(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     bow = float(rng.uniform(-0.05, 0.05))
-    return [Bone(-_FAR, _FAR, 0.0, 0.08, CUT, CUT, tilt=float(rng.uniform(-0.1, 0.1)), bow=bow, cortex=0.45)], []
+    return [
+        Bone("femur", -_FAR, _FAR, 0.0, 0.08, CUT, CUT, tilt=float(rng.uniform(-0.1, 0.1)), bow=bow, cortex=0.45)
+    ], []
 
 
 _Draw = Callable[[np.random.Generator], tuple[list[Bone], list[Blob]]]

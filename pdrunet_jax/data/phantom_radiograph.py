@@ -1,10 +1,13 @@
 """From a phantom limb to an 8-bit radiograph: view, attenuation, exposure, collimator, markers, metal, noise."""
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pdrunet_jax.data.phantom_anatomy import Bone, Limb
+from pdrunet_jax.data.phantom_anatomy import BONES, Bone, Limb
+from pdrunet_jax.data.phantom_levels import STANDARD, Level, draw_wires
 from pdrunet_jax.data.phantom_projection import (
     Array,
     project_blobs,
@@ -19,8 +22,18 @@ _LETTERS = {
 }
 
 
-def radiograph(limb: Limb, rng: np.random.Generator, size: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A picture of `limb` as (image, mask), both uint8 of (size, size); the mask is 1 inside the long bones.
+class Radiograph(NamedTuple):
+    """A picture and what is on it, each (size, size)."""
+
+    grey: NDArray[np.uint8]
+    bones: NDArray[np.uint8]
+    """0, or 1 + the bone's place in `BONES`; where two overlap, the one nearer to the film."""
+    brightness: Array
+    """float32 in [0, 1], before it became 8 bits."""
+
+
+def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = STANDARD) -> Radiograph:
+    """A picture of `limb` of (size, size) pixels.
 
     The scene is the same at every size; only the detector's grain differs.
     """
@@ -32,27 +45,30 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int) -> tuple[NDArray
     attenuation = 3.0 * soft * (1 + 0.04 * muscle) + 4 * project_blobs(limb.blobs, u, v)
     if limb.ribs:
         attenuation += 5 * project_ribs(limb, u, v, rng)
-    if rng.random() < 0.06:
+    if rng.random() < level.cast:
         attenuation += _cast(under_skin, trabeculae, rng)
 
     flat, texture = attenuation.ravel(), trabeculae.ravel()  # views
-    inside = np.zeros(size * size, np.bool_)
+    found = np.zeros(size * size, np.uint8)
     for bone in limb.bones:
         part = project_bone(bone, u, v)
-        flat[part.at] += 6.5 * (part.cortical + part.trabecular * (1 + 0.16 * texture[part.at]))
-        inside[part.at] |= part.inside
-    mask = inside.reshape(size, size)
+        flat[part.at] += 6.5 * level.density * (part.cortical + part.trabecular * (1 + 0.16 * texture[part.at]))
+        found[part.at[part.inside]] = 1 + BONES.index(bone.name)
+    bones = found.reshape(size, size)
+    mask = bones > 0
     bare = mask
-    if rng.random() < 0.12:
+    if rng.random() < level.metal:
         metal = _implant(limb.bones[int(rng.integers(len(limb.bones)))], u, v, rng, 1 / size)
         attenuation += metal
         bare = mask & (metal == 0)
-    brightness = _expose(attenuation, bare, under_skin > 0, x, y, haze, rng, grain)
-    brightness, field = _collimate(brightness, x, y, rng, 1 / size)
+    brightness = _expose(attenuation, bare, under_skin > 0, x, y, haze, rng, grain, level)
+    if level.wires:
+        brightness = draw_wires(brightness, x, y, rng.spawn(1)[0], level.wires, 1 / size)
+    brightness, field = _collimate(brightness, x, y, rng, 1 / size, level.uncollimated)
     mask &= field
-    brightness = _mark(brightness, mask, x, y, rng)
+    brightness = _mark(brightness, mask, x, y, rng, level.unmarked)
     grey = np.clip(brightness * 255 + grain.random((size, size), np.float32), 0, 255)
-    return grey.astype(np.uint8), mask.astype(np.uint8)
+    return Radiograph(grey.astype(np.uint8), bones * mask, brightness)
 
 
 def _view(x: Array, y: Array, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -122,14 +138,17 @@ def _expose(
     haze: Array,
     rng: np.random.Generator,
     grain: np.random.Generator,
+    level: Level,
 ) -> Array:
     """Beam, scatter, blur, noise and the display's window: attenuation in, brightness in [0, 1] out."""
     direction = rng.uniform(0, 2 * np.pi)
     heel = rng.uniform(0.1, 1.2) * (np.cos(direction) * x + np.sin(direction) * y) + 0.04 * haze
-    scatter = np.float32(rng.uniform(0.01, 0.05)) * (1 + 0.1 * haze)
+    scatter = np.float32(level.scatter * rng.uniform(0.01, 0.05)) * (1 + 0.1 * haze)
     signal = heel - np.log(np.exp(-attenuation) + scatter)
     signal = ndimage.gaussian_filter(signal, rng.uniform(0.25, 0.8) * len(x) / 256)
-    quanta = np.float32(rng.uniform(0.006, 0.02)) * np.exp(np.clip(signal, 0, 3) / 3)  # fewer behind thick parts
+    quanta = np.float32(level.noise * rng.uniform(0.006, 0.02)) * np.exp(
+        np.clip(signal, 0, 3) / 3
+    )  # fewer behind thick parts
     signal += quanta * grain.standard_normal(x.shape, np.float32)
 
     # The window is set for the bones, as a radiographer does; how bright soft tissue becomes is left to chance.
@@ -143,10 +162,10 @@ def _expose(
 
 
 def _collimate(
-    brightness: Array, x: Array, y: Array, rng: np.random.Generator, pixel: float
+    brightness: Array, x: Array, y: Array, rng: np.random.Generator, pixel: float, uncollimated: float
 ) -> tuple[Array, NDArray[np.bool_]]:
     """The beam's rectangular field; outside it the film is unexposed (white) or the shutter is drawn black."""
-    if rng.random() < 0.15:
+    if rng.random() < uncollimated:
         return brightness, np.ones(brightness.shape, np.bool_)
     angle = np.radians(rng.normal(0, 6))
     across, along = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
@@ -159,9 +178,11 @@ def _collimate(
     return np.asarray(outside + (brightness - outside) * open_share, np.float32), inward > 0
 
 
-def _mark(brightness: Array, mask: NDArray[np.bool_], x: Array, y: Array, rng: np.random.Generator) -> Array:
+def _mark(
+    brightness: Array, mask: NDArray[np.bool_], x: Array, y: Array, rng: np.random.Generator, unmarked: float
+) -> Array:
     """A lead letter, where it covers the least bone of four places."""
-    if rng.random() < 0.35:
+    if rng.random() < unmarked:
         return brightness
     letter = np.array([[int(c) for c in row] for row in _LETTERS["RL"[int(rng.integers(2))]]], np.float32)
     letter = np.pad(letter, 1)[:, :: 1 if rng.random() < 0.8 else -1]

@@ -1,15 +1,14 @@
 """Batches for the device, by Grain: decoded once, shuffled anew each epoch, and at an exact, restorable position."""
 
-import os
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import grain
 import numpy as np
 
 from pdrunet_jax.config import DataConfig
+from pdrunet_jax.data.cache import Resized, keeps
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask, read_soft_mask, resize_mask, resize_soft_mask
@@ -62,18 +61,19 @@ def train_batches(dataset: Dataset, config: DataConfig, *, batch_size: int, chan
     def order(epoch: int) -> np.ndarray:
         return epoch_order(count, seed, epoch)
 
-    def load(position: int, _: int) -> Batch:
-        epoch, place = divmod(position, count)
-        index = order(epoch)[place]
+    def load(number: int, _: int) -> Batch:
+        places = [divmod(position, count) for position in range(number * batch_size, (number + 1) * batch_size)]
+        index = np.array([order(epoch)[place] for epoch, place in places])
         image, mask = source[index]
         return {
             "image": image,
             "mask": mask,
-            "index": np.asarray(index, np.int32),
-            "epoch": np.asarray(epoch, np.int32),
+            "index": index.astype(np.int32),
+            "epoch": np.array([epoch for epoch, _ in places], np.int32),
         }
 
-    batches = grain.MapDataset.range(count).repeat().map_with_index(load).batch(batch_size, drop_remainder=True)
+    # A batch at a time: Grain's work for each element is more than copying an image out of memory takes.
+    batches = grain.MapDataset.range(1).repeat().map_with_index(load)
     return TrainBatches(batches, config.threads, {"images": count, "batch_size": batch_size, "seed": seed})
 
 
@@ -99,13 +99,12 @@ def eval_batches(
     height, width = config.height_width
 
     def load(batch: int) -> Batch:
-        chosen = range(batch * batch_size, min((batch + 1) * batch_size, len(samples)))
+        chosen = np.arange(batch * batch_size, min((batch + 1) * batch_size, len(samples)))
         image = np.zeros((batch_size, height, width, channels), np.uint8)
         mask = np.full((batch_size, height, width), 0 if config.soft_masks else IGNORE, np.uint8)
         index = np.zeros(batch_size, np.int32)
-        for row, sample in enumerate(chosen):
-            image[row], mask[row] = source[sample]
-            index[row] = sample
+        image[: len(chosen)], mask[: len(chosen)] = source[chosen]
+        index[: len(chosen)] = chosen
         return {"image": image, "mask": mask, "index": index, "valid": np.arange(batch_size) < len(chosen)}
 
     batches = grain.MapDataset.range(-(-len(samples) // batch_size)).map(load)
@@ -122,26 +121,27 @@ def position_after(batches: int) -> dict[str, Any]:
 
 
 class _Source:
-    """Resized image and mask of each sample; kept with the dataset where `config.cache` says so."""
+    """Resized images and masks of `samples`; kept with the dataset where `config.cache` says so."""
 
     def __init__(self, dataset: Dataset, samples: tuple[Sample, ...], config: DataConfig, channels: int) -> None:
-        self._samples, self._coding = samples, dataset.coding
+        self._all, self._coding = dataset.samples, dataset.coding
         self._size, self._channels, self._soft = config.height_width, channels, config.soft_masks
-        height, width = self._size
-        needed = len(dataset.samples) * height * width * (channels + 1)
-        keep = config.cache == "memory" or (config.cache == "auto" and needed <= _memory() // 4)
-        self._kept = dataset.decoded.setdefault((self._size, channels, self._soft), {}) if keep else None
+        place = {sample.id: row for row, sample in enumerate(self._all)}
+        self._rows = np.array([place[sample.id] for sample in samples], np.int64)
+        self._cache = None
+        if keeps(config, len(self._all), channels):
+            self._cache = dataset.cache(self._size, channels, soft=self._soft)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        sample = self._samples[index]
-        if self._kept is None:
-            return self._read(sample)
-        if sample.id not in self._kept:  # two threads may both read it: the same pixels twice
-            self._kept[sample.id] = self._read(sample)
-        kept: tuple[np.ndarray, np.ndarray] = self._kept[sample.id]
-        return kept
+    def __getitem__(self, index: np.ndarray) -> Resized:
+        """Images (N, H, W, C) and masks (N, H, W) of the samples `index` (N,)."""
+        rows = self._rows[index]
+        if self._cache is not None:
+            return self._cache.take(rows, self._read)
+        images, masks = zip(*(self._read(row) for row in rows.tolist()), strict=True)
+        return np.stack(images), np.stack(masks)
 
-    def _read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, row: int) -> Resized:
+        sample = self._all[row]
         image = resize_image(read_image(sample.image, self._channels), self._size)
         if sample.mask is None:
             return image, np.full(self._size, 0 if self._soft else IGNORE, np.uint8)
@@ -153,16 +153,3 @@ class _Source:
 def _read_options(threads: int) -> grain.ReadOptions:
     """Batches are made ahead in as many threads; the order is the same for any number."""
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-
-
-def _memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's if that is less."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not a POSIX system
-        total = 8 << 30
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        limit = "max"
-    return min(total, int(limit)) if limit.isdigit() else total

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
 
-from pdrunet_jax.data.images import decode_image, read_bytes
+from pdrunet_jax.data.images import decode_image, read_bytes, resize_image
 from pdrunet_jax.data.layouts import Pair
 from pdrunet_jax.data.masks import MaskCoding, decode_codes
 from pdrunet_jax.errors import DataError
@@ -31,12 +32,17 @@ class Scanned:
     digest: str = ""
     """Digest of both files' bytes."""
     problems: tuple[str, ...] = ()
+    small: tuple[np.ndarray, np.ndarray] | None = None
+    """The image (H, W, 1) uint8 and the mask's codes (H, W), resized, where they are to be kept."""
 
 
-def scan(pairs: Sequence[Pair], coding: MaskCoding, threads: int) -> list[Scanned]:
-    """Read every pair, in order; problems are collected, never raised. `threads` files are decoded at a time."""
+def scan(pairs: Sequence[Pair], coding: MaskCoding, threads: int, keep: tuple[int, int] | None = None) -> list[Scanned]:
+    """Read every pair, in order; problems are collected, never raised. `threads` files are decoded at a time.
+
+    `keep` is the (height, width) of the resized pixels that come with each pair.
+    """
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        return list(pool.map(lambda pair: _scan_one(pair, coding), pairs))
+        return list(pool.map(lambda pair: _scan_one(pair, coding, keep), pairs))
 
 
 def foreground_share(codes: dict[int, int], coding: MaskCoding) -> float:
@@ -60,16 +66,18 @@ def class_shares(codes: dict[int, int], coding: MaskCoding) -> list[float]:
     return [count / total if total else 0.0 for count in pixels]
 
 
-def _scan_one(pair: Pair, coding: MaskCoding) -> Scanned:
+def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> Scanned:
     problems: list[str] = []
     digest = hashlib.sha256()
     size, mode, pixels_digest = (0, 0), "", ""
     codes: dict[int, int] = {}
+    image = mask = None
     try:
         data = read_bytes(pair.image, pair.id)
         digest.update(hashlib.sha256(data).digest())
         pixels, mode = decode_image(data, pair.id)
         size = (pixels.shape[0], pixels.shape[1])
+        image = resize_image(pixels, keep) if keep else None
         pixels_digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
     except DataError as error:
         problems += error.problems
@@ -86,12 +94,20 @@ def _scan_one(pair: Pair, coding: MaskCoding) -> Scanned:
             codes = {}
     except DataError as error:
         problems += error.problems
-    return Scanned(size, mode, codes, pixels_digest, digest.hexdigest(), tuple(problems))
+    small = None
+    if keep and image is not None and mask is not None and not problems:
+        small = image, _nearest(mask, keep)
+    return Scanned(size, mode, codes, pixels_digest, digest.hexdigest(), tuple(problems), small)
+
+
+def _nearest(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Codes of any type at the places that `resize_mask` takes class indices from."""
+    numbers = codes if codes.dtype == np.uint8 else codes.astype(np.int32)
+    return np.asarray(Image.fromarray(numbers).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def _count(codes: np.ndarray) -> dict[int, int]:
     if codes.dtype == np.uint8:  # much faster than sorting
-        counts = np.bincount(codes.ravel(), minlength=256)
-        return {int(code): int(counts[code]) for code in np.flatnonzero(counts)}
+        return {code: count for code, count in enumerate(Image.fromarray(codes).histogram()) if count}
     values, counts = np.unique(codes, return_counts=True)
     return {int(code): int(count) for code, count in zip(values, counts, strict=True)}

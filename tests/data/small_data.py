@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from pdrunet_jax.config import DataConfig
 
@@ -36,3 +39,21 @@ def save(pixels: np.ndarray | Image.Image, path: Path, **options: object) -> Pat
 def config(root: Path, **settings: object) -> DataConfig:
     """Settings for a small dataset; decodes in one thread unless told otherwise."""
     return DataConfig(**{"root": str(root), "size": (16,), "threads": 1, **settings})  # type: ignore[arg-type]
+
+
+def write_dicom(path: Path, stored: np.ndarray, **elements: object) -> Path:
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, "1.2.3"
+    dataset.Rows, dataset.Columns = stored.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
+    dataset.PatientName = "Secret^Person"
+    dataset.PixelData = stored.astype("<u2").tobytes()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path

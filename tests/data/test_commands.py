@@ -1,15 +1,20 @@
 """`python -m pdrunet_jax.data` as a user types it."""
 
+import base64
 import csv
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from small_data import config
+from PIL import Image
+from small_data import config, shapes
 
 from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.pictures import colour_of
 
 Folder = Callable[..., Path]
 
@@ -61,3 +66,40 @@ def test_phantom_draws_a_dataset_that_checks(tmp_path: Path) -> None:
     assert run("phantom", tmp_path / "p", "--count", "4", "--size", "64").returncode == 0
     assert run("check", tmp_path / "p").returncode == 0
     assert run("phantom", tmp_path / "p").returncode == 2
+
+
+def test_check_draws_masks_over_images_on_a_page_that_needs_nothing_else(folder: Folder, tmp_path: Path) -> None:
+    root = folder(9, lambda i: np.array([0, 1, 2], np.uint8)[shapes(i)] * np.uint8(i != 4))
+    (root / "dataset.toml").write_text("name = 'legs <b>'\nclasses = { femur = 1, tibia = 2 }")
+    result = run("check", root, "--output", tmp_path / "seen" / "here", "--pictures", "6")
+    assert result.returncode == 0, result.stderr
+    assert "check.html" in result.stdout
+    assert "twins     no images" in result.stdout
+    page = (tmp_path / "seen" / "here" / "check.html").read_text()
+    assert "legs &lt;b&gt;" in page
+    assert "class 2   tibia" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    with Image.open(tmp_path / "seen" / "here" / "contact_sheet.png") as picture:
+        sheet = np.asarray(picture.convert("RGB"))
+    assert base64.b64encode((tmp_path / "seen" / "here" / "contact_sheet.png").read_bytes()).decode() in page
+    cells = sheet[6:156, 6 : 6 + 4 * 366].reshape(150, 4, 366, 3)  # the upper row: four of six, the emptiest first
+    for index in (1, 2):  # femur and tibia, each outlined in its colour
+        outlined = (cells[:, :, 180:] == colour_of(index)).all(axis=-1).any(axis=(0, 2))
+        assert outlined.tolist() == [False, True, True, True]
+    assert not (cells[:, :, :180] == colour_of(1)).all(axis=-1).any()  # the image beside it is bare
+
+
+def test_check_takes_a_threshold_and_several_values_for_a_class(folder: Folder) -> None:
+    root = folder(4, lambda i: np.array([0, 90, 200], np.uint8)[shapes(i)])
+    assert "bone: 0.0%" in run("check", root, "--classes", "bone", "255", "--threshold", "201").stdout
+    both = run("check", root, "--classes", "bone", "90,200").stdout
+    assert f"bone: {np.mean([(shapes(i) > 0).mean() for i in range(4)]):.1%}" in both
+
+
+def test_a_split_that_cannot_be_written_is_one_message_and_exit_code_1(folder: Folder) -> None:
+    root = folder(5)
+    (root / ".manifest.csv.tmp").mkdir()  # in the way of the file that is written first
+    result = run("split", root)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {root / 'manifest.csv'}: cannot be written (")
+    assert not (root / "manifest.csv").exists()

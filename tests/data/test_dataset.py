@@ -1,5 +1,6 @@
 """Folders are paired by name, and everything wrong with one is said at once, before training starts."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,54 @@ def test_nnunet_names_pair(tmp_path: Path) -> None:
         save(noise(index), tmp_path / "imagesTr" / f"case_{index:03}_0000.png")
         save(mask(index), tmp_path / "labelsTr" / f"case_{index:03}.png")
     assert pairs(tmp_path)["imagesTr/case_001_0000.png"] == "labelsTr/case_001.png"
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"background": 0, "femur": 1, "tibia": [2], "ignore": 3},
+        {"0": "background", "1": "femur", "2": "tibia", "3": "ignore"},
+    ],
+)
+def test_nnunets_description_declares_classes_in_either_version(tmp_path: Path, labels: dict[str, object]) -> None:
+    for index in range(3):
+        save(noise(index), tmp_path / "imagesTr" / f"x{index}_0000.png")
+        drawn = shapes(index)
+        drawn[0, 0] = 3
+        save(drawn, tmp_path / "labelsTr" / f"x{index}.png")
+    (tmp_path / "dataset.json").write_text(json.dumps({"name": "legs", "labels": labels}))
+    dataset = open_dataset(config(tmp_path))
+    assert (dataset.name, dataset.class_names, dataset.coding.ignore) == ("legs", ("femur", "tibia"), (3,))
+
+
+def test_nnunets_test_folders_are_the_test_split(tmp_path: Path) -> None:
+    for index in range(6):
+        part = "Ts" if index > 3 else "Tr"
+        save(noise(index), tmp_path / f"images{part}" / f"x{index}_0000.png")
+        save(mask(index), tmp_path / f"labels{part}" / f"x{index}.png")
+    dataset = open_dataset(config(tmp_path))
+    assert [sample.id for sample in dataset.of("test")] == ["imagesTs/x4_0000.png", "imagesTs/x5_0000.png"]
+    assert len(dataset.of("val")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "not valid JSON"),
+        ('{"labels": [1]}', "labels is no object"),
+        (
+            '{"labels": {"background": 0, "whole": [1, 2], "core": [2]}}',
+            r"json: classes: 2 is declared 2 times",
+        ),
+        ('{"labels": {"background": 0, "bone": -1}}', "neither a number"),
+    ],
+)
+def test_nnunet_descriptions_that_cannot_be_meant_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    save(noise(0), tmp_path / "imagesTr" / "x_0000.png")
+    save(mask(0), tmp_path / "labelsTr" / "x.png")
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        open_dataset(config(tmp_path))
 
 
 def test_split_folders_are_the_split(tmp_path: Path) -> None:

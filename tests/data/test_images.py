@@ -1,16 +1,19 @@
 """Images of every kind come out right, and bad ones as an error that names the file."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless
-from small_data import noise, save
+from pydicom.uid import JPEGLSLossless
+from seen_data import deep_png
+from small_data import SIZE, noise, save, write_dicom
 
 from pdrunet_jax.data.images import read_image, read_spacing, resize_image
+from pdrunet_jax.data.plain_png import decode_plain_png
 from pdrunet_jax.errors import DataError
 
 RGB = np.stack([noise(1), noise(2), noise(3)], axis=-1)
@@ -29,6 +32,26 @@ def test_eight_bit_grey_is_exactly_pillows(tmp_path: Path, extension: str, mode:
     assert pixels.dtype == np.uint8
     with Image.open(path) as reference:
         np.testing.assert_array_equal(pixels[:, :, 0], np.asarray(reference.convert("L")))
+
+
+def test_plain_png_is_decoded_outside_of_pillow_to_the_same_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for index, size in enumerate(((1, 1), (20, 24), (301, 257))):
+        pixels = np.random.default_rng(index).integers(0, 256, size, dtype=np.uint8)
+        plain = decode_plain_png(save(pixels, tmp_path / "x.png").read_bytes())
+        assert plain is not None
+        np.testing.assert_array_equal(plain, pixels)
+        for other in (
+            save(pixels, tmp_path / "turned.png", exif=exif),
+            save(pixels.astype(np.uint16), tmp_path / "deep.png"),
+            save(np.stack([pixels] * 3, axis=-1), tmp_path / "colour.png"),
+            save(pixels, tmp_path / "x.bmp"),
+        ):
+            assert decode_plain_png(other.read_bytes()) is None
+    whole = save(noise(0), tmp_path / "x.png").read_bytes()
+    for damage in (whole[:-50], whole[:30], whole[:60] + b"\xff\xff" + whole[62:], b""):
+        assert decode_plain_png(damage) is None  # so that the message comes from Pillow
 
 
 def test_three_channels_are_red_green_blue(tmp_path: Path) -> None:
@@ -66,6 +89,57 @@ def test_a_few_burnt_out_pixels_do_not_set_the_range(tmp_path: Path) -> None:
     assert np.median(read_image(save(deep, tmp_path / "x.png"))) > 100
 
 
+def test_the_whole_range_of_deep_images_is_kept_unless_pixels_lie_far_off(tmp_path: Path) -> None:
+    deep = np.linspace(1000, 2000, 20_000).astype(np.uint16).reshape(100, 200)
+    deep[0, 0] = 4000  # 2 times the range of the others beyond it, and too rare for the percentiles
+    pixels = read_image(save(deep, tmp_path / "x.png"))[:, :, 0]
+    np.testing.assert_allclose(pixels, (deep - 1000.0) * (255 / 3000), atol=1e-3)
+    deep[0, 0] = 60_000
+    burnt = read_image(save(deep, tmp_path / "y.png"))[:, :, 0]
+    assert np.median(burnt) == pytest.approx(127.5, abs=1)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bits_for_each_channel_are_all_read(tmp_path: Path, channels: int) -> None:
+    """Pillow hands out the upper 8: an X-ray of 12 bits would have 16 greys."""
+    deep = noise(0).astype(np.uint16) + 700
+    values = np.stack([deep] * channels, axis=-1)
+    if channels in (2, 4):
+        values[:, :, -1] = 65535
+    (tmp_path / "x.png").write_bytes(deep_png(values))
+    grey = read_image(tmp_path / "x.png")[:, :, 0]
+    np.testing.assert_allclose(grey, (deep - 700.0) * (255 / (deep.max() - 700)), atol=0.1)
+    assert read_image(tmp_path / "x.png", 3).shape == (*SIZE, 3)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bit_colour_tiff_is_read_in_either_byte_order(tmp_path: Path, order: str, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (*SIZE, channels))
+    (tmp_path / "x.tif").write_bytes(colour_tiff(values, order))
+    seen = read_image(tmp_path / "x.tif", 3)
+    low, high = values[:, :, :3].min(), values[:, :, :3].max()
+    np.testing.assert_allclose(seen, (values[:, :, :3] - low) * (255 / (high - low)), atol=1e-3)
+
+
+def colour_tiff(values: np.ndarray, order: str) -> bytes:
+    """A TIFF of 16 bits for each channel, which Pillow cannot write."""
+    height, width, channels = values.shape
+    pixels = values.astype(f"{order}u2").tobytes()
+    tags = [(256, width), (257, height), (258, None), (259, 1), (262, 2), (273, 8), (277, channels), (278, height)]
+    tags += [(279, len(pixels)), (284, 1)] + ([(338, 2)] if channels == 4 else [])
+    start = 8 + len(pixels)
+    beyond = start + 2 + 12 * len(tags) + 4
+    table = struct.pack(f"{order}H", len(tags))
+    for tag, value in tags:
+        if value is None:
+            table += struct.pack(f"{order}HHII", tag, 3, channels, beyond)
+        else:
+            table += struct.pack(f"{order}HHII", tag, 4, 1, value)
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, start)
+    return head + pixels + table + struct.pack(f"{order}I{channels}H", 0, *[16] * channels)
+
+
 def test_constant_deep_images_are_black(tmp_path: Path) -> None:
     assert not read_image(save(np.full((8, 8), 700, np.uint16), tmp_path / "x.png")).any()
 
@@ -88,9 +162,6 @@ def test_resizing_is_pillows_bilinear() -> None:
 
 def png_with(tmp_path: Path, width: int, height: int) -> bytes:
     """A PNG whose header claims another size, with a valid checksum."""
-    import struct
-    import zlib
-
     data = bytearray(save(noise(0), tmp_path / "small.png").read_bytes())
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -128,24 +199,6 @@ def test_not_a_number_is_refused(tmp_path: Path) -> None:
         read_image(save(pixels, tmp_path / "x.tif"))
 
 
-def write_dicom(path: Path, stored: np.ndarray, **elements: object) -> Path:
-    meta = FileMetaDataset()
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    meta.MediaStorageSOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
-    dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = meta.MediaStorageSOPClassUID, "1.2.3"
-    dataset.Rows, dataset.Columns = stored.shape
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, 12, 11, 0
-    dataset.PatientName = "Secret^Person"
-    dataset.PixelData = stored.astype("<u2").tobytes()
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-    dataset.save_as(path, enforce_file_format=True)
-    return path
-
-
 def test_dicom_is_rescaled_and_windowed(tmp_path: Path) -> None:
     stored = np.tile(np.arange(0, 4000, 100, dtype=np.uint16), (20, 1))
     path = write_dicom(
@@ -160,6 +213,16 @@ def test_dicom_is_rescaled_and_windowed(tmp_path: Path) -> None:
     expected = np.clip((stored.astype(float) * 2 - 1000 - 999.5) / 2000 + 0.5, 0, 1) * 255
     np.testing.assert_allclose(read_image(path)[:, :, 0], expected, atol=1e-3)
     assert read_spacing(path) == (0.2, 0.1)
+
+
+@pytest.mark.parametrize("function", ["SIGMOID", "LINEAR_EXACT"])
+def test_the_other_window_functions_are_dicoms(tmp_path: Path, function: str) -> None:
+    stored = np.tile(np.arange(0, 4000, 100, dtype=np.uint16), (20, 1))
+    window = {"WindowCenter": 1500, "WindowWidth": 800, "VOILUTFunction": function}
+    share = (stored - 1500.0) / 800
+    expected = 255 / (1 + np.exp(-4 * share)) if function == "SIGMOID" else 255 * np.clip(share + 0.5, 0, 1)
+    path = write_dicom(tmp_path / "x.dcm", stored, **window)
+    np.testing.assert_allclose(read_image(path)[:, :, 0], expected, atol=1e-3)
 
 
 def test_monochrome1_is_inverted(tmp_path: Path) -> None:
@@ -192,3 +255,52 @@ def test_dicom_errors_hold_no_patient_data(tmp_path: Path) -> None:
             read_image(path)
         assert "Secret" not in str(caught.value)
         assert path.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("elements", "reason"),
+    [
+        ({"Rows": 60_000, "Columns": 60_000}, "refused as a bomb"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "PALETTE COLOR of shape"),
+        ({"RescaleSlope": "1e308", "RescaleIntercept": "1e308"}, "lead to infinity"),
+    ],
+)
+def test_dicom_that_would_come_out_wrong_is_refused(tmp_path: Path, elements: dict[str, object], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        read_image(write_dicom(tmp_path / "x.dcm", noise(0).astype(np.uint16) + 60_000, **elements))
+
+
+def test_deflated_dicom_is_refused_before_it_is_inflated(tmp_path: Path) -> None:
+    dataset = pydicom.dcmread(write_dicom(tmp_path / "x.dcm", noise(0).astype(np.uint16)))
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(tmp_path / "x.dcm")
+    with pytest.raises(DataError, match="deflated"):
+        read_image(tmp_path / "x.dcm")
+
+
+@pytest.mark.parametrize("syntax", ["JPEG2000Lossless", "RLELossless"])
+def test_compressed_dicom_is_read_without_loss(tmp_path: Path, syntax: str) -> None:
+    stored = np.tile(noise(0).astype(np.uint16) * 16, (2, 2))
+    plain = read_image(write_dicom(tmp_path / "x.dcm", stored))
+    dataset = pydicom.dcmread(tmp_path / "x.dcm")
+    dataset.compress(getattr(pydicom.uid, syntax))
+    dataset.save_as(tmp_path / "y.dcm")
+    np.testing.assert_array_equal(read_image(tmp_path / "y.dcm"), plain)
+
+
+def test_jpeg_lossless_dicom_is_read_without_loss(tmp_path: Path) -> None:
+    gdcm = pytest.importorskip("gdcm", reason="python-gdcm decodes JPEG lossless")
+    plain = write_dicom(tmp_path / "x.dcm", noise(0).astype(np.uint16) * 16)
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(plain))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.JPEGLosslessProcess14_1))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(tmp_path / "y.dcm"))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+    np.testing.assert_array_equal(read_image(tmp_path / "y.dcm"), read_image(plain))

@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from seen_data import deep_png
 from small_data import SIZE, config, save, shapes
 
+from pdrunet_jax.config_io import from_dict
 from pdrunet_jax.data.coding import declare
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.data.masks import IGNORE, read_mask, read_soft_mask, resize_mask
@@ -121,6 +123,27 @@ def test_small_red_values_with_full_alpha_are_numbers(folder: Folder) -> None:
     np.testing.assert_array_equal(first_mask(open_dataset(config(root, classes={"a": 1, "b": 2}))), shapes(0))
     (root / "dataset.toml").write_text("classes = { nucleus = [1, 2] }")
     np.testing.assert_array_equal(first_mask(open_dataset(config(root))), shapes(0) > 0)
+
+
+@pytest.mark.parametrize("nucleus", ["1,2", "1, 2"])
+def test_a_class_may_have_several_values_on_the_command_line_too(folder: Folder, nucleus: str) -> None:
+    dataset = open_dataset(config(folder(mask=shapes), classes={"nucleus": nucleus}))
+    np.testing.assert_array_equal(first_mask(dataset), shapes(0) > 0)
+
+
+def test_settings_may_list_values_and_colours() -> None:
+    values = {"classes": {"a": [1, 2], "b": ["#ff0000", "#00ff00"]}, "ignore": [3, 4]}
+    settings = from_dict({"data": values}, "x.toml").data
+    coding = declare(settings.classes, settings.ignore)
+    assert coding.names == ("a", "b")
+    assert len(coding.known) == 6
+
+
+def test_masks_of_sixteen_bit_colour_are_refused(folder: Folder) -> None:
+    root = folder()
+    (root / "masks" / "x001.png").write_bytes(deep_png(np.stack([shapes(1)] * 3, axis=-1)))
+    with pytest.raises(DataError, match=r"masks/x001\.png: a mask of 16 bits for each colour channel"):
+        open_dataset(config(root))
 
 
 def test_one_colour_drawn_on_transparent_ground_is_its_alpha(folder: Folder) -> None:

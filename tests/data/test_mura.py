@@ -262,3 +262,16 @@ def test_the_command_imports_and_its_help_says_where_data_comes_from(mura: Path,
     assert "255 was taken as foreground" in good.stdout
     bad = run("import-mura", mura, tmp_path / "target", "--masks", drawn)
     assert (bad.returncode, "Traceback" in bad.stderr) == (2, False)
+
+
+def test_soft_masks_are_cut_at_the_threshold(mura: Path, tmp_path: Path) -> None:
+    for index, path in enumerate(PATHS):
+        if "HUMERUS" in path:
+            soft = (shapes(index) > 0) * np.uint8(255)
+            soft[0, :20] = np.arange(20) * 12
+            save(soft, tmp_path / "masks" / f"{path}.png")
+    import_mura(mura, tmp_path / "target", HUMERUS, tmp_path / "masks", classes={"humerus": 255}, threshold=200)
+    mask = np.asarray(Image.open(tmp_path / "target" / "masks" / f"{PATHS[0]}.png"))
+    assert mask[0].tolist() == [0] * 17 + [1] * 3 + [0] * 4
+    with pytest.raises(UserError, match="--threshold 0"):
+        import_mura(mura, tmp_path / "other", HUMERUS, tmp_path / "masks", classes={"humerus": 255}, threshold=0)

@@ -1,10 +1,12 @@
 import csv
+import hashlib
 import signal
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,7 +14,14 @@ from PIL import Image
 from scipy import ndimage
 
 from pdrunet_jax.baseline import threshold_dice
-from pdrunet_jax.data.phantom import Phantom, draw, write_dataset
+from pdrunet_jax.config import DataConfig
+from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.data.images import read_image, read_spacing
+from pdrunet_jax.data.labelme import import_labelme
+from pdrunet_jax.data.masks import read_mask
+from pdrunet_jax.data.phantom import Difficulty, Phantom, draw
+from pdrunet_jax.data.phantom_anatomy import BONES
+from pdrunet_jax.data.phantom_files import Drawing, write_phantoms
 from pdrunet_jax.errors import UserError
 
 
@@ -105,7 +114,7 @@ def test_threshold_dice_is_the_best_over_both_sides() -> None:
 
 def test_a_dataset_folder_holds_what_was_drawn(tmp_path: Path) -> None:
     root = tmp_path / "new" / "phantoms"
-    write_dataset(root, 9, seed=3, size=48)
+    write_phantoms(root, Drawing(9, seed=3, size=48))
     rows = manifest(root)
     assert len(rows) == 9
     for index, row in enumerate(rows):
@@ -120,7 +129,7 @@ def test_a_dataset_folder_holds_what_was_drawn(tmp_path: Path) -> None:
 
 
 def test_splits_part_patients_three_to_one_to_one(tmp_path: Path) -> None:
-    write_dataset(tmp_path / "phantoms", 45, size=32)
+    write_phantoms(tmp_path / "phantoms", Drawing(45, size=32))
     splits: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
     for row in manifest(tmp_path / "phantoms"):
         splits[row["split"]].add(row["patient"])
@@ -131,24 +140,24 @@ def test_splits_part_patients_three_to_one_to_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "size", "problem"), [(0, 64, "at least one"), (3, 16, "at least 32")])
 def test_nothing_sensible_to_draw_is_refused(tmp_path: Path, count: int, size: int, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
-        write_dataset(tmp_path / "phantoms", count, size=size)
+        write_phantoms(tmp_path / "phantoms", Drawing(count, size=size))
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_is_left_alone(tmp_path: Path) -> None:
     root = tmp_path / "phantoms"
     root.mkdir()
-    write_dataset(root, 1, size=32)
+    write_phantoms(root, Drawing(1, size=32))
     before = (root / "manifest.csv").read_bytes()
     with pytest.raises(UserError, match="not empty"):
-        write_dataset(root, 2, size=32)
+        write_phantoms(root, Drawing(2, size=32))
     assert (root / "manifest.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_drawing_leaves_no_dataset(tmp_path: Path, how: signal.Signals) -> None:
     root = tmp_path / "phantoms"
-    script = "import sys, pathlib\nfrom pdrunet_jax.data.phantom import write_dataset\n"
-    script += "write_dataset(pathlib.Path(sys.argv[1]), 10**6, size=32)"
+    script = "import sys, pathlib\nfrom pdrunet_jax.data.phantom_files import Drawing, write_phantoms\n"
+    script += "write_phantoms(pathlib.Path(sys.argv[1]), Drawing(10**6, size=32))"
     with subprocess.Popen([sys.executable, "-c", script, str(root)], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".phantoms-*/dataset/masks/*.png")):
@@ -159,11 +168,79 @@ def test_an_interrupted_drawing_leaves_no_dataset(tmp_path: Path, how: signal.Si
     assert not root.exists()
     if how is signal.SIGINT:  # it could tidy up
         assert list(tmp_path.iterdir()) == []
-    write_dataset(root, 1, size=32)
+    write_phantoms(root, Drawing(1, size=32))
     assert len(manifest(root)) == 1
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match="phantoms cannot be written to"):
-        write_dataset(tmp_path / "file" / "phantoms", 1, size=32)
+        write_phantoms(tmp_path / "file" / "phantoms", Drawing(1, size=32))
+
+
+def test_the_phantoms_of_the_shipped_configuration_are_still_these() -> None:
+    """The README states scores that were reached on them."""
+    digest = hashlib.sha256()
+    for index in range(12):
+        phantom = draw(index, size=96)
+        digest.update(phantom.mask.tobytes())
+        digest.update((phantom.image // 16).tobytes())  # libraries may round the last bits their own way
+    assert digest.hexdigest() == "d59fc714e7f8fd3a5d2d50713340ffd8bbed2a9fa9f44d6266ec4f91d3e3fc02"
+
+
+def test_bones_have_names_and_every_bone_is_seen(phantoms: list[Phantom]) -> None:
+    seen = {BONES[value - 1] for phantom in phantoms for value in np.unique(phantom.bones) if value}
+    assert seen == set(BONES)
+    for phantom in phantoms:
+        assert np.array_equal(phantom.bones > 0, phantom.mask > 0)
+        names = {BONES[value - 1] for value in np.unique(phantom.bones) if value}
+        assert names <= {"femur", "tibia", "fibula"} or names <= {"humerus", "radius", "ulna"}
+
+
+def test_levels_differ_in_how_well_bones_stand_out() -> None:
+    def contrast(difficulty: Difficulty) -> float:
+        """Median over pictures: bone less its surroundings, in standard deviations of the grain."""
+        values = []
+        for index in range(16):
+            phantom = draw(index, size=96, difficulty=difficulty)
+            bone = phantom.mask > 0
+            around = ndimage.binary_dilation(bone, iterations=4) & ~ndimage.binary_dilation(bone)
+            image = phantom.brightness
+            grain = np.median(np.abs(image - ndimage.median_filter(image, 3))) + 1e-3
+            values.append((image[bone].mean() - image[around].mean()) / grain)
+        return float(np.median(values))
+
+    easy, standard, hard = (contrast(level) for level in ("easy", "standard", "hard"))
+    assert easy > 1.15 * standard
+    assert standard > 1.3 * hard
+
+
+@pytest.mark.parametrize("images", ["png", "dicom"])
+def test_phantoms_come_back_through_the_labelme_importer(tmp_path: Path, images: Literal["png", "dicom"]) -> None:
+    drawing = Drawing(9, size=96, by_bone=True, images=images, annotations="labelme")
+    write_phantoms(tmp_path / "drawn", drawing)
+    classes = {name: value for value, name in enumerate(BONES, start=1)}
+    import_labelme(tmp_path / "drawn", tmp_path / "data", classes=classes)
+    dataset = open_dataset(DataConfig(root=str(tmp_path / "data"), threads=1))
+    for index, sample in enumerate(dataset.samples):
+        phantom = draw(index, size=96)
+        assert sample.mask is not None
+        read = np.array([0, *(classes[name] for name in dataset.class_names)])[read_mask(sample.mask, dataset.coding)]
+        assert dice(read > 0, phantom.bones > 0) > 0.985
+        assert (read == phantom.bones).mean() > 0.99
+        seen = read_image(sample.image)[:, :, 0].astype(float)
+        assert np.abs(seen - phantom.brightness * 255).max() < (1.01 if images == "png" else 0.1) or index % 5 == 4
+        if images == "dicom":
+            assert read_spacing(sample.image) == (300 / 96, 300 / 96)
+
+
+def test_the_command_draws_every_kind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pdrunet_jax.data"]
+    options = ["--count", "5", "--size", "64", "--difficulty", "hard", "--by-bone", "--images", "dicom"]
+    subprocess.run([*command, "phantom", str(tmp_path / "p"), *options], check=True, timeout=120)
+    report = subprocess.run(
+        [*command, "check", str(tmp_path / "p")], check=True, timeout=120, capture_output=True, text=True
+    )
+    assert "femur" in report.stdout
+    assert "DICOM MONOCHROME1 12-bit" in report.stdout
+    assert "DICOM MONOCHROME2 12-bit" in report.stdout

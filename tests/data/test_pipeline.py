@@ -1,6 +1,8 @@
 """Batches come in an order that depends on the seed alone, and go on exactly where they were."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +15,7 @@ from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask, resize_mask
 from pdrunet_jax.data.pipeline import Batch, epoch_order, eval_batches, train_batches
-from pdrunet_jax.errors import UserError
+from pdrunet_jax.errors import DataError, UserError
 
 Folder = Callable[..., Path]
 
@@ -157,7 +159,57 @@ def test_the_cache_decodes_each_file_once(folder: Folder) -> None:
     root = folder(5)
     options = config(root, cache="memory")
     dataset = open_dataset(options)
-    first = list(eval_batches(dataset, "all", options, batch_size=5, channels=1))
+    first = list(eval_batches(dataset, "all", options, batch_size=5, channels=3))
     for path in (root / "images").iterdir():
         path.unlink()
-    assert_equal(list(eval_batches(dataset, "all", options, batch_size=5, channels=1)), first)
+    assert_equal(list(eval_batches(dataset, "all", options, batch_size=5, channels=3)), first)
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "colour", "deep", "undeclared"])
+def test_what_the_check_keeps_is_what_the_pipeline_would_read(folder: Folder, kind: str) -> None:
+    colours = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 0]], np.uint8)
+    masks: dict[str, Callable[[int], np.ndarray]] = {
+        "grey": lambda i: shapes(i),
+        "palette": lambda i: shapes(i),
+        "colour": lambda i: colours[shapes(i)],
+        "deep": lambda i: shapes(i).astype(np.uint16) * 300,
+        "undeclared": lambda i: np.array([[0, 0, 0], [255, 255, 0]], np.uint8)[(shapes(i) > 0) * (i != 2) * 1],
+    }
+    classes: dict[str, dict[str, int | str]] = {
+        "colour": {"a": "#00ff00", "b": "#ff0000"},
+        "deep": {"a": 300, "b": 600},
+        "undeclared": {},
+    }
+    root = folder(7, masks[kind])
+    for size in ((16,), (7, 33), (64,)):
+        settings = {"size": size, "classes": classes.get(kind, {"a": 1, "b": 2})}
+        read = [
+            list(eval_batches(open_dataset(options), "all", options, batch_size=3, channels=1))
+            for options in (config(root, cache=cache, **settings) for cache in ("memory", "none"))
+        ]
+        assert_equal(*read)
+
+
+def test_nothing_is_decoded_after_the_check(folder: Folder) -> None:
+    root = folder(5)
+    options = config(root, cache="memory")
+    dataset = open_dataset(options)
+    for path in (*(root / "images").iterdir(), *(root / "masks").iterdir()):
+        path.unlink()
+    assert len(list(eval_batches(dataset, "all", options, batch_size=5, channels=1))) == 1
+    with pytest.raises(DataError, match="No such file"):
+        list(eval_batches(dataset, "all", options, batch_size=5, channels=3))
+
+
+@pytest.mark.stress
+def test_the_benchmark_compares_every_variant(tmp_path: Path) -> None:
+    options = ["--images", "8", "--source", "64", "--size", "32", "--batch-size", "4", "--epochs", "2", "--rounds", "1"]
+    command = [sys.executable, "-m", "benchmarks.pipeline", *options, "--output", str(tmp_path)]
+    home = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=home)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("pipeline_*.json")
+    result = json.loads(path.read_text())
+    assert len(result["images_per_second"]) == 7
+    assert all(rate > 0 for rates in result["images_per_second"].values() for rate in rates.values())
+    assert str(home) not in path.read_text()

@@ -1,0 +1,52 @@
+"""Resized images and masks in memory, as uint8: each file is decoded once, for the check before training."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from pdrunet_jax.config import DataConfig
+
+Resized = tuple[np.ndarray, np.ndarray]
+"""An image (H, W, C) and its mask (H, W), both uint8."""
+
+
+class Cache:
+    """Room for every sample of a dataset; memory is taken as it fills."""
+
+    def __init__(self, count: int, size: tuple[int, int], channels: int) -> None:
+        self.images = np.empty((count, *size, channels), np.uint8)
+        self.masks = np.empty((count, *size), np.uint8)
+        self._ready = np.zeros(count, np.bool_)
+
+    def put(self, row: int, resized: Resized) -> None:
+        """Keep the sample `row`. Two threads may both put the same: the same pixels twice."""
+        self.images[row], self.masks[row] = resized
+        self._ready[row] = True
+
+    def take(self, rows: np.ndarray, read: Callable[[int], Resized]) -> Resized:
+        """Images (N, H, W, C) and masks (N, H, W) of `rows`, those by `read` that are not here yet."""
+        for row in rows[~self._ready[rows]].tolist():
+            self.put(row, read(row))
+        return self.images[rows], self.masks[rows]
+
+
+def keeps(config: DataConfig, count: int, channels: int) -> bool:
+    """Whether `count` samples are kept: as `config.cache` says, and "auto" where they fit in a quarter of memory."""
+    height, width = config.height_width
+    needed = count * height * width * (channels + 1)
+    return config.cache == "memory" or (config.cache == "auto" and needed <= _memory() // 4)
+
+
+def _memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's if that is less."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system
+        total = 8 << 30
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        limit = "max"
+    return min(total, int(limit)) if limit.isdigit() else total
