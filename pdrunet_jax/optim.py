@@ -38,7 +38,7 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def one_cycle(steps: int, peak: float) -> optax.Schedule:
-    """torch's OneCycleLR: half a cosine up to `peak`, reached before the update 0.3 `steps` - 1, and one down.
+    """The OneCycleLR of torch: half a cosine up to `peak`, reached before the update 0.3 `steps` - 1, and one down.
 
     optax's own reaches its peak and its end one update later.
     """
@@ -57,7 +57,7 @@ def one_cycle(steps: int, peak: float) -> optax.Schedule:
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """torch's clip_grad_norm_: it divides by the norm plus 1e-6, which optax's own does not."""
+    """The clip_grad_norm_ of torch: it divides by the norm plus 1e-6, which optax's own does not."""
 
     def clip(gradients: optax.Updates, _: optax.Params | None) -> optax.Updates:
         factor = jnp.minimum(largest / (optax.tree.norm(gradients) + 1e-6), 1.0)

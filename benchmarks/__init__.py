@@ -1,0 +1,1 @@
+"""Measurements of speed and memory; nothing of the package depends on them."""

@@ -1,0 +1,59 @@
+"""The machine's limits, measured: what a share of the roofline is a share of."""
+
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pdrunet_jax.runfolder import git_revision
+
+FLOPS_PER_PIXEL = 0.721e6
+"""Multiply-adds, counted as two, of the forward pass at 40 filters; a training step takes three times that."""
+
+
+def facts() -> dict[str, Any]:
+    """Processor, cores, versions and revision; nothing that names the machine or its owner."""
+    names = ("jax", "jaxlib", "flax", "torch", "numpy")
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "revision": git_revision(),
+        **{name: metadata.version(name) for name in names},
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def roofline(precision: str = "float32") -> dict[str, float]:
+    """Matrix product in FLOP/s and memory traffic in bytes/s, the best of PyTorch's and NumPy's on this device."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if precision == "bfloat16" and device == "cuda" else torch.float32
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    n, length = (8192, 2**28) if device == "cuda" else (2048, 2**26)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    x, y = (torch.ones(length, device=device) for _ in range(2))
+
+    def best(function: Any, repeats: int = 10) -> float:
+        seconds = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    return {
+        "flops": 2 * n**3 / best(lambda: a @ b),
+        "bytes_per_s": 8 * length / best(lambda: y.copy_(x)),
+    }

@@ -1,0 +1,172 @@
+"""python -m benchmarks.steps: training step and inference of JAX beside PyTorch, in one run.
+
+Every contender lives in a process of its own, and they take turns, a few repetitions each, so that whatever else the
+machine does falls on all alike. What is quoted is the ratio to PyTorch's fastest variant.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import machine
+from benchmarks.contenders import Work
+
+JAX = ("auto", "plain", "polyphase", "naive")
+TORCH = ("nchw", "channels_last", "channels_last compiled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time training steps and inference of JAX and PyTorch side by side."""
+
+    sizes: tuple[int, ...] = (256,)
+    """Image sizes, in pixels."""
+    batches: tuple[int, ...] = (1, 4)
+    """Images a step."""
+    precision: str = "float32"
+    """float32, tf32 or bfloat16."""
+    jax: tuple[str, ...] = JAX
+    """Variants of JAX: auto, plain, polyphase, fused, naive."""
+    torch: tuple[str, ...] = TORCH
+    """Variants of PyTorch: nchw or channels_last, and compiled."""
+    rounds: int = 7
+    """Turns of each contender; the median of all repetitions counts."""
+    repeats: int = 1
+    """Repetitions a turn."""
+    output: Path | None = None
+    """JSON file of the results."""
+
+
+class Contender:
+    """A worker process and what it has measured."""
+
+    def __init__(self, framework: str, variant: str, work: Work) -> None:
+        self.name = f"{framework} {variant}"
+        # Left alone, JAX would take most of a GPU's memory from the others.
+        environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        command = [sys.executable, "-m", "benchmarks.worker", framework, variant, json.dumps(dataclasses.asdict(work))]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.seconds: dict[str, list[float]] = {"train": [], "infer": []}
+        self.notes: dict[str, Any] = {}
+        self.failed = False
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        self.failed = self.failed or not line
+        return json.loads(line) if line else None
+
+    def start(self) -> None:
+        """Wait until it is compiled and has done one step of each."""
+        self.notes = self._answer() or {}
+        for order in self.seconds:
+            self.turn(order, 1, keep=False)
+
+    def ask(self, order: str, count: int) -> Any:
+        """Send an order and wait for the answer; None if the process has died."""
+        if self.failed:
+            return None
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{order} {count}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def turn(self, order: str, count: int, *, keep: bool = True) -> None:
+        """Time `count` repetitions."""
+        answer = self.ask(order, count)
+        if keep and answer:
+            self.seconds[order] += answer
+
+    def end(self) -> None:
+        """Close the process."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
+
+    def result(self) -> dict[str, Any]:
+        """Medians and everything else that is known."""
+        times = {f"{order}_s": statistics.median(s) for order, s in self.seconds.items() if s}
+        return {"name": self.name, **times, **self.notes, "failed": self.failed}
+
+
+def measure(work: Work, options: Options) -> list[dict[str, Any]]:
+    """All contenders on one piece of work."""
+    sides = [("jax", variant) for variant in options.jax] + [("torch", variant) for variant in options.torch]
+    contenders = []
+    for framework, variant in sides:  # one after the other: compiling takes all cores
+        contender = Contender(framework, variant, work)
+        contender.start()
+        contenders.append(contender)
+    for _ in range(options.rounds):
+        for order in ("train", "infer"):
+            for contender in contenders:
+                contender.turn(order, options.repeats)
+    for contender in contenders:
+        memory = contender.ask("memory", 2) or {}
+        contender.notes |= {f"{kind}_mib": size / 2**20 for kind, size in memory.items() if size}
+        contender.end()
+    return [contender.result() for contender in contenders]
+
+
+def table(results: Sequence[dict[str, Any]], work: Work, limits: dict[str, float]) -> str:
+    """The results of one piece of work in Markdown."""
+    theirs = [row for row in results if row["name"].startswith("torch") and "train_s" in row]
+    best = {key: min((row[key] for row in theirs), default=float("nan")) for key in ("train_s", "infer_s")}
+    flops = machine.FLOPS_PER_PIXEL * work.size**2 * work.batch
+    lines = [
+        f"{work.size}x{work.size}, batch {work.batch}, {work.precision}",
+        "",
+        "| | train step | ratio | share of peak | inference | ratio | share of peak | memory | compile |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results:
+        if "train_s" not in row:
+            lines.append(f"| {row['name']} | failed |")
+            continue
+        memory = row.get("device_mib", row.get("resident_mib", 0))
+        lines.append(
+            f"| {row['name']} | {row['train_s'] * 1e3:.0f} ms | {row['train_s'] / best['train_s']:.2f} "
+            f"| {3 * flops / row['train_s'] / limits['flops']:.0%} "
+            f"| {row['infer_s'] * 1e3:.0f} ms | {row['infer_s'] / best['infer_s']:.2f} "
+            f"| {flops / row['infer_s'] / limits['flops']:.0%} "
+            f"| {memory:,.0f} MiB | {row.get('compile_train_s', 0):.1f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.steps")
+    limits = machine.roofline(options.precision)
+    print(f"peak: {limits['flops'] / 1e9:,.0f} GFLOP/s, {limits['bytes_per_s'] / 1e9:,.0f} GB/s\n")
+    runs = []
+    for size in options.sizes:
+        for batch in options.batches:
+            work = Work(size, batch, options.precision)
+            results = measure(work, options)
+            runs.append({"work": dataclasses.asdict(work), "results": results})
+            print(table(results, work, limits), flush=True)
+            print()
+            if options.output:
+                content = {"machine": machine.facts(), "limits": limits, "runs": runs}
+                options.output.parent.mkdir(parents=True, exist_ok=True)
+                options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

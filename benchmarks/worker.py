@@ -1,0 +1,52 @@
+"""One contender in a process of its own: told what to do on standard input, a line each, it answers with JSON.
+
+`train COUNT` and `infer COUNT` time so many repetitions, `memory COUNT` says the highest resident memory of training.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+
+from benchmarks.contenders import SIDES, Work, resident, resident_peak
+
+
+def timed(function: Callable[[], None], count: int) -> list[float]:
+    """Seconds of each of `count` calls."""
+    seconds = []
+    for _ in range(count):
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    """The process; its arguments are the framework, the variant and the work as JSON."""
+    framework, variant, work = sys.argv[1:]
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between the answers
+    started = time.perf_counter()
+    if framework == "torch":
+        import torch  # noqa: F401
+    else:
+        import jax
+
+        jax.devices()
+        import pdrunet_jax.step  # noqa: F401
+    imported = time.perf_counter() - started
+    baseline = resident()
+    sides = SIDES[framework](variant, Work(**json.loads(work)))
+    print(json.dumps({**sides.notes, "import_s": imported}), file=answers, flush=True)
+    for line in sys.stdin:
+        order, count = line.split()
+        if order == "memory":
+            with resident_peak() as peak:
+                timed(sides.train, int(count))
+                answer: object = {"resident": peak() - baseline, "device": sides.device_memory()}
+        else:
+            answer = timed(sides.train if order == "train" else sides.infer, int(count))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
