@@ -1,5 +1,6 @@
 # make demo   train on synthetic bone X-rays, end with test scores and a report
 # make test   lint, types, tests and parity tests
+# make stress the long form of the fault tests: 200 kills, 50 signals, full disks, damage (about half an hour)
 # make venv   only the environment
 # Everything is plain pip underneath: see README.md.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: venv demo test lint types unit parity clean
+.PHONY: venv demo test lint types unit parity stress clean
 
 venv: .venv/installed
 demo: .venv/installed
@@ -24,6 +25,8 @@ unit: .venv/installed-dev
 	$(BIN)/python -m pytest tests
 parity: .venv/installed-dev
 	$(BIN)/python -m pytest parity_tests
+stress: .venv/installed-dev
+	STRESS=1 $(BIN)/python -m pytest tests/faults --timeout 3600
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""Checkpoints: everything Orbax.
+"""Checkpoints: which there are, which of them are whole, which are kept.
 
 One checkpoint is a folder `checkpoints/STEP/` with two Orbax items and a digest: `state` (the training state as nested
 dictionaries of arrays, named after its attributes and keys) and `meta` (step, data position, validation Dice and
@@ -6,23 +6,21 @@ whatever else the trainer keeps, as JSON). It is written under a temporary name,
 digest and only then renamed, so that a folder named by a number was whole once.
 """
 
-import logging
+import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
+from typing import Any, Literal
 
 from pdrunet_jax import config_io
+from pdrunet_jax.checkpoint_items import fill, nested, read_meta, read_state, write_error, write_items
 from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.files import sync
-from pdrunet_jax.integrity import DIGEST, damage, seal
+from pdrunet_jax.integrity import DIGEST, faults
 from pdrunet_jax.runfolder import RunFolder
 
 _WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
@@ -57,12 +55,11 @@ class Checkpoints:
             self._clean()
         except OSError as error:
             raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
-        for step in _steps(self.folder):
-            fault = damage(self.folder / str(step))
-            if fault:
+        for step in checkpoint_steps(self.folder):
+            if fault := _fault(self.folder / str(step)):
                 self._damaged[step] = fault
             else:
-                self._scores[step] = _read_meta(self.folder / str(step))["val_dice"]
+                self._scores[step] = read_meta(self.folder / str(step))["val_dice"]
 
     def steps(self) -> list[int]:
         """Steps of the intact checkpoints, ascending."""
@@ -88,9 +85,9 @@ class Checkpoints:
         final, temporary = self.folder / str(step), self.folder / f"{_WRITING}{step}"
         score = None if val_dice is None or math.isnan(val_dice) else float(val_dice)
         meta = {"step": step, "position": dict(position), "extra": dict(extra or {}), "val_dice": score}
-        arrays = _nested(state)
+        arrays = nested(state)
         try:
-            _write(temporary, arrays, meta)
+            write_items(temporary, arrays, meta)
             if final.exists():
                 replaced = self.folder / f"{_REPLACED}{step}"
                 final.rename(replaced)
@@ -104,8 +101,9 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:  # Orbax reports a full disk as any of them
             for leftover in self.folder.glob(f"{temporary.name}*"):  # Orbax adds a suffix of its own while it writes
                 shutil.rmtree(leftover, ignore_errors=True)
-            reason = str(error).rsplit(": ", 1)[-1]  # TensorStore names its whole chain of files before it
-            raise RunError(f"cannot write the checkpoint {final}: {reason}; earlier checkpoints are intact") from error
+            raise RunError(
+                f"cannot write the checkpoint {final}: {write_error(error)}; earlier checkpoints are intact"
+            ) from error
 
     def restore(self, template: Any) -> Restored | None:
         """The newest intact checkpoint, with its state in the form of `template`; None if there are no checkpoints.
@@ -118,19 +116,19 @@ class Checkpoints:
         if step is None:
             if not self._damaged:
                 return None
-            faults = "".join(f"\n  - {self.folder / str(step)}: {fault}" for step, fault in self._damaged.items())
+            listing = "".join(f"\n  - {self.folder / str(step)}: {fault}" for step, fault in self._damaged.items())
             raise UserError(
-                f"no checkpoint in {self.folder} is intact, so the run cannot be resumed:{faults}\n"
+                f"no checkpoint in {self.folder} is intact, so the run cannot be resumed:{listing}\n"
                 "Bring back a copy of one of them, or start anew with another --workdir; nothing was overwritten."
             )
         folder = self.folder / str(step)
-        meta = _read_meta(folder)
-        state = _fill(template, _read_state(folder), folder)
+        meta = read_meta(folder)
+        state = fill(template, read_state(folder), folder)
         for bad, fault in sorted(self._damaged.items()):
             aside = self.folder / f"{bad}.damaged"
             print(f"warning: checkpoint {self.folder / str(bad)} is damaged: {fault}; set aside as {aside.name}, "
                   f"resuming from step {step}", file=sys.stderr)  # fmt: skip
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             (self.folder / str(bad)).rename(aside)
         self._damaged.clear()
         return Restored(step, state, meta["position"], meta["extra"], meta["val_dice"])
@@ -153,26 +151,27 @@ class Checkpoints:
             if path.name.startswith(_REPLACED) and not original.exists():  # killed between the two renames
                 path.rename(original)
             else:
-                shutil.rmtree(path)
+                _remove(path)
 
 
-def restore_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def restore_weights(
+    path: str | Path, which: Literal["best", "latest"] = "best"
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Weights of a checkpoint: parameters and statistics as nested dictionaries of NumPy arrays, and model options.
 
     `path` is a checkpoint (`RUN/checkpoints/STEP`) or a run folder, of which the intact checkpoint with the best
-    validation Dice is taken, or the latest if none was validated. The average of the weights is taken where the run
-    kept one. The options are `[model]` of the run's config.toml, then `extra["options"]` of the checkpoint. Raises
-    `UserError` if there is no intact checkpoint.
+    validation Dice is taken, or the latest if `which` says so or none was validated; damaged ones are named on standard
+    error. The average of the weights is taken where the run kept one. The options are `[model]` of the run's
+    config.toml, then `extra["options"]` of the checkpoint. Raises `UserError` if there is no intact checkpoint.
     """
-    folder = _choose(Path(path)).absolute()
-    fault = damage(folder)
-    if fault:
+    folder = _choose(Path(path), which).absolute()
+    if fault := _fault(folder):
         raise UserError(f"checkpoint {folder} is damaged: {fault}; take another one")
-    state, meta = _read_state(folder), _read_meta(folder)
+    state, meta = read_state(folder), read_meta(folder)
     options: dict[str, Any] = {}
     config = RunFolder(folder.parent.parent).config
     if config.is_file():
-        options = config_io.to_dict(config_io.parse(config.read_text(encoding="utf-8"), str(config)))["model"]
+        options = config_io.to_dict(config_io.read(config))["model"]
     params = state.get("ema") or state["params"]
     options |= meta["extra"].get("options", {})
     return params, state.get("stats", {}), options
@@ -187,8 +186,8 @@ def read_checkpoint(path: str | Path, template: Callable[[dict[str, Any]], Any])
     folder = _choose(Path(path), "latest").absolute()
     if fault := _fault(folder):
         raise UserError(f"checkpoint {folder} is damaged: {fault}; take another one")
-    meta, arrays = _read_meta(folder), _read_state(folder)
-    state = _fill(template(arrays), arrays, folder)
+    meta, arrays = read_meta(folder), read_state(folder)
+    state = fill(template(arrays), arrays, folder)
     return Restored(meta["step"], state, meta["position"], meta["extra"], meta["val_dice"])
 
 
@@ -215,109 +214,54 @@ def save_weights(
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is a checkpoint or a run folder that holds some, intact or not."""
     path = Path(path)
-    return (path / DIGEST).is_file() or bool(_steps(path / "checkpoints")) or (path.is_dir() and path.name.isdecimal())
+    return (
+        (path / DIGEST).is_file()
+        or bool(checkpoint_steps(path / "checkpoints"))
+        or (path.is_dir() and path.name.isdecimal())
+    )
 
 
-def _choose(path: Path) -> Path:
+def _choose(path: Path, which: str) -> Path:
     """The checkpoint that is meant by a checkpoint or run folder."""
     folder = path / "checkpoints"
-    steps = _steps(folder)
+    steps = checkpoint_steps(folder)
     if not steps:
         if is_checkpoint(path):
             return path
         raise UserError(f"{path} is neither a checkpoint nor a run folder with checkpoints")
-    faults = {step: damage(folder / str(step)) for step in steps}
-    for step, fault in faults.items():
+    found = {step: _fault(folder / str(step)) for step in steps}
+    for step, fault in found.items():
         if fault:
             print(f"warning: checkpoint {folder / str(step)} is damaged: {fault}", file=sys.stderr)
-    intact = {step: _read_meta(folder / str(step))["val_dice"] for step, fault in faults.items() if not fault}
+    intact = {step: read_meta(folder / str(step))["val_dice"] for step, fault in found.items() if not fault}
     if not intact:
         raise UserError(f"no checkpoint in {folder} is intact")
-    scored = {step: score for step, score in intact.items() if score is not None}
+    scored = {step: score for step, score in intact.items() if score is not None and which == "best"}
     return folder / str(max(scored, key=lambda step: (scored[step], -step)) if scored else max(intact))
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal() and path.is_dir())
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of all checkpoints in a folder, intact or not: a file or a broken link there is damage, not nothing."""
+    return sorted(int(path.name) for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name))
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
-    return ocp.Checkpointer(handler)  # the synchronous one: when `save` returns, Orbax has finished
+def checkpoint_faults(folder: Path) -> list[str]:
+    """Everything that is wrong with a checkpoint, file by file."""
+    found = list(faults(folder))
+    if found or not folder.name.isdecimal():  # a checkpoint may be copied under a name, but not under another number
+        return found
+    step = json.loads((folder / "meta" / "metadata").read_bytes())["step"]  # Orbax would take ten times as long
+    return [] if folder.name == str(step) else [f"it is a copy of the checkpoint of step {step}"]
 
 
-def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # Orbax logs a traceback for each of its threads besides raising the error
-    try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(folder, args=items)
-    finally:
-        logger.setLevel(level)
-    seal(folder)
+def _fault(folder: Path) -> str | None:
+    """The first thing that is wrong with a checkpoint; None for an intact one."""
+    return next(iter(checkpoint_faults(folder)), None)
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    """Nested dictionaries of NumPy arrays: what is stored decides the types, not JAX's present settings."""
-    tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute() / "state").tree
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-    items = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    with _checkpointer() as checkpointer:
-        state: dict[str, Any] = checkpointer.restore(folder.absolute(), args=items).state
-    return state
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    with _checkpointer() as checkpointer:
-        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta: dict[str, Any] = checkpointer.restore(folder.absolute(), args=items).meta
-    return meta
-
-
-def _nested(state: Any) -> dict[str, Any]:
-    arrays: dict[str, Any] = {}
-    for name, leaf in _named(state):
-        inner = arrays
-        for part in name[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[name[-1]] = np.asarray(leaf)  # on the host: the checkpoint then fits any number of devices
-    return arrays
-
-
-def _named(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    """Leaves with their names: keys, attributes and positions; an NNX variable goes by its own name alone."""
-    result = []
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-            path = path[:-1]
-        result.append((tuple(jax.tree_util.keystr((entry,), simple=True) for entry in path), leaf))
-    return result
-
-
-def _fill(template: Any, stored: Mapping[str, Any], folder: Path) -> Any:
-    """`template` with the stored arrays in place of its own, where it had them."""
-    arrays = dict(_named(stored))
-    wanted = dict(_named(template))
-    problems = [f"{'/'.join(name)} is missing" for name in wanted.keys() - arrays.keys()]
-    problems += [f"{'/'.join(name)} is not expected" for name in arrays.keys() - wanted.keys()]
-    for name in wanted.keys() & arrays.keys():
-        have, want = arrays[name], wanted[name]
-        if (have.shape, have.dtype) != (want.shape, want.dtype):
-            problems.append(f"{'/'.join(name)} is {have.dtype}{have.shape}, not {want.dtype}{want.shape}")
-    if problems:
-        shown = "".join(f"\n  - {problem}" for problem in sorted(problems)[:20])
-        more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"checkpoint {folder} is of another model or optimizer, or holds weights only:{shown}{more}")
-    leaves = [_place(arrays[name], want) for name, want in _named(template)]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
-
-
-def _place(array: np.ndarray, like: Any) -> Any:
-    if isinstance(like, np.ndarray):
-        return array
-    # Only an array that was bound to its device is bound again: the difference would compile the step a second time.
-    sharding = like.sharding if getattr(like, "committed", False) else None
-    return jax.device_put(array, sharding, may_alias=False)
+def _remove(path: Path) -> None:
+    """Remove whatever is at `path`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,6 +1,10 @@
 """`jax.jit` with the compiler options that this network needs on CPUs, and a store of compiled programs."""
 
+import contextlib
+import importlib
 import os
+import time
+import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +14,10 @@ import jax
 
 # XLA hands convolutions on CPUs to a library that runs each of them on one core; without it they run on all cores.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+CLOCKS = 60.0
+"""Seconds by which the clocks of a file system and of this machine may differ."""
 
 
 @cache
@@ -30,9 +38,43 @@ def keep_compiled_programs() -> None:
 
     JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) takes precedence. A folder that cannot be written costs a warning.
     """
-    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # an attribute that type checkers do not see
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdrunet_jax"
+    given = getattr(jax.config, "jax_compilation_cache_dir", None)  # an attribute that type checkers do not see
+    folder = Path(given or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdrunet_jax")
+    if given is None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    remove_broken_programs(folder)
+
+
+def remove_broken_programs(folder: Path) -> None:
+    """Remove those stored programs that a process was killed while writing.
+
+    JAX writes them in place and never again: a broken one would cost a warning and a compilation at every start. Those
+    that were looked at once are not looked at again.
+    """
+    checked = folder / "checked"
+    try:
+        since, now = (checked.stat().st_mtime if checked.exists() else 0.0), time.time()
+        for path in folder.glob("*-cache"):
+            if path.stat().st_mtime >= since - CLOCKS and not _whole(path.read_bytes()):
+                path.unlink(missing_ok=True)
+        if folder.is_dir():
+            checked.touch()
+            os.utime(checked, (now, now))
+    except OSError:  # a folder on another machine or of another user; JAX says what it cannot use
+        return
+
+
+def _whole(program: bytes) -> bool:
+    """Whether a stored program can be unpacked, by what JAX packs with: zstandard where it is installed, else zlib."""
+    try:
+        zstandard = importlib.import_module("zstandard")
+        return bool(zstandard.ZstdDecompressor().decompress(program))
+    except ImportError:
+        with contextlib.suppress(zlib.error):
+            return bool(zlib.decompress(program))
+    except zstandard.ZstdError:
+        pass
+    return False
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:

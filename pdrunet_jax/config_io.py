@@ -63,10 +63,10 @@ def load(name: str | Path) -> Config:
     if path.suffix == ".toml" and not path.is_file():
         raise UserError(f"--config {name}: there is no such file")
     if path.is_file():
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        return read(path)
     local = Path("configs") / f"{name}.toml"
     if local.is_file():
-        return parse(local.read_text(encoding="utf-8"), str(local))
+        return read(local)
     shipped = resources.files("pdrunet_jax") / "configs"
     if not shipped.is_dir():  # an editable install, where the configurations lie beside the package
         shipped = resources.files("pdrunet_jax").joinpath("..", "configs")
@@ -79,12 +79,23 @@ def load(name: str | Path) -> Config:
     )
 
 
+def read(path: Path) -> Config:
+    """The configuration in a TOML file; raises `UserError` that names it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return parse(text, str(path))
+
+
 def parse(text: str, source: str) -> Config:
     """TOML `text` as a `Config`; raises `UserError` that names `source`."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{source} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply; refused") from None
     values.pop("environment", None)  # a run's config.toml records versions there; they are no settings
     return from_dict(values, source)
 

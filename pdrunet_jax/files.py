@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pdrunet_jax.errors import UserError
+from pdrunet_jax.errors import RunError, UserError
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -26,6 +26,15 @@ def atomic_write(path: Path, data: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses inside the block becomes a `RunError` that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Trained weights from wherever they are: a run folder, a checkpoint in it, `.safetensors`, or a public `.pth`."""
 
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pdrunet_jax.errors import UserError
+from pdrunet_jax.integrity import CONTENT, content_digest
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.weights import from_public, read_weights, to_public
 
@@ -54,7 +56,7 @@ def load_model(
         dtype: arithmetic of the convolutions; that of the parameters when None.
         param_dtype: of parameters and logits; None keeps the file's (float64 only where JAX has it enabled).
         conv: execution path, as in `PDRUNet`.
-        which: "best" or "latest" of a run folder.
+        which: "best" or "latest" of a run folder; what is damaged gives way to what is not, with a warning.
 
     Raises:
         UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named.
@@ -100,7 +102,7 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
     if path.is_file():
         loaded = _from_file(path)
     elif which == "best" and best.is_file():
-        loaded = _from_file(best)
+        loaded = _from_best(best)
     else:
         loaded = _from_checkpoint(path, which)
     stated = loaded.options.get("shortcut")
@@ -113,8 +115,27 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
     return loaded._replace(options=options, notes=notes)
 
 
+def _from_best(best: Path) -> Loaded:
+    """Of a run folder's best weights; where the file is damaged, the checkpoint that it was made of has them too."""
+    from pdrunet_jax.checkpoint import is_checkpoint
+
+    try:
+        return _from_file(best)
+    except UserError as error:
+        if not is_checkpoint(best.parent):
+            raise
+        print(f"warning: {error}; the best checkpoint is taken in its place", file=sys.stderr)
+        return _from_checkpoint(best.parent, "best")
+
+
 def _from_file(path: Path) -> Loaded:
-    file = read_weights(path)
+    try:
+        file = read_weights(path)
+    except RecursionError:
+        raise UserError(f"{path}: the options in its header are nested too deeply; refused") from None
+    stated = file.options.pop(CONTENT, None)
+    if stated is not None and stated != content_digest(file.arrays, file.options):
+        raise UserError(f"{path} is damaged: its arrays or options are not what was written")
     imported = from_public(file.arrays, str(path))
     _check_options(file.options, imported.options, path)
     return Loaded({**file.options, **imported.options}, imported.params, imported.stats, file.notes + imported.notes)
@@ -125,10 +146,7 @@ def _from_checkpoint(path: Path, which: Which) -> Loaded:
 
     if not is_checkpoint(path):
         raise UserError(f"{path} is no run folder: neither best.safetensors nor a checkpoint is in it")
-    if which == "latest" and (path / "checkpoints").is_dir():
-        steps = [step for step in (path / "checkpoints").iterdir() if step.name.isdecimal()]
-        path = max(steps, key=lambda step: int(step.name))
-    params, stats, options = restore_weights(path)
+    params, stats, options = restore_weights(path, which)
     # Through the public names and back: one place checks that every array is there and has its shape.
     imported = from_public(to_public(params, stats, dead_block=False), str(path))
     _check_options(options, imported.options, path)

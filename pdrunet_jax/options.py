@@ -23,6 +23,8 @@ class TrainOptions:
     """Name of a configuration (mura, mura_baseline, paper, phantom) or a TOML file."""
     workdir: Path | None = None
     """Run folder; runs/NAME after the configuration's name when left out."""
+    verify: Path | None = None
+    """Check this run folder and end: digests, weights, metrics and configuration; nothing is trained or changed."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
     @property
@@ -39,7 +41,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
         SystemExit: `--help` (0), or an option that does not exist or does not parse (2, after a message).
     """
     name = _config_name(arguments)
-    if name is None and not {"-h", "--help"} & set(arguments):
+    if name is None and not {"-h", "--help", "--verify"} & {argument.split("=")[0] for argument in arguments}:
         raise UserError("--config is missing: give the name of a configuration or a TOML file, as in --config phantom")
     settings = config_io.load(name) if name is not None else Config()
     default = TrainOptions(config=name or "mura", settings=settings)

@@ -18,7 +18,7 @@ import tomli_w
 from pdrunet_jax import config_io
 from pdrunet_jax.config import Config
 from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.files import atomic_write
+from pdrunet_jax.files import atomic_write, writing
 
 MAY_CHANGE = ("tracking", "data.root", "data.threads", "data.cache")
 """Settings that a resumed run may change: none of them has a part in the result. Wherever the data lie now, their
@@ -52,21 +52,35 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{path}: cannot be written ({error.strerror})") from None
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-                raise UserError(
-                    f"{self.path} is in use by {holder}: one run folder takes one trainer at a time; "
-                    "wait for that one, stop it, or choose another --workdir"
-                ) from None
-            except OSError as error:
-                raise RunError(f"{path}: this file system offers no locks ({error.strerror})") from None
+            self._take(descriptor)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             yield
         finally:
             os.close(descriptor)
+
+    def require_free(self) -> None:
+        """Raise `UserError` that names the holder if another process has the folder now; writes nothing."""
+        try:
+            descriptor = os.open(self.path / "lock", os.O_RDONLY)
+        except OSError:  # whatever it is, `lock` says it where it matters
+            return
+        try:
+            self._take(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+            raise UserError(
+                f"{self.path} is in use by {holder}: one run folder takes one trainer at a time; "
+                "wait for that one, stop it, or choose another --workdir"
+            ) from None
+        except OSError as error:
+            raise RunError(f"{self.path}: this file system offers no locks ({error.strerror})") from None
 
     def record(self, config: Config, device: str = "") -> None:
         """Write config.toml, or compare `config` with the one the run was started with.
@@ -77,18 +91,18 @@ class RunFolder:
         header = "What this run uses; written by the program. Start it again with the same settings to resume."
         now = environment(device)
         if self.config.exists():
-            text = self.config.read_text(encoding="utf-8")
-            changed = config_io.diff(config_io.parse(text, str(self.config)), config, ignore=MAY_CHANGE)
+            changed = config_io.diff(config_io.read(self.config), config, ignore=MAY_CHANGE)
             if changed:
                 raise UserError(
                     f"{self.path} holds a run with other settings:\n"
                     + "\n".join(f"  - {line}" for line in changed)
                     + "\nGive the earlier settings to resume it, or choose another --workdir for a new run."
                 )
-            started: dict[str, Any] = tomllib.loads(text).get("environment", {})
+            started: dict[str, Any] = tomllib.loads(self.config.read_text(encoding="utf-8")).get("environment", {})
             other = {key: value for key, value in now.items() if started.get(key) != value}
             now = {**started, "restarts": [*started.get("restarts", []), other]}
-        atomic_write(self.config, config_io.to_toml(config, header) + "\n" + tomli_w.dumps({"environment": now}))
+        with writing(self.config):
+            atomic_write(self.config, config_io.to_toml(config, header) + "\n" + tomli_w.dumps({"environment": now}))
 
 
 def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:

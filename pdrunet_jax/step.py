@@ -26,6 +26,9 @@ from pdrunet_jax.scaling import unit_range
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
 
+MOST_IN_ROW = 10
+"""Batches that may be skipped one after the other. The weights do not change meanwhile, so it is they that are bad."""
+
 # Streams of random numbers that one seed gives rise to.
 _INIT, _AUGMENT, _DROPOUT = range(3)
 
@@ -41,7 +44,8 @@ class TrainState:
         opt_state: optax's state.
         ema: moving average of the parameters, or None.
         step: updates done, int32.
-        halted: a loss or gradient was not finite; from then on no step changes anything.
+        halted: a loss or gradient was not finite, or spiked; from then on no step changes anything.
+        spikes: what a loss is compared with to be called a spike, or None where `train.spike` is off.
     """
 
     params: Any
@@ -50,6 +54,25 @@ class TrainState:
     ema: Any
     step: jax.Array
     halted: jax.Array
+    spikes: "Spikes | None" = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Spikes:
+    """The losses of the last updates; zeros throughout before the first.
+
+    Attributes:
+        losses: float32 (train.spike_window,), the newest last.
+        filled: how many of them there are yet, int32.
+        skipped: batches without an update, int32.
+        in_row: those since the last update, int32.
+    """
+
+    losses: jax.Array
+    filled: jax.Array
+    skipped: jax.Array
+    in_row: jax.Array
 
 
 def random_stream(seed: int, stream: int) -> jax.Array:
@@ -92,8 +115,14 @@ def create_state(config: Config, model: PDRUNet) -> tuple[Any, TrainState]:
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
         step=jnp.zeros((), jnp.int32),
         halted=jnp.zeros((), bool),
+        spikes=_no_losses(config.train.spike_window) if config.train.spike != "off" else None,
     )
     return graphdef, state
+
+
+def _no_losses(window: int) -> Spikes:
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return Spikes(jnp.zeros(window, jnp.float32), *zeros)
 
 
 def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -113,8 +142,10 @@ def make_train_step(config: Config, graphdef: Any, outputs: int) -> Callable[[Tr
     """The compiled training step: (state, batch) -> (state, metrics). The state's buffers are donated.
 
     The batch holds `image` uint8 (N, H, W, C), `mask` uint8 (N, H, W), `index` and `epoch` int32 (N,). Metrics are
-    scalars: loss, dice (mean over images and classes), grad_norm, learning_rate, finite. An update whose loss or
-    gradient is not finite is not made; the state then counts as halted and stays as it was before.
+    scalars: loss, dice (mean over images and classes), grad_norm, learning_rate, finite; and unless `train.spike` is
+    off, spike and median. An update whose loss or gradient is not finite is not made; the state then counts as halted
+    and stays as it was before. Nor is one whose loss is a spike: with "stop" it halts likewise, with "skip" only the
+    step is counted, until `MOST_IN_ROW`.
     """
     return jit(partial(_train_step, config, graphdef, outputs), donate_argnums=0)
 
@@ -147,18 +178,45 @@ def _train_step(
 
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    proceed = finite & ~state.halted
-    new = TrainState(params, stats, opt_state, ema, state.step + 1, state.halted)
-    kept = jax.tree.map(lambda after, before: jnp.where(proceed, after, before), new, state)
+    halted = ~finite | state.halted
+    spike, spikes, about = jnp.zeros((), bool), state.spikes, {}
+    if state.spikes is not None:
+        median = jnp.median(state.spikes.losses)
+        full = state.spikes.filled == config.train.spike_window
+        spike = full & (loss > config.train.spike_factor * median)
+        halted |= spike & ((config.train.spike == "stop") | (state.spikes.in_row >= MOST_IN_ROW))
+        spikes = _counted(state.spikes, loss, spike, halted)
+        about = {"spike": spike, "median": median}
+    after, before = (params, stats, opt_state, ema), (state.params, state.stats, state.opt_state, state.ema)
+    kept: Any = jax.tree.map(lambda a, b: jnp.where(halted | spike, b, a), after, before)
+    params, stats, opt_state, ema = kept
     truth = jnp.round(target).astype(jnp.int32)
     counts = metrics.confusion(metrics.decide(logits), truth, valid, max(outputs - 1, 1))
-    return dataclasses.replace(kept, halted=~proceed), {
+    updates_done = state.step if state.spikes is None else state.step - state.spikes.skipped
+    step = jnp.where(halted, state.step, state.step + 1)
+    return TrainState(params, stats, opt_state, ema, step, halted, spikes), {
         "loss": loss,
         "dice": metrics.dice(counts).mean(),
         "grad_norm": norm,
-        "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(state.step)),
+        "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(updates_done)),
         "finite": finite,
+        **about,
     }
+
+
+def _counted(spikes: Spikes, loss: jax.Array, spike: jax.Array, halted: jax.Array) -> Spikes:
+    """`spikes` after a step with this `loss`: as they were if the run halted, else with an update or a skip more."""
+    updated = Spikes(
+        jnp.roll(spikes.losses, -1).at[-1].set(loss.astype(jnp.float32)),
+        jnp.minimum(spikes.filled + 1, spikes.losses.size),
+        spikes.skipped,
+        jnp.zeros_like(spikes.in_row),
+    )
+    skipped = dataclasses.replace(spikes, skipped=spikes.skipped + 1, in_row=spikes.in_row + 1)
+    kept: Spikes = jax.tree.map(
+        lambda old, skip, new: jnp.where(halted, old, jnp.where(spike, skip, new)), spikes, skipped, updated
+    )
+    return kept
 
 
 def accumulate(

@@ -13,10 +13,14 @@ class StopFlag:
 
     `if stop:` asks for the flag; `stop.signal` names the first signal. The earlier handlers come back on exit. Outside
     the main thread, where Python allows no handlers, the flag is only set by `request`.
+
+    With `last`, the process ends with the context: signals that arrive after it are ignored, because all they could
+    still do is to spoil the exit code.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: bool = False) -> None:
         self.signal: str | None = None
+        self._last = last
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -29,7 +33,7 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._earlier.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._last else handler)
         self._earlier.clear()
 
     def __bool__(self) -> bool:

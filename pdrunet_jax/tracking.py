@@ -176,7 +176,7 @@ def _step(line: bytes) -> int | None:
     """The step of a line, or None if the line is not whole."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
 

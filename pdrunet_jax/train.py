@@ -4,12 +4,11 @@ The heavy imports are inside the functions: a signal that arrives while they loa
 """
 
 import dataclasses
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
 from pdrunet_jax import cli
-from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.errors import UserError
 from pdrunet_jax.progress import Clock, Progress
 from pdrunet_jax.stopping import StopFlag
 
@@ -22,12 +21,19 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """The command; returns its exit code."""
-    with StopFlag() as stop:
-        from pdrunet_jax import options, startup
-        from pdrunet_jax.data.dataset import open_dataset
-        from pdrunet_jax.runfolder import open_run
+    with StopFlag(last=True) as stop:
+        from pdrunet_jax import options
+        from pdrunet_jax.runfolder import RunFolder, open_run
 
         arguments = options.parse(sys.argv[1:])
+        if arguments.verify is not None:
+            from pdrunet_jax.verify import verify
+
+            return verify(arguments.verify)
+        RunFolder(arguments.run_folder).require_free()  # before JAX is loaded, which takes longer than this answer may
+        from pdrunet_jax import startup
+        from pdrunet_jax.data.dataset import open_dataset
+
         config = arguments.settings
         device = startup.prepare(config.train.precision, config.train.deterministic)
         print(device, flush=True)
@@ -55,11 +61,14 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
     Everything is saved when this returns.
 
     Raises:
-        RunError: the loss or a gradient was not finite, or the disk refused.
+        RunError: the loss or a gradient was not finite, or the loss spiked, or the disk refused.
         UserError: the checkpoints are of other data, or none of them is intact.
     """
+    import jax.numpy as jnp
+
     from pdrunet_jax.checkpoint import Checkpoints
-    from pdrunet_jax.data.pipeline import eval_batches, train_batches
+    from pdrunet_jax.data.pipeline import eval_batches, position_after, train_batches
+    from pdrunet_jax.divergence import Recent, write_skipped
     from pdrunet_jax.step import build_model, create_state, make_eval_step, make_train_step
     from pdrunet_jax.tracking import Tracker
     from pdrunet_jax.validation import validate
@@ -75,24 +84,36 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
         step, state = restored.step, restored.state
         batches.set_state(restored.position)
         progress = progress.resumed(restored.extra, run.path)
+        write_skipped(run, progress)
     tracker = Tracker(run, config, step=step, class_names=dataset.class_names)
     if restored:
         tracker.say(f"resumed {run.path} at step {step}")
     saved = step if restored else -1
-    recent: list[Any] = []  # sample indices of the steps since the device was last waited for
+    logged = step
+    recent = Recent(run, dataset, step)
     clock = Clock()
 
-    def save(val_dice: float | None = None) -> None:
+    def settle() -> None:
+        """Wait for the device, and see whether it had to skip a batch or to halt."""
+        nonlocal progress
         if bool(state.halted):
-            raise _not_finite(run, state, step, recent, dataset)
-        checkpoints.save(step, state, batches.get_state(), dataclasses.asdict(progress), val_dice)
+            good = int(state.step)
+            before = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
+            position = {**batches.get_state(), **position_after(good)}
+            if good > saved:
+                checkpoints.save(good, before, position, recent.before(good).to_dict())
+            raise recent.error(good)
+        progress = recent.settle(progress)
+
+    def save(val_dice: float | None = None) -> None:
+        settle()
+        checkpoints.save(step, state, batches.get_state(), progress.to_dict(), val_dice)
 
     try:
         while True:
             due = (step % settings.eval_every == 0 or step == settings.steps) and progress.validated < step
             if due and not stop:
-                if bool(state.halted):
-                    raise _not_finite(run, state, step, recent, dataset)
+                settle()
                 images = eval_batches(
                     dataset,
                     "val",
@@ -108,14 +129,16 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
                     names=tuple(sample.id for sample in dataset.of("val")),
                     cases=settings.samples,
                     soft=config.data.soft_masks,
+                    stop=stop,
                 )
-                progress = progress.scored(step, result.dice)
-                tracker.validation(step, result.metrics(), _pictures(result))
-                _save_samples(run, step, result)
-                if progress.best_step == step:
-                    _save_best(run, config, dataset, outputs, state, progress)
-                save(result.dice)
-                saved = step
+                if result is not None:
+                    progress = progress.scored(step, result.dice)
+                    tracker.validation(step, result.metrics(), _pictures(result))
+                    _save_samples(run, step, result)
+                    if progress.best_step == step:
+                        _save_best(run, config, dataset, outputs, state, progress)
+                    save(result.dice)
+                    saved = step
                 clock.restart()
             if stop or step == settings.steps:
                 break
@@ -123,15 +146,13 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
             with clock.waiting_for_data():
                 batch = next(batches)
             state, values = train_step(state, batch)
+            recent.add(batch["index"], values, progress)
             step += 1
-            recent.append(batch["index"])
             progress = progress.seen(batch["index"])
             if step % settings.log_every == 0 or step == settings.steps:
-                # Only here and before a checkpoint does the program wait for the device.
-                if bool(state.halted):
-                    raise _not_finite(run, state, step, recent, dataset)
-                tracker.log(step, _report(values, progress, clock, len(recent) * settings.batch_size))
-                recent.clear()
+                settle()  # only here and before a checkpoint does the program wait for the device
+                tracker.log(step, _report(values, progress, clock, (step - logged) * settings.batch_size))
+                logged = step
             if step % settings.save_every == 0 and step % settings.eval_every and step < settings.steps:
                 save()  # where a validation is due, its result goes into the checkpoint
                 saved = step
@@ -188,29 +209,18 @@ def _report(values: Any, progress: Progress, clock: Clock, images: int) -> dict[
         "time/images_per_second": images / seconds,
         "time/data_wait": waited,
         "data/sequence": progress.sequence,
+        **({"train/skipped": len(progress.skipped)} if "spike" in values else {}),
     }
-
-
-def _not_finite(run: "RunFolder", state: "TrainState", step: int, recent: list[Any], dataset: "Dataset") -> RunError:
-    """Write down which samples were in the batch that gave a loss or gradient that is not finite."""
-    from pdrunet_jax.files import atomic_write
-
-    good = int(state.step)
-    samples = [dataset.of("train")[int(index)].id for index in recent[good - step]]
-    path = run.path / "not_finite.json"
-    atomic_write(path, json.dumps({"step": good + 1, "samples": samples}, indent=2) + "\n")
-    return RunError(
-        f"the loss or a gradient of step {good + 1} is not finite; the update was not made. Its samples are in {path}. "
-        "A lower --optim.learning-rate or --optim.clip-norm 1 may help; earlier checkpoints are intact."
-    )
 
 
 def _save_best(
     run: "RunFolder", config: "Config", dataset: "Dataset", outputs: int, state: "TrainState", progress: Progress
 ) -> None:
     """Write best.safetensors, under the public names and with what is needed to use it."""
+    from pdrunet_jax.integrity import CONTENT, content_digest
     from pdrunet_jax.weights import to_public, write_safetensors
 
+    arrays = to_public(state.ema or state.params, state.stats)
     options = {
         "in_channels": config.model.in_channels,
         "outputs": outputs,
@@ -223,7 +233,7 @@ def _save_best(
         "step": progress.best_step,
         "val_dice": progress.best_dice,
     }
-    write_safetensors(run.best, to_public(state.ema or state.params, state.stats), options)
+    write_safetensors(run.best, arrays, {**options, CONTENT: content_digest(arrays, options)})
 
 
 def _pictures(result: Any) -> list[Any]:
@@ -234,10 +244,13 @@ def _pictures(result: Any) -> list[Any]:
 
 def _save_samples(run: "RunFolder", step: int, result: Any) -> None:
     from pdrunet_jax import pictures
+    from pdrunet_jax.files import writing
 
     if result.cases:
-        run.samples.mkdir(exist_ok=True)
-        pictures.save(result.sheet(), run.samples / f"step_{step:06}.png")
+        path = run.samples / f"step_{step:06}.png"
+        with writing(path):
+            run.samples.mkdir(exist_ok=True)
+            pictures.save(result.sheet(), path)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 
 from pdrunet_jax import metrics
 from pdrunet_jax.pictures import sample_sheet
+from pdrunet_jax.stopping import StopFlag
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, str]
 """Image (H, W, C) and masks (H, W) of truth and prediction, all uint8, and a caption."""
@@ -42,8 +43,9 @@ def validate(
     names: tuple[str, ...],
     cases: int,
     soft: bool,
-) -> Validation:
-    """Run `eval_step` over `batches` (of `eval_batches`); padding counts nowhere.
+    stop: StopFlag | None = None,
+) -> Validation | None:
+    """Run `eval_step` over `batches` (of `eval_batches`); padding counts nowhere. None if it was `stop`ped.
 
     Args:
         eval_step: from `make_eval_step`.
@@ -53,10 +55,13 @@ def validate(
         names: of the images, for captions.
         cases: how many images to keep for `sheet`, spread evenly over all.
         soft: masks are grey values in place of class indices.
+        stop: becomes true when the program is asked to stop; a validation may take longer than it is then given.
     """
     losses, scores, overlaps, kept = [], [], [], []
     chosen = set(np.linspace(0, len(names) - 1, min(cases, len(names))).round().astype(int).tolist())
     for batch in batches:
+        if stop:
+            return None
         result = jax.device_get(eval_step(params, stats, {"image": batch["image"], "mask": batch["mask"]}))
         counts = metrics.Counts(**{field: result[field] for field in metrics.Counts._fields})
         valid = batch["valid"]

@@ -4,7 +4,9 @@ import contextlib
 import netrc
 import os
 import secrets
+import subprocess
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,8 @@ class WandbRun:
         self._labels = dict(labels or {})
         self._run: Any = None
         self._online = False
+        self._began = self._abandoned = False
+        self._service: subprocess.Popen[bytes] | None = None
         if config.tracking.wandb == "disabled":
             return
         modes = [_mode(config.tracking.wandb)]
@@ -85,19 +89,40 @@ class WandbRun:
             self._run.log(values, step=step)
 
     def finish(self, status: str, message: str = "") -> None:
-        """Upload what is left, alert (only online) and close. `status` is "finished", "stopped" or "failed"."""
-        if self._run is None:
+        """Upload what is left, alert (only online) and close. `status` is "finished", "stopped" or "failed".
+
+        Takes twice `FINISH_TIMEOUT` at most: for the upload, and for its service to end.
+        """
+        if not self._began:
             return
-        with self._guarded("finish"):
-            if self._online and status != "stopped":
-                self._run.alert(title=f"{self._run.name}: {status}", text=message or status)
-            if status == "finished" and self._config.tracking.artifact and self._folder.best.is_file():
-                artifact = _import().Artifact(f"{self._run.id}-best", type="model")
-                artifact.add_file(str(self._folder.best))
-                self._run.log_artifact(artifact)
-            self._run.finish(exit_code=1 if status == "failed" else 0)
-            _import().teardown()  # its service may still be writing when `finish` returns
-        self._run = None
+        limit = 2 * _seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)
+        # In a thread, because W&B waits for its service without end, and the service for a server that is down.
+        closing = threading.Thread(target=self._close, args=(status, message), daemon=True)
+        closing.start()
+        closing.join(limit)
+        if closing.is_alive():
+            kept = f"what it has not uploaded is kept in {self._folder.wandb}, for wandb sync"
+            print(f"warning: W&B did not end within {limit:.0f} s; {kept}", file=sys.stderr)
+            self._abandoned = True
+            if self._service is not None:
+                self._service.kill()  # it would outlive this process by hours
+        self._run, self._began = None, False
+
+    def _close(self, status: str, message: str) -> None:
+        run, folder = self._run, self._folder
+        if run is not None:
+            with self._guarded("finish"):
+                if self._online and status != "stopped":
+                    run.alert(title=f"{run.name}: {status}", text=message or status)
+                if status == "finished" and self._config.tracking.artifact and folder.best.is_file():
+                    artifact = _import().Artifact(f"{run.id}-best", type="model")
+                    artifact.add_file(str(folder.best))
+                    run.log_artifact(artifact)
+                run.finish(exit_code=1 if status == "failed" else 0)
+        # Its service may still be writing when `finish` returns. One that has failed does not end well either, and
+        # would say so once more when the process ends.
+        with contextlib.suppress(Exception):
+            _import().teardown()
 
     @contextlib.contextmanager
     def _guarded(self, action: str) -> Iterator[None]:
@@ -105,6 +130,8 @@ class WandbRun:
             yield
         except Exception as error:  # whatever it is, it is not worth a training run
             self._run = None
+            if self._abandoned:
+                return
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             print(f"warning: W&B could not {action}: {reason}; the run goes on without it", file=sys.stderr)
 
@@ -114,6 +141,7 @@ class WandbRun:
             os.environ.setdefault(name, str((self._folder.wandb / "cache").absolute()))
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # nobody asked for reports to third parties
         wandb = _import()
+        self._began = True
         settings = wandb.Settings(
             console="off",
             silent=True,
@@ -123,9 +151,9 @@ class WandbRun:
             x_disable_meta=True,
             x_disable_machine_info=True,
             x_save_requirements=False,
-            init_timeout=INIT_TIMEOUT,
-            login_timeout=INIT_TIMEOUT,
-            finish_timeout=FINISH_TIMEOUT,
+            init_timeout=_seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT),
+            login_timeout=_seconds("WANDB_LOGIN_TIMEOUT", INIT_TIMEOUT),
+            finish_timeout=_seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT),
         )
         tracking = self._config.tracking
         run = wandb.init(
@@ -140,6 +168,8 @@ class WandbRun:
             mode=mode,
             settings=settings,
         )
+        with contextlib.suppress(AttributeError):  # there is no public way to it
+            self._service = wandb.setup()._connection._proc._process
         for name in ("train/dice", "val/dice", "val/iou"):
             run.define_metric(name, summary="max")
         for name in ("train/loss", "val/loss"):
@@ -184,6 +214,11 @@ def _mode(setting: str) -> str:
     if setting != "auto":
         return setting
     return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+
+
+def _seconds(variable: str, default: float) -> float:
+    """W&B's own variable for a setting, which passing the setting would overrule."""
+    return float(os.environ.get(variable) or default)
 
 
 def _import() -> Any:

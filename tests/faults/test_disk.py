@@ -1,0 +1,50 @@
+"""A disk that fills up or turns read-only under each kind of write: real file systems, mounted small."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from live import Place, assert_same_run, record
+
+NAMED = {
+    "checkpoint": "checkpoints/",
+    "metrics": "metrics.jsonl",
+    "weights": "best.safetensors",
+    "report": "report.html",
+    "read-only": "lock",
+}
+
+
+def may_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    command = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not may_mount(), reason="no mount namespaces here; test_checkpoint.py limits the size of files")
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_full_disk_costs_nothing_that_was_saved_and_the_run_ends_the_same_once_there_is_room(
+    place: Place, kind: str
+) -> None:
+    program = [sys.executable, str(Path(__file__).with_name("full_disk.py")), str(place.path), kind]
+    command = ["unshare", "--map-root-user", "--mount", *program]
+    result = subprocess.run(command, env=place.environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout)
+    code, message = seen["failed"]
+    assert code == 1
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1  # one message, no traceback
+    assert f"small-{kind}/{NAMED[kind]}" in message
+    assert any(reason in message for reason in ("No space left", "Read-only", "is the disk full?"))
+    assert seen["again"].startswith("error: ")
+    assert seen["again"].count("\n") == 1
+    assert seen["kept"]
+    assert seen["verified"] == 0
+    assert seen["resumed"] == [0, ""]
+    assert_same_run(place.path / kind, place.undisturbed)
+    record(f"full disk: {kind}", exit=code, resumed_exactly=True, message=message.strip().replace(str(place.path), ""))

@@ -1,0 +1,114 @@
+"""Hostile files: none is executed, none writes outside its target, and each is refused with one message."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hostile_files as hostile
+import pytest
+from live import Place, record
+
+from pdrunet_jax import evaluate
+from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.tracking import MetricsLog
+
+FILES: dict[str, Callable[[Path, Path], hostile.Action]] = {
+    "a .pth that runs code": hostile.pickled_pth,
+    "a bare pickle that runs code": hostile.bare_pickle,
+    "a .pth that slips out of its archive": hostile.zip_slip_pth,
+    "an .npz with objects as weights": hostile.object_npz,
+    "an array of objects as image": hostile.object_npy_as_image,
+    "a manifest with ..": lambda f, c: hostile.manifest(f, "../../secret.png", "masks/p0.png"),
+    "a manifest with .. further in": lambda f, c: hostile.manifest(f, "images/../../secret.png", "masks/p0.png"),
+    "a manifest with an absolute mask": lambda f, c: hostile.manifest(f, "images/p0.png", "/etc/passwd"),
+    "a manifest with NUL": lambda f, c: hostile.manifest(f, "images/p0\0.png", "masks/p0.png"),
+    "a LabelMe imagePath with ..": lambda f, c: hostile.labelme(f, imagePath="../../secret.png"),
+    "an absolute LabelMe imagePath": lambda f, c: hostile.labelme(f, imagePath="/etc/passwd"),
+    "a LabelMe file nested deeply": hostile.nested_labelme,
+    "a bomb inside a LabelMe file": hostile.embedded_bomb,
+    "an image of 3.6 billion pixels": hostile.pixel_bomb,
+    "an image with half a gigabyte of text": hostile.text_bomb,
+    "a DICOM file that claims four gigabytes": hostile.truncated_dicom,
+    "a configuration nested deeply": hostile.nested_toml,
+    "a configuration that is no text": hostile.binary_toml,
+    "a dataset.toml nested deeply": hostile.nested_dataset_toml,
+    "weights that lie about their sizes": hostile.lying_sizes,
+    "weights with an endless header": hostile.huge_header,
+    "weights with options nested deeply": hostile.nested_header,
+}
+OF_A_RUN: dict[str, Callable[[Path, Path], hostile.Action]] = {
+    "weights that are NaN": hostile.nan_weights,
+    "weights of wrong shapes": hostile.wrong_shapes,
+    "weights with a name that is a path": hostile.weights_and_more,
+    "a configuration of a run with a billion filters": hostile.odd_configuration,
+    "a checkpoint whose digest names a device": lambda r, f: hostile.digest_of_elsewhere(r, f, "/dev/zero"),
+    "a checkpoint whose digest leads out of it": lambda r, f: hostile.digest_of_elsewhere(r, f, "../../config.toml"),
+    "a checkpoint that is a link": lambda r, f: hostile.linked_checkpoint(r, f, f.parent / "outside"),
+    "half an image": hostile.half_png,
+    "an SVG that reads a file": hostile.svg,
+}
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(action: hostile.Action, tmp_path: Path, outside: dict[Path, bytes]) -> str:
+    began = time.monotonic()
+    with pytest.raises((UserError, RunError)) as caught:
+        action()
+    message = str(caught.value)
+    assert 10 < len(message) < 2000
+    assert time.monotonic() - began < 20
+    assert tree(tmp_path / "outside") == outside
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "outside"]
+    assert not (tmp_path / "folder" / "target").exists()
+    return message
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, dict[Path, bytes]]:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "outside").mkdir()
+    hostile.picture(tmp_path / "outside" / "secret.png")
+    return tmp_path / "folder", tree(tmp_path / "outside")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_hostile_file_is_refused(folders: tuple[Path, dict[Path, bytes]], tmp_path: Path, kind: str) -> None:
+    folder, outside = folders
+    canary = tmp_path / "outside" / "executed"
+    assert_refused(FILES[kind](folder, canary), tmp_path, outside)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("kind", OF_A_RUN)
+def test_a_hostile_part_of_a_run_is_refused(
+    place: Place, folders: tuple[Path, dict[Path, bytes]], tmp_path: Path, kind: str
+) -> None:
+    folder, outside = folders
+    assert_refused(OF_A_RUN[kind](place.undisturbed, folder), tmp_path, outside)
+    record("hostile files", kinds=len(FILES) + len(OF_A_RUN), refused=len(FILES) + len(OF_A_RUN))
+
+
+def test_a_hostile_line_of_metrics_is_passed_over(place: Place, tmp_path: Path) -> None:
+    run = hostile.nested_metrics(place.undisturbed, tmp_path)
+    assert len(MetricsLog(run / "metrics.jsonl").read()) == len(MetricsLog(place.undisturbed / "metrics.jsonl").read())
+
+
+def test_names_in_a_report_are_text_not_markup(place: Place, tmp_path: Path) -> None:
+    root = hostile.dataset(tmp_path / "data")
+    evil = "<img src=x onerror=alert(1)>"
+    (root / "dataset.toml").write_text(f'name = "{evil}"\n[classes]\n"{evil}" = 255\n')
+    for kind in ("images", "masks"):
+        (root / kind / "p0.png").rename(root / kind / "p0<script>alert(2)<!--.png")
+    run = hostile.copied_run(place.undisturbed, tmp_path)
+    hostile.shutil.rmtree(run / "evaluation")
+    evaluate.main(
+        ["--weights", str(run), "--data.root", str(root), "--split", "all", "--output", str(run / "evaluation/test")]
+    )
+    page = hostile.write_report(run).read_text()
+    assert "&lt;img src=x" in page
+    assert "&lt;script&gt;" in page
+    assert evil not in page
+    assert "<script>alert(2)" not in page

@@ -1,0 +1,102 @@
+"""What must not change a run: who reads its data, how many devices there are, and that it is started anew."""
+
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from live import EVAL_EVERY, LONG, STEPS, Place, assert_same_run, content, read_until, resumed_at
+from PIL import Image
+
+from pdrunet_jax.runfolder import RunFolder
+
+
+@pytest.mark.parametrize("threads", [0, 1, 16] if LONG else [1])
+def test_the_same_seed_gives_the_same_run_bit_for_bit_whatever_the_number_of_threads(
+    place: Place, threads: int
+) -> None:
+    run = place.path / f"threads-{threads}"
+    result = place.train("--data.threads", str(threads), workdir=run)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert_same_run(run, place.undisturbed)
+
+
+def test_another_seed_gives_another_run(place: Place) -> None:
+    run = place.path / "another-seed"
+    assert place.train("--seed", "4", "--train.steps", "1", workdir=run).returncode == 0
+    assert content(run, 1)["metrics"][0] != content(place.undisturbed)["metrics"][0]
+
+
+def test_a_run_resumes_in_the_middle_of_an_epoch_with_other_threads_and_devices(place: Place) -> None:
+    run = place.path / "elsewhere"
+    with place.start(workdir=run) as process:
+        assert read_until(process, EVAL_EVERY + 2, [])  # 5 images in batches of 2: no epoch ends at a checkpoint
+        process.kill()
+        process.communicate()
+    devices = "--xla_force_host_platform_device_count=2"
+    result = place.train("--data.threads", "1", "--data.cache", "none", workdir=run, XLA_FLAGS=devices)
+    assert result.returncode == 0, result.stderr
+    assert resumed_at(result.stdout) == EVAL_EVERY
+    assert_same_run(run, place.undisturbed)
+
+
+def test_a_changed_setting_is_refused_with_a_diff(place: Place) -> None:
+    before = content(place.undisturbed)
+    result = place.train("--optim.learning-rate", "0.003", workdir=place.undisturbed)
+    assert result.returncode == 2
+    assert "optim.learning_rate: 0.001 -> 0.003" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert content(place.undisturbed) == before
+
+
+def test_a_changed_pixel_is_refused(place: Place) -> None:
+    run = shutil.copytree(place.undisturbed, place.path / "other-data")
+    data = shutil.copytree(place.path / "data", place.path / "changed")
+    image = next((data / "images").glob("*.png"))
+    pixels = np.asarray(Image.open(image)).copy()
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(image)
+    result = place.train("--data.root", "changed", workdir=run)
+    assert result.returncode == 2
+    assert "was trained on other data" in result.stderr
+    assert (run / "checkpoints" / str(STEPS)).is_dir()
+
+
+def test_a_second_trainer_on_one_folder_is_refused_within_two_seconds(place: Place) -> None:
+    run = RunFolder(shutil.copytree(place.undisturbed, place.path / "shared"))
+    place.train("--help")  # so that Python's files are in memory
+    with run.lock():
+        began = time.monotonic()
+        result = place.train(workdir=run.path)
+        seconds = time.monotonic() - began
+    assert result.returncode == 2
+    assert re.fullmatch(rf"error: .* in use by process {os.getpid()} on .*\n", result.stderr)
+    assert seconds < 2
+
+
+def test_two_trainers_started_at_once_make_one_run(place: Place) -> None:
+    run = place.path / "raced"
+    both = [place.start(workdir=run) for _ in range(2)]
+    ends = []
+    for process in both:
+        with process:
+            _, err = process.communicate(timeout=120)
+            ends.append((process.returncode, err))
+    assert sorted(code for code, _ in ends) == [0, 2]
+    assert all(err == "" if code == 0 else "in use by process" in err for code, err in ends)
+    assert_same_run(run, place.undisturbed)
+
+
+def test_what_another_version_wrote_is_taken_up(place: Place) -> None:
+    """Checkpoints and weights of a run that knew neither spikes nor digests in its weights."""
+    run = Path(shutil.copytree(place.undisturbed, place.path / "older"))
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub(r"(?m)^spike.*\n", "", text))
+    meta = json.loads((run / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
+    assert set(meta["extra"]) >= {"data", "sequence", "best_dice", "best_step", "validated"}
+    result = place.train(workdir=run)
+    assert (result.returncode, result.stderr) == (0, "")

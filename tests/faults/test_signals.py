@@ -1,0 +1,126 @@
+"""SIGTERM and SIGINT at any moment, alone and in a row: saved, exit code 75, nothing left running, exact resume."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from live import EVAL_EVERY, LONG, Place, assert_same_run, read_until, record, resumed_at, steps_in, stream
+
+from pdrunet_jax.stopping import StopFlag
+from pdrunet_jax.validation import validate
+
+STOPS = 50 if LONG else 4
+LANES = 2
+CATCHES_SIGTERM = 1 << (signal.SIGTERM - 1)
+
+
+def wait_for_handlers(pid: int) -> None:
+    """Until the process minds SIGTERM, some hundredths of a second after its start."""
+    status = Path(f"/proc/{pid}/status")
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        caught = next(line for line in status.read_text().splitlines() if line.startswith("SigCgt"))
+        if int(caught.split()[1], 16) & CATCHES_SIGTERM:
+            return
+        time.sleep(0.005)
+    raise AssertionError("no handler was installed")
+
+
+def lane(place: Place, number: int, stops: int) -> dict[str, int]:
+    """Stop runs at random moments until `stops` were stopped; each ends bit-equal to the undisturbed one."""
+    draw = stream("signals", number)
+    figures = {"stopped": 0, "signals": 0, "exit_75": 0, "while_compiling": 0, "runs": 0}
+    while figures["stopped"] < stops:
+        run, finished = place.path / f"stopped-{number}-{figures['runs']}", False
+        while not finished and figures["stopped"] < stops:
+            # Without the store of compiled programs the signal comes while XLA compiles, which takes it long.
+            cold = draw.random() < 0.1
+            environment = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if cold else {}
+            with place.start(workdir=run, **environment) as process:
+                wait_for_handlers(process.pid)
+                time.sleep(draw.uniform(0.0, 6.0))
+                sent = 0
+                for _ in range(draw.choice((1, 1, 2, 3))):
+                    if process.poll() is None:
+                        process.send_signal(draw.choice((signal.SIGTERM, signal.SIGINT)))
+                        sent += 1
+                        time.sleep(draw.uniform(0.0, 0.3))
+                out, err = process.communicate(timeout=120)
+            finished = "\ntest dice" in out
+            assert err == ""
+            assert process.returncode == 75 or (finished and process.returncode == 0), (process.returncode, out)
+            if process.returncode == 75:
+                figures["stopped"] += 1
+                figures["exit_75"] += 1
+                figures["signals"] += sent
+                figures["while_compiling"] += cold and "step " not in out
+        if not finished:
+            result = place.train(workdir=run)
+            assert (result.returncode, result.stderr) == (0, "")
+        assert_same_run(run, place.undisturbed)
+        figures["runs"] += 1
+    return figures
+
+
+def test_asked_to_stop_at_any_moment_it_exits_with_75_leaves_nothing_running_and_resumes_exactly(place: Place) -> None:
+    began = time.monotonic()
+    with ThreadPoolExecutor(LANES) as pool:
+        lanes = list(pool.map(lambda number: lane(place, number, STOPS // LANES), range(LANES)))
+    assert place.left_behind() == []
+    total = {name: sum(each[name] for each in lanes) for name in lanes[0]}
+    assert total["exit_75"] == total["stopped"] == STOPS
+    record("signals", seconds=round(time.monotonic() - began), **total)
+
+
+def test_asked_to_stop_before_a_validation_it_saves_and_the_resumed_run_validates(place: Place) -> None:
+    run = place.path / "before-validation"
+    with place.start(workdir=run) as process:
+        assert read_until(process, EVAL_EVERY, [])
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (75, "")
+    assert steps_in(out, r"asked to stop \(SIG\w+\): saved at step (\d+)")[0] >= EVAL_EVERY
+    result = place.train(workdir=run)
+    assert result.returncode == 0, result.stderr
+    assert resumed_at(result.stdout) >= EVAL_EVERY
+    assert_same_run(run, place.undisturbed)
+
+
+def test_a_validation_ends_when_the_program_is_asked_to_stop() -> None:
+    def eval_step(*_: object) -> object:
+        raise AssertionError("another batch was scored")
+
+    with StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        batches = [{"image": np.zeros((1, 2, 2, 1), np.uint8)}]
+        assert validate(eval_step, None, None, batches, names=("a",), cases=0, soft=False, stop=stop) is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_signal_to_the_whole_group_leaves_no_service_of_wandb_behind(place: Place, number: signal.Signals) -> None:
+    """Ctrl-C in a terminal goes to every process; a kill leaves W&B's service without its parent."""
+    run = place.path / f"group-{number.name}"
+    with place.start("--tracking.wandb", "offline", workdir=run) as process:
+        assert read_until(process, 2, [])
+        assert len(place.left_behind(0)) >= 2  # the trainer and W&B's service
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (75 if number == signal.SIGINT else -signal.SIGKILL, "")
+    assert place.left_behind(20) == []
+
+
+def test_signals_after_the_work_are_ignored() -> None:
+    earlier = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        with StopFlag(last=True):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)  # would end the process
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, earlier[0])
+        signal.signal(signal.SIGINT, earlier[1])
