@@ -1,6 +1,6 @@
 # make demo   train on synthetic bone X-rays, end with test scores and a report
 # make test   lint, types, tests and parity tests
-# make stress the long form of the fault tests: 200 kills, 50 signals, full disks, damage (about half an hour)
+# make stress the long form of the fault tests: 200 kills, 50 signals, full disks, damage, fuzzing (half an hour)
 # make venv   only the environment
 # Everything is plain pip underneath: see README.md.
 
@@ -22,11 +22,11 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 unit: .venv/installed-dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 parity: .venv/installed-dev
 	$(BIN)/python -m pytest parity_tests
 stress: .venv/installed-dev
-	STRESS=1 $(BIN)/python -m pytest tests/faults --timeout 3600
+	STRESS=1 $(BIN)/python -m pytest tests/faults tests/data -n 2 --dist loadfile --timeout 3600
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 METRICS = ("dice", "iou", "precision", "recall")
 RESAMPLES = 2_000
@@ -136,8 +136,8 @@ def interval(
     sums = np.bincount(member, weights=values, minlength=count)
     drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    student = stats.t.ppf((1 - CONFIDENCE) / 2, count - 1)
-    tail = stats.norm.cdf(math.sqrt(count / (count - 1)) * student)
+    student = special.stdtrit(count - 1, (1 - CONFIDENCE) / 2)
+    tail = special.ndtr(math.sqrt(count / (count - 1)) * student)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 

@@ -78,7 +78,7 @@ def main(place: Path, kind: str) -> None:
         ballast.unlink()
     with train(place, run) as process:
         _, err = process.communicate()
-    shutil.copytree(run, place / kind)
+    shutil.copytree(run, place / f"after-{kind}")
     print(
         json.dumps(
             {

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from live import Place, assert_same_run, record
+from live import LONG, Place, assert_same_run, record
 
 NAMED = {
     "checkpoint": "checkpoints/",
@@ -26,7 +26,7 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="no mount namespaces here; test_checkpoint.py limits the size of files")
-@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("kind", NAMED if LONG else ["checkpoint", "weights"])
 def test_a_full_disk_costs_nothing_that_was_saved_and_the_run_ends_the_same_once_there_is_room(
     place: Place, kind: str
 ) -> None:
@@ -46,5 +46,5 @@ def test_a_full_disk_costs_nothing_that_was_saved_and_the_run_ends_the_same_once
     assert seen["kept"]
     assert seen["verified"] == 0
     assert seen["resumed"] == [0, ""]
-    assert_same_run(place.path / kind, place.undisturbed)
+    assert_same_run(place.path / f"after-{kind}", place.undisturbed)
     record(f"full disk: {kind}", exit=code, resumed_exactly=True, message=message.strip().replace(str(place.path), ""))
