@@ -24,7 +24,7 @@ types: .venv/installed-dev
 unit: .venv/installed-dev
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 parity: .venv/installed-dev
-	$(BIN)/python -m pytest parity_tests
+	$(BIN)/python -m pytest parity_tests -n 2 --dist loadgroup
 stress: .venv/installed-dev
 	STRESS=1 $(BIN)/python -m pytest tests/faults tests/data -n 2 --dist loadfile --timeout 3600
 

@@ -183,6 +183,21 @@ class Budget:
             lines += [f"  {name}: {caught}" for name, caught in self.controls.items()]
         return lines
 
+    def merge(self, other: Mapping[str, Any]) -> None:
+        """Take in what `as_dict` gave of a budget in another process."""
+        for values in other["budget"]:
+            theirs = Row(**values)
+            row = self.rows.setdefault((theirs.level, theirs.comparison, theirs.dtype), dataclasses.replace(theirs))
+            if row != theirs:
+                row.cases += theirs.cases
+                if not theirs.measured <= row.measured:
+                    row.measured, row.worst = theirs.measured, theirs.worst
+        for layer in other["layers"]:
+            key = (layer["level"], layer["comparison"], layer["dtype"])
+            mine = self.layers.setdefault(key, {})
+            mine |= {name: max(error, mine.get(name, 0.0)) for name, error in layer["errors"].items()}
+        self.controls |= other["controls"]
+
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values."""
         return {

@@ -1,7 +1,9 @@
 """The session's settings, restored afterwards, and the error budget at its end."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -34,6 +36,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run PyTorch in a process of its own, on a GPU where it sees one; as is done where JAX runs on a GPU",
     )
+
+
+# What shares computed passes runs in one process, where several run (`-n 2 --dist loadgroup`).
+GROUPS = {
+    "network": ("level3", "level5", "level6"),
+    "training": ("level7", "level8", "level9", "level10", "negative_controls"),
+}
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves a GPU's memory to the other processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for group, names in GROUPS.items():
+            if any(name in item.path.name for name in names):
+                item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # one of several processes: the first one reports
+        output["parity"] = {
+            "budget": session.config.stash[_BUDGET].as_dict(),
+            "devices": session.config.stash.get(_DEVICES, {}),
+            "measured here": Budget.measured_here,
+        }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    parity = getattr(node, "workeroutput", {}).get("parity")
+    if parity:
+        node.config.stash[_BUDGET].merge(parity["budget"])
+        node.config.stash[_DEVICES] = parity["devices"] or node.config.stash.get(_DEVICES, {})
+        Budget.measured_here = parity["measured here"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
