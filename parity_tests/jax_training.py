@@ -115,7 +115,7 @@ def train(training: Training, state: TrainState, chosen: slice) -> tuple[TrainSt
 def save(training: Training, state: TrainState, folder: Path) -> None:
     """Make `folder` a run folder with one checkpoint, as `pdrunet_jax.train` does."""
     run, step = open_run(folder, training.config), int(state.step)
-    Checkpoints(run.checkpoints, 1, 1).save(step, state, position_after(step), vars(Progress(data="")))
+    Checkpoints(run.checkpoints, 1, 1).save(step, state, position_after(step), Progress(data="").to_dict())
 
 
 def restore(training: Training, folder: Path) -> TrainState:

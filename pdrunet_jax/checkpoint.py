@@ -164,9 +164,7 @@ def restore_weights(
     error. The average of the weights is taken where the run kept one. The options are `[model]` of the run's
     config.toml, then `extra["options"]` of the checkpoint. Raises `UserError` if there is no intact checkpoint.
     """
-    folder = _choose(Path(path), which).absolute()
-    if fault := _fault(folder):
-        raise UserError(f"checkpoint {folder} is damaged: {fault}; take another one")
+    folder = _choose_intact(Path(path), which)
     state, meta = read_state(folder), read_meta(folder)
     options: dict[str, Any] = {}
     config = RunFolder(folder.parent.parent).config
@@ -183,9 +181,7 @@ def read_checkpoint(path: str | Path, template: Callable[[dict[str, Any]], Any])
     `template` makes the form to return it in of the stored arrays, as in `Checkpoints.restore`. Raises `UserError` if
     there is no intact checkpoint, or if the state has other names, shapes or types.
     """
-    folder = _choose(Path(path), "latest").absolute()
-    if fault := _fault(folder):
-        raise UserError(f"checkpoint {folder} is damaged: {fault}; take another one")
+    folder = _choose_intact(Path(path), "latest")
     meta, arrays = read_meta(folder), read_state(folder)
     state = fill(template(arrays), arrays, folder)
     return Restored(meta["step"], state, meta["position"], meta["extra"], meta["val_dice"])
@@ -219,6 +215,14 @@ def is_checkpoint(path: str | Path) -> bool:
         or bool(checkpoint_steps(path / "checkpoints"))
         or (path.is_dir() and path.name.isdecimal())
     )
+
+
+def _choose_intact(path: Path, which: str) -> Path:
+    """The checkpoint that is meant, its path absolute; raises `UserError` if it is damaged."""
+    folder = _choose(path, which).absolute()
+    if fault := _fault(folder):
+        raise UserError(f"checkpoint {folder} is damaged: {fault}; take another one")
+    return folder
 
 
 def _choose(path: Path, which: str) -> Path:

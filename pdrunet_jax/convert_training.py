@@ -5,6 +5,7 @@ The `.pth` is a dictionary that PyTorch loads with `weights_only=True`: `model` 
 keeps them, and `pdrunet` a JSON text with the run's configuration and the fingerprint of its data.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def run_to_torch(src: Path, dst: Path) -> list[str]:
     run = RunFolder(run_of(src))
     if not run.config.is_file():
         raise UserError(f"{src} is no run folder, nor a checkpoint in one: there is no {run.config}")
-    config = config_io.parse(run.config.read_text(encoding="utf-8"), str(run.config))
+    config = config_io.read(run.config)
     with _precision(config):
         restored = read_checkpoint(src, lambda arrays: _template(config, _outputs(arrays, src)))
     state, step = restored.state, restored.step
@@ -116,7 +117,7 @@ def torch_to_run(src: Path, dst: Path, config_name: str | None) -> list[str]:
     with run.lock():
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_latest, config.train.keep_best)
         progress = Progress(data=header.get("data", ""))
-        checkpoints.save(step, state, position_after(step), vars(progress))
+        checkpoints.save(step, state, position_after(step), progress.to_dict())
     return [
         f"{src}: step {step}, {config.optim.name}",
         *notes,
@@ -262,8 +263,6 @@ def _filled(
     src: Path,
 ) -> Any:
     """The training state, every array of the template's type."""
-    import dataclasses
-
     kinds = {leaf.dtype for leaf in jax.tree.leaves(imported.params)}
     wanted = {leaf.dtype for leaf in jax.tree.leaves(template.params)}
     if kinds != wanted:
@@ -275,9 +274,8 @@ def _filled(
     if config.optim.ema:
         stats = to_public(imported.params, imported.stats, dead_block=False)
         ema = imported.params if averaged is None else from_public({**stats, **averaged}, f"{src}, ema").params
-    blank_at_start = step == 0 and not buffers
     opt_state = template.opt_state
-    if not blank_at_start:
+    if step or buffers:  # PyTorch keeps nothing before the first update
         opt_state = from_torch(config.optim, rows, template.opt_state, buffers, step)
     return dataclasses.replace(
         template,
