@@ -15,9 +15,9 @@ EPSILON = 1e-5
 BLOCK_PIXELS = 2048
 """Pixels of one block of `product_filter_gradient`: its two operands then stay in a core's L2 cache."""
 
-LARGE_IMAGE, MANY_CHANNELS = 128 * 128, 32
-"""XLA's own filter gradient slows down above this many pixels an image (a phase counts as one); the product needs
-about this many channels to be worth its copies. Measured on a 2-core AVX-512 CPU."""
+LARGE_IMAGE, FEW_CHANNELS, MANY_CHANNELS = 128 * 128, 8, 32
+"""Where the filter gradient as a product beats XLA's own, measured on a quiet 2-core AVX-512 CPU: with many channels
+everywhere, with fewer on images from this number of pixels (a phase counts as one), with very few nowhere."""
 
 SUM_GROUPS = 256
 """Groups, at most, that `channel_sum` adds up one by one."""
@@ -72,8 +72,9 @@ def filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> jax.Array:
 
     Args and result as for `product_filter_gradient`.
     """
-    height, width, channels = x.shape[1:]
-    if height * width > LARGE_IMAGE and min(channels, g.shape[-1]) >= MANY_CHANNELS:
+    height, width = x.shape[1:3]
+    channels = min(x.shape[-1], g.shape[-1])
+    if channels >= (FEW_CHANNELS if height * width >= LARGE_IMAGE else MANY_CHANNELS):
         return product_filter_gradient(x, g, dilation)
     kernel = jnp.zeros((3, 3, channels, g.shape[-1]), x.dtype)
     gradient: jax.Array = jax.vjp(lambda kernel: convolve(x, kernel, dilation), kernel)[1](g)[0]
