@@ -58,12 +58,12 @@ def jax_side(variant: str, work: Work) -> Sides:
     from pdrunet_jax.step import _train_step as train_step
     from pdrunet_jax.step import build_model, create_state
 
-    conv: Any = {"naive": "plain"}.get(variant, variant)
+    conv: Any = {"naive": "plain", "remat": "auto"}.get(variant, variant)
     precision: Any = work.precision
     config = Config(
         model=ModelConfig(filters=FILTERS, conv=conv),
         data=DataConfig(size=(work.size,)),
-        train=TrainConfig(batch_size=work.batch, precision=precision),
+        train=TrainConfig(batch_size=work.batch, precision=precision, remat=variant == "remat"),
     )
     device = startup.prepare(precision, deterministic=False)
     keep_compiled_programs()
@@ -115,7 +115,8 @@ def _temporary(compiled: Any) -> int:
 def torch_side(variant: str, work: Work) -> Sides:
     """The PyTorch twin with the same loss, optimizer and metrics of nothing else.
 
-    The words of `variant`: "nchw" or "channels_last", and "compiled" for torch.compile.
+    The words of `variant`: "nchw" or "channels_last", "compiled" for torch.compile, and "retained" for a C library
+    that keeps freed memory (see `pdrunet_jax.allocator`), which no user of PyTorch has unless they ask for it.
     """
     import torch
 

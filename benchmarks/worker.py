@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.contenders import SIDES, Work, resident, resident_peak
+from pdrunet_jax.allocator import keep_freed_memory
 
 
 def timed(function: Callable[[], None], count: int) -> list[float]:
@@ -25,6 +26,8 @@ def main() -> None:
     """The process; its arguments are the framework, the variant and the work as JSON."""
     framework, variant, work = sys.argv[1:]
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between the answers
+    if (framework == "jax" and variant != "naive") or "retained" in variant:
+        keep_freed_memory()  # as every command of pdrunet_jax does
     started = time.perf_counter()
     if framework == "torch":
         import torch  # noqa: F401

@@ -28,7 +28,7 @@ NETWORKS = (
 
 
 @cache
-def outcome(case: Case, compute: str | None = None, train: bool = True) -> Arrays:
+def outcome(case: Case, compute: str | None = None, train: bool = True, remat: bool = False) -> Arrays:
     """Logits, and in training loss, gradients and new buffers; `compute` is the dtype of the convolutions."""
     imported = from_public(state_of(case), "the twin")
     dtype = jnp.dtype(case.dtype)
@@ -37,6 +37,7 @@ def outcome(case: Case, compute: str | None = None, train: bool = True) -> Array
         return PDRUNet(
             **case.options,
             conv=case.path,
+            remat=remat,
             param_dtype=dtype,
             dtype=None if compute is None else jnp.dtype(compute),
             rngs=nnx.Rngs(0),
@@ -66,6 +67,13 @@ def test_every_path_agrees_with_the_plain_one(case: Case, path: str, dtype: str,
     for train in (False, True):
         got, want = outcome(case.replace(path=path), train=train), outcome(case, train=train)
         compare_paths(budget, "convolution path", dtype, case, got, want, f"{path} {case}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", ["plain", "polyphase", "fused"])
+def test_rematerialisation_changes_nothing(path: str, dtype: str, budget: Budget) -> None:
+    case = NETWORKS[0].replace(dtype=dtype, path=path)
+    compare_paths(budget, "rematerialisation", dtype, case, outcome(case, remat=True), outcome(case), str(case))
 
 
 @pytest.mark.parametrize("path", ["plain", "polyphase", "fused"])

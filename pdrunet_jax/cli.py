@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from pdrunet_jax.allocator import keep_freed_memory
 from pdrunet_jax.errors import RunError, UserError
 
 STOPPED = 75
@@ -16,6 +17,7 @@ def run(command: Callable[[], int | None]) -> NoReturn:
     A `UserError` leaves with 2 and a `RunError` with 1, each with its message alone on standard error; any other
     exception is a defect of ours and keeps its traceback.
     """
+    keep_freed_memory()  # before any library starts its threads
     try:
         code = command()
     except (UserError, RunError) as error:

@@ -194,6 +194,8 @@ class TrainConfig:
     """Images in each validation batch; as batch_size when left out."""
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
     """Arithmetic of the convolutions. bfloat16 keeps parameters, statistics and loss in float32."""
+    remat: bool = False
+    """Save memory: keep only what enters each block, and compute the rest a second time for the gradient."""
     log_every: Positive = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: Positive = 500

@@ -6,6 +6,7 @@ the way in and halve on the way out, and long skips that are additions.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,20 @@ class Block(nnx.Module):
         self.second = Conv(filters, filters, init=init, dtype=dtype, rngs=rngs)
         self.bnorm2 = BatchNorm(filters, dtype=dtype) if norm == "batch" else None
 
+    def rematerialised(self, x: Activation, *, path: Path, train: bool) -> Activation:
+        """The block's output; for the gradient only `x` is kept, and the rest is computed again from it."""
+        parts: Any = nnx.split(self, nnx.Param, nnx.BatchStat)
+        graphdef, params, stats = parts
+
+        @jax.checkpoint
+        def compute(params: Any, stats: Any, x: Activation) -> tuple[Activation, Any]:
+            block = nnx.merge(graphdef, params, stats, copy=True)
+            return block(x, path=path, train=train, tap=None), nnx.state(block, nnx.BatchStat)
+
+        out, stats = compute(params, stats, x)
+        nnx.update(self, stats)
+        return out
+
     def __call__(self, x: Activation, *, path: Path, train: bool, tap: Tap | None) -> Activation:
         """The block's output; arguments as in `conv_norm_relu`."""
         layer = partial(conv_norm_relu, dilation=self.dilation, path=path, train=train, tap=tap)
@@ -86,6 +101,7 @@ class PDRUNet(nnx.Module):
         norm: "batch", or "none".
         dropout: rate of the two dropouts in the bottleneck.
         conv: execution path of the 3x3 convolutions, "auto" or one of `pdrunet_jax.layers.PATHS`.
+        remat: for a gradient, keep only what enters each block and compute the rest a second time (rematerialisation).
         init: "torch" for PyTorch's default distributions, "he" for He normal.
         dtype: arithmetic of the convolutions; that of the parameters when None.
         param_dtype: parameters, statistics and logits.
@@ -108,6 +124,7 @@ class PDRUNet(nnx.Module):
         norm: str = "batch",
         dropout: float = 0.3,
         conv: str = "auto",
+        remat: bool = False,
         init: str = "torch",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -124,6 +141,7 @@ class PDRUNet(nnx.Module):
         self.norm = norm
         self.dropout = dropout
         self.path = choose_path(conv)
+        self.remat = remat
         self.size: tuple[int, int] | None = None
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         for name, dilation in BLOCKS.items():
@@ -180,8 +198,10 @@ class PDRUNet(nnx.Module):
             raise ValueError("training with dropout needs dropout_key or dropout_masks")
 
         def block(name: str, x: Activation) -> Activation:
-            result: Activation = getattr(self, name)(x, path=self.path, train=train, tap=tap)
-            return result
+            layers: Block = getattr(self, name)
+            if self.remat and train and tap is None:
+                return layers.rematerialised(x, path=self.path, train=train)
+            return layers(x, path=self.path, train=train, tap=tap)
 
         def drop(x: Activation, number: int) -> Activation:
             if keep is None:

@@ -7,6 +7,7 @@ about the order of pixels, so an activation can stay in its phases from one bloc
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 
@@ -40,6 +41,7 @@ def finest_layout(height: int, width: int) -> int:
     return math.gcd(height, width, MAX_DILATION)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout", "limit"])
 @dataclasses.dataclass(frozen=True)
 class Activation:
     """An activation together with the layout it is kept in.

@@ -96,6 +96,7 @@ def build_model(config: Config, outputs: int) -> PDRUNet:
         norm=config.model.norm,
         dropout=config.model.dropout,
         conv=config.model.conv,
+        remat=config.train.remat,
         init=config.model.init,
         dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else wide,
         param_dtype=wide,

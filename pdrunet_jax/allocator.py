@@ -1,0 +1,29 @@
+"""How the C library hands memory out: a step should get the pages of the last one, not new ones."""
+
+import ctypes
+import os
+import platform
+import sys
+
+# Parameters of glibc's mallopt, from malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees, for its next allocation; whether that could be arranged.
+
+    XLA on CPUs allocates the temporary memory of a program at each call, some 500 MiB for one training step at 256x256,
+    and glibc takes blocks of that size from the kernel and gives them straight back: the kernel then clears every page
+    of every step anew, which costs a tenth to a third of the step's time. The peak stays what it is; what is freed
+    after it is not given back to other processes.
+
+    Call it before JAX is used: a thread that has allocated keeps the arena that it allocated from. Does nothing where
+    the C library is not glibc, or where the environment already sets it (MALLOC_..., GLIBC_TUNABLES).
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    # One arena, because the others, of XLA's threads, cannot hold blocks of that size and would map them anew.
+    mallopt = ctypes.CDLL(None).mallopt
+    return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])

@@ -1,0 +1,49 @@
+"""The C library keeps freed memory: a repeated program takes no new pages."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+from pdrunet_jax.allocator import keep_freed_memory
+kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+import jax, jax.numpy as jnp
+program = jax.jit(lambda x: (jnp.sort(x) + jnp.cumsum(jnp.sort(-x))).sum())
+x = jnp.ones(4_000_000)
+faults = []
+for _ in range(12):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(kept, sorted(faults[4:])[4])
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+
+
+def run(mode: str, **environment: str) -> tuple[bool, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, mode],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+    )
+    kept, faults = done.stdout.split()
+    return kept == "True", int(faults)
+
+
+def test_a_repeated_program_takes_no_new_pages() -> None:
+    kept, faults = run("keep")
+    if not kept:
+        pytest.skip("not glibc")
+    _, before = run("leave")
+    assert faults < before / 10
+
+
+def test_settings_of_the_environment_stay() -> None:
+    kept, _ = run("keep", MALLOC_ARENA_MAX="4")
+    assert not kept
