@@ -84,8 +84,8 @@ def filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> jax.Array:
 def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> jax.Array:
     """The gradient of `convolve(x, kernel, dilation)` with respect to the 3x3 kernel, as matrix products.
 
-    All nine taps come from one product per block of pixels: three column shifts of the input side by side (pixels, 3C)
-    against three row shifts of the output's gradient (pixels, 3K) hold every pair of a row and a column shift.
+    Three taps come from each product: three column shifts of a block of the input side by side (pixels, 3C) against
+    the output's gradient (pixels, K), shifted by whole rows for the other two products.
 
     Args:
         x: the convolution's input, (N, H, W, C).
@@ -110,13 +110,15 @@ def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> ja
         gs = lax.dynamic_slice(g, (image, row, 0, 0), (count, rows + 2 * d, w, k))
         xs = jnp.pad(xs, ((0, 0), (0, 0), (d, d), (0, 0)))
         columns = jnp.concatenate([xs[:, :, j * d : j * d + w] for j in range(3)], -1).reshape(-1, 3 * c)
-        lines = jnp.concatenate([gs[:, (2 - j) * d : (2 - j) * d + rows] for j in range(3)], -1).reshape(-1, 3 * k)
-        product = lax.dot_general(columns, lines, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
-        return total + product, None
+        lines = [gs[:, (2 - i) * d : (2 - i) * d + rows].reshape(-1, k) for i in range(3)]
+        products = [
+            lax.dot_general(columns, line, (((0,), (0,)), ((), ())), preferred_element_type=dtype) for line in lines
+        ]
+        return total + jnp.stack(products), None
 
     blocks = jnp.arange((n // count) * (h // rows))
-    total, _ = lax.scan(body, jnp.zeros((3 * c, 3 * k), dtype), blocks)
-    return total.reshape(3, c, 3, k).transpose(2, 0, 1, 3)
+    total, _ = lax.scan(body, jnp.zeros((3, 3 * c, k), dtype), blocks)
+    return total.reshape(3, 3, c, k)
 
 
 def input_gradient(g: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:

@@ -65,8 +65,8 @@ def distances(
     0 for one empty mask, whose boundary the other misses altogether, and NaN for two.
 
     Pixels that are not valid are background in both masks. A mask that reaches into them therefore ends where they
-    begin: that edge is boundary. Where both masks reach into them they share it, at distance 0, which lowers the
-    distances (never `hd`) and raises `nsd`.
+    begin, and that edge is boundary. Where both masks do, they share the edge, and its distances of 0 lower `hd95` and
+    `assd` and raise `nsd`.
 
     Args:
         prediction: Booleans (H, W).
