@@ -27,3 +27,12 @@ def keep_freed_memory() -> bool:
     # One arena, because the others, of XLA's threads, cannot hold blocks of that size and would map them anew.
     mallopt = ctypes.CDLL(None).mallopt
     return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])
+
+
+def give_back() -> None:
+    """Return what is free to other processes, once: compiling takes, and leaves, more memory than a small run needs.
+
+    Does nothing where the C library is not glibc.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

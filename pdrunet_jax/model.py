@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from pdrunet_jax.layers import BatchNorm, Conv, Path, Tap, choose_path, conv_norm_relu, dropout, enter, keep_masks
 from pdrunet_jax.phases import Activation, relay
+from pdrunet_jax.remat import recomputed
 
 BLOCKS = {
     "std_block": 1,
@@ -70,12 +71,11 @@ class Block(nnx.Module):
         parts: Any = nnx.split(self, nnx.Param, nnx.BatchStat)
         graphdef, params, stats = parts
 
-        @jax.checkpoint
         def compute(params: Any, stats: Any, x: Activation) -> tuple[Activation, Any]:
             block = nnx.merge(graphdef, params, stats, copy=True)
             return block(x, path=path, train=train, tap=None), nnx.state(block, nnx.BatchStat)
 
-        out, stats = compute(params, stats, x)
+        out, stats = recomputed(compute)(params, stats, x)
         nnx.update(self, stats)
         return out
 
