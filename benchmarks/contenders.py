@@ -55,8 +55,7 @@ def jax_side(variant: str, work: Work) -> Sides:
     from pdrunet_jax.compiling import compiler_options, keep_compiled_programs
     from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
     from pdrunet_jax.scaling import unit_range
-    from pdrunet_jax.step import _train_step as train_step
-    from pdrunet_jax.step import build_model, create_state
+    from pdrunet_jax.step import build_model, create_state, train_step
 
     conv: Any = {"naive": "plain", "remat": "auto"}.get(variant, variant)
     precision: Any = work.precision

@@ -97,11 +97,11 @@ TOLERANCES: dict[tuple[int, str], tuple[float, float]] = {
     (10, "rematerialisation: logits"): (1e-15, 1e-7),
     (10, "rematerialisation: gradients"): (6e-15, 5e-7),
     (10, "rematerialisation: buffers"): (1e-15, 1e-7),
-    (10, "bfloat16: logits"): (2e-2, 2e-2),
-    (10, "bfloat16: gradients"): (2e-2, 2e-2),
+    (10, "bfloat16: logits"): (4e-2, 4e-2),
+    (10, "bfloat16: gradients"): (3e-2, 3e-2),
     (10, "bfloat16: buffers"): (9e-3, 9e-3),
     (10, "accumulation: logits"): (2e-16, 1e-7),
-    (10, "accumulation: gradients"): (2.5e-15, 1.3e-6),
+    (10, "accumulation: gradients"): (6e-15, 1.3e-6),
 }
 """Level and comparison: tolerance in float64 and in float32, about twice what was measured on CPUs."""
 

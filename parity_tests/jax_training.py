@@ -82,7 +82,7 @@ def as_steps(training: Training) -> list[Step]:
 def _programs(training: Training) -> tuple[Any, Any]:
     config, outputs = training.config, training.case.outputs
     graphdef = create_state(config, steps_module.build_model(config, outputs))[0]
-    step = compiled(partial(steps_module._train_step, config, graphdef, outputs))
+    step = compiled(partial(steps_module.train_step, config, graphdef, outputs))
 
     def evaluate(params: Any, stats: Any, images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, stats, copy=True)(images)

@@ -14,6 +14,7 @@ from parity_tests.case import Arrays, Case, Objective, make_images, make_masks, 
 from parity_tests.cases import DTYPES, state_of
 from parity_tests.compare import compare_paths
 from parity_tests.jax_side import compiled, loss_of
+from pdrunet_jax import fused
 from pdrunet_jax.config import LossConfig
 from pdrunet_jax.losses import make_loss
 from pdrunet_jax.model import PDRUNet
@@ -70,6 +71,16 @@ def test_every_path_agrees_with_the_plain_one(case: Case, path: str, dtype: str,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_evaluation_in_parts_agrees_with_the_plain_path(
+    dtype: str, budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = NETWORKS[0].replace(dtype=dtype)
+    monkeypatch.setattr(fused, "PART_PIXELS", 256)  # less than a batch of any layout, more than a phase
+    got = outcome.__wrapped__(case.replace(path="fused"), train=False)
+    compare_paths(budget, "convolution path", dtype, case, got, outcome(case, train=False), f"parts {case}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", ["plain", "polyphase", "fused"])
 def test_rematerialisation_changes_nothing(path: str, dtype: str, budget: Budget) -> None:
     case = NETWORKS[0].replace(dtype=dtype, path=path)
@@ -84,13 +95,19 @@ def test_bfloat16_agrees_with_float32(path: str, budget: Budget) -> None:
     compare_paths(budget, "bfloat16", "float32", case, got, want, f"{path} {case}")
 
 
-def accumulated(case: Case, parts: int) -> Arrays:
+def accumulated(case: Case, parts: int, compute: str | None = None, remat: bool = False) -> Arrays:
     """Loss, logits and gradients of a batch that is taken in parts; without dropout, whose masks are of a part."""
     case = case.replace(dropout=0.0)
     imported = from_public(state_of(case), "the twin")
-    graph = nnx.graphdef(
-        nnx.eval_shape(lambda: PDRUNet(**case.options, param_dtype=jnp.dtype(case.dtype), rngs=nnx.Rngs(0)))
-    )
+
+    def build() -> PDRUNet:
+        dtype = None if compute is None else jnp.dtype(compute)
+        param_dtype = jnp.dtype(case.dtype)
+        return PDRUNet(
+            **case.options, conv=case.path, remat=remat, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)
+        )
+
+    graph = nnx.graphdef(nnx.eval_shape(build))
     objective: Objective = make_objective(case)
     params, stats = (jax.tree.map(jnp.asarray, part) for part in (imported.params, imported.stats))
     valid = np.ones_like(objective.valid)  # the mean over a part's pixels is then the batch's
@@ -110,3 +127,18 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(dtype: str, budget: 
     """Without normalisation: with it, the statistics are a part's, in PyTorch as well."""
     case = Case(norm="none", shape=(4, 16, 16), dtype=dtype)
     compare_paths(budget, "accumulation", dtype, case, accumulated(case, 4), accumulated(case, 1), str(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", ["plain", "polyphase", "fused"])
+def test_accumulation_with_rematerialisation_is_the_whole_batch_without(path: str, dtype: str, budget: Budget) -> None:
+    case = Case(norm="none", shape=(4, 32, 32), dtype=dtype, path=path)
+    got, want = accumulated(case, 4, remat=True), accumulated(case, 1)
+    compare_paths(budget, "accumulation", dtype, case, got, want, f"rematerialised {case}")
+
+
+@pytest.mark.parametrize("path", ["plain", "polyphase", "fused"])
+def test_bfloat16_with_accumulation_and_rematerialisation_agrees_with_float32(path: str, budget: Budget) -> None:
+    case = Case(norm="none", shape=(4, 32, 32), dtype="float32", path=path)
+    got, want = accumulated(case, 4, "bfloat16", remat=True), accumulated(case, 1)
+    compare_paths(budget, "bfloat16", "float32", case, got, want, f"accumulated, rematerialised {case}")

@@ -5,6 +5,8 @@ keeps more intermediates than are needed. Here the filter gradient is a matrix p
 normalisation is two multiply-adds an element.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +20,9 @@ BLOCK_PIXELS = 2048
 LARGE_IMAGE, FEW_CHANNELS, MANY_CHANNELS = 128 * 128, 8, 32
 """Where the filter gradient as a product beats XLA's own, measured on a quiet 2-core AVX-512 CPU: with many channels
 everywhere, with fewer on images from this number of pixels (a phase counts as one), with very few nowhere."""
+
+PART_PIXELS = 32_768
+"""Pixels of one part of `by_parts`, at most: two layers of 40 channels then pass through the caches, not the memory."""
 
 SUM_GROUPS = 256
 """Groups, at most, that `channel_sum` adds up one by one."""
@@ -119,6 +124,20 @@ def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> ja
     blocks = jnp.arange((n // count) * (h // rows))
     total, _ = lax.scan(body, jnp.zeros((3, 3 * c, k), dtype), blocks)
     return total.reshape(3, 3, c, k)
+
+
+def by_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """`function` of `x` (N, H, W, C), which treats images one by one, taken in parts of at most `PART_PIXELS` pixels.
+
+    What one part leaves in the caches is there for its next layer; a whole batch would be fetched from memory by each.
+    With phases (see `pdrunet_jax.phases`) even a single image has parts.
+    """
+    n, h, w, _ = x.shape
+    count = max((c for c in range(1, n + 1) if n % c == 0 and c * h * w <= PART_PIXELS), default=1)
+    if count == n:
+        return function(x)
+    parts = lax.map(function, x.reshape(n // count, count, *x.shape[1:]))
+    return parts.reshape(n, *parts.shape[2:])
 
 
 def input_gradient(g: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:

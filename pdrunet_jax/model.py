@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from pdrunet_jax.fused import by_parts
 from pdrunet_jax.layers import BatchNorm, Conv, Path, Tap, choose_path, conv_norm_relu, dropout, enter, keep_masks
 from pdrunet_jax.phases import Activation, relay
 from pdrunet_jax.remat import recomputed
@@ -78,6 +79,15 @@ class Block(nnx.Module):
         out, stats = recomputed(compute)(params, stats, x)
         nnx.update(self, stats)
         return out
+
+    def by_parts(self, x: Activation, *, path: Path) -> Activation:
+        """The block's output in evaluation, phases and images taken in parts that stay in the caches."""
+        x = x.for_dilation(self.dilation)
+
+        def part(values: jax.Array) -> jax.Array:
+            return self(x.with_values(values), path=path, train=False, tap=None).values
+
+        return x.with_values(by_parts(part, x.values))
 
     def __call__(self, x: Activation, *, path: Path, train: bool, tap: Tap | None) -> Activation:
         """The block's output; arguments as in `conv_norm_relu`."""
@@ -201,6 +211,8 @@ class PDRUNet(nnx.Module):
             layers: Block = getattr(self, name)
             if self.remat and train and tap is None:
                 return layers.rematerialised(x, path=self.path, train=train)
+            if self.path == "fused" and not train and tap is None:
+                return layers.by_parts(x, path=self.path)
             return layers(x, path=self.path, train=train, tap=tap)
 
         def drop(x: Activation, number: int) -> Activation:

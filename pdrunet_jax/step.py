@@ -148,12 +148,13 @@ def make_train_step(config: Config, graphdef: Any, outputs: int) -> Callable[[Tr
     and stays as it was before. Nor is one whose loss is a spike: with "stop" it halts likewise, with "skip" only the
     step is counted, until `MOST_IN_ROW`.
     """
-    return jit(partial(_train_step, config, graphdef, outputs), donate_argnums=0)
+    return jit(partial(train_step, config, graphdef, outputs), donate_argnums=0)
 
 
-def _train_step(
+def train_step(
     config: Config, graphdef: Any, outputs: int, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
+    """One update, not compiled: what `make_train_step` compiles, with its static arguments first."""
     loss_function = make_loss(config.loss, outputs)
     soft = config.data.soft_masks
     dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32

@@ -68,7 +68,7 @@ def test_runs_killed_at_any_moment_end_bit_equal_to_one_that_was_left_alone(plac
 
 
 def test_a_program_that_was_killed_while_it_was_stored_is_compiled_anew_and_stored(place: Place) -> None:
-    programs = (place.path / "cache").glob("jit__train_step-*-cache")
+    programs = (place.path / "cache").glob("jit_train_step-*-cache")
     program = min(programs, key=lambda path: path.stat().st_mtime)  # the undisturbed run's, which was the first
     whole = program.read_bytes()
     program.write_bytes(whole[: len(whole) // 2])
