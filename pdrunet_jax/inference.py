@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -11,10 +11,23 @@ from flax import nnx
 from PIL import Image
 
 from pdrunet_jax import compiling, metrics
+from pdrunet_jax.allocator import give_back
 from pdrunet_jax.data.images import read_image, read_spacing, resize_image
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.postprocess import Cleaning, clean
 from pdrunet_jax.scaling import unit_range
+from pdrunet_jax.tiling import RADIUS, in_tiles
+
+Augmentation = Literal["none", "flip", "flips"]
+"""At test time: the image alone, also mirrored left to right, or also top to bottom and both."""
+
+MIRRORS: dict[Augmentation, tuple[tuple[int, ...], ...]] = {
+    "none": ((),),
+    "flip": ((), (2,)),
+    "flips": ((), (2,), (1,), (1, 2)),
+}
+"""The axes of (N, H, W, C) that are reversed in each pass."""
 
 
 class Prediction(NamedTuple):
@@ -32,8 +45,12 @@ def predict(
     model: PDRUNet,
     image: str | Path | np.ndarray,
     *,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | Literal["own"] | None = None,
     threshold: float = 0.5,
+    augmentation: Augmentation = "none",
+    tile: int | None = None,
+    halo: int = RADIUS,
+    cleaning: Cleaning | None = None,
 ) -> Prediction:
     """Segment one image.
 
@@ -43,10 +60,15 @@ def predict(
     Args:
         model: From `load_model`.
         image: A file, or pixels (H, W) or (H, W, C): uint8, or floats in [0, 1].
-        size: (height, width) that the network works at, if not the one it was trained at; a model that knows none
-            works at the image's own.
+        size: (height, width) that the network works at, if not the one it was trained at; "own" for the image's own,
+            at which a model that knows none works anyway.
         threshold: Probability above which a pixel is foreground. For one output only: several classes compete, and
             the likeliest wins.
+        augmentation: Average the probabilities with those of the mirrored image.
+        tile: Compute the network in tiles of so many pixels a side, for images larger than memory; see
+            `pdrunet_jax.tiling`.
+        halo: Pixels around a tile that count for it.
+        cleaning: What is done to the mask, and not to the probabilities.
 
     Raises:
         UserError: The file cannot be read as an image, the pixels have another form, or the threshold does not fit.
@@ -54,10 +76,13 @@ def predict(
     check_threshold(threshold, model.outputs)
     pixels, spacing = _open(image, model.in_channels)
     shape = pixels.shape[0], pixels.shape[1]
-    network_size = size or model.size or shape
-    logits = forward(model, network_input(pixels, network_size)[None])
-    probability = restore(np.asarray(metrics.probabilities(np.asarray(logits)))[0], shape)
-    return Prediction(classify(probability, threshold), probability, spacing)
+    network_size = shape if size == "own" else size or model.size or shape
+    images = network_input(pixels, network_size)[None]
+    passes = MIRRORS[augmentation]
+    average = sum(_mirrored_probabilities(model, images, axes, tile, halo) for axes in passes) / len(passes)
+    probability = restore(np.asarray(average)[0], shape)
+    mask = classify(probability, threshold)
+    return Prediction(mask if cleaning is None else clean(mask, cleaning), probability, spacing)
 
 
 def predict_batches(
@@ -76,6 +101,17 @@ def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
     graphdef, state = nnx.split(model)
     logits: jax.Array = _compiled()(graphdef, state, jax.device_put(images))
     return logits
+
+
+def forward_in_tiles(model: PDRUNet, images: np.ndarray, tile: int, halo: int = RADIUS) -> np.ndarray:
+    """As `forward`, in tiles of `tile` pixels a side with `halo` pixels around; see `pdrunet_jax.tiling`."""
+
+    def network(part: np.ndarray) -> np.ndarray:
+        logits = np.asarray(forward(model, part))
+        give_back()  # what one tile has used lies in pieces: the next would not fit, and memory would grow
+        return logits
+
+    return in_tiles(network, images, tile, halo)
 
 
 def network_input(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -105,6 +141,15 @@ def check_threshold(threshold: float, outputs: int = 1) -> None:
         raise UserError(f"threshold {threshold}: a probability lies between 0 and 1")
     if outputs > 1 and threshold != 0.5:
         raise UserError(f"threshold {threshold}: the model has {outputs} outputs, of which the likeliest wins")
+
+
+def _mirrored_probabilities(
+    model: PDRUNet, images: np.ndarray, axes: tuple[int, ...], tile: int | None, halo: int
+) -> np.ndarray:
+    """Probabilities (N, H, W, K) from the images reversed along `axes`, turned back."""
+    mirrored = np.flip(images, axes)
+    logits = forward(model, mirrored) if tile is None else forward_in_tiles(model, mirrored, tile, halo)
+    return np.flip(np.asarray(metrics.probabilities(np.asarray(logits))), axes)
 
 
 @cache

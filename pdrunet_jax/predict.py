@@ -1,45 +1,50 @@
-"""python -m pdrunet_jax.predict: masks, overlays and probabilities for files, folders and globs.
+"""python -m pdrunet_jax.predict: masks and everything made of them for files, folders and globs.
 
 In Python, `pdrunet_jax.predict` is the function of that name in `pdrunet_jax.inference`. Importing this module puts
 the module in its place (that is how Python treats a package and its modules), so the module can be called like it.
 """
 
-import glob
-import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
-from PIL import Image
+from flax import nnx
+from tqdm import tqdm
 
-from pdrunet_jax import cli, pictures
-from pdrunet_jax.data.images import SUFFIXES, read_image
+from pdrunet_jax import cli
 from pdrunet_jax.errors import DataError, RunError, UserError
-from pdrunet_jax.inference import Prediction, check_threshold, predict
+from pdrunet_jax.inference import Augmentation, Prediction, check_threshold, predict
+from pdrunet_jax.integrity import content_digest
 from pdrunet_jax.loading import load_model, load_options
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.postprocess import Cleaning
+from pdrunet_jax.predict_inputs import find_images, name_results, parse_shard, take_shard
+from pdrunet_jax.predict_nrrd import require_nrrd
+from pdrunet_jax.predict_outputs import LABELME, MASK, Outputs, beside, write_result
+from pdrunet_jax.predict_record import Areas, Record, differences, read_record, stamp, unchanged
+from pdrunet_jax.stopping import StopFlag
+from pdrunet_jax.tiling import RADIUS
+from pdrunet_jax.weights import to_public
 
-SKIPPED = ("._", ".DS_Store", "__MACOSX")
-"""Beginnings of the names of what macOS leaves behind: no images, whatever their extension."""
-
-RESULT = re.compile(r"_(mask|overlay|probability(_[^.]*)?)\.png$")
-"""Ends of the names that this command writes."""
+NAMED = 10
+"""So many images are named where more have the same problem."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Segment images: NAME_mask.png and NAME_overlay.png for each, at its own resolution.
+    """Segment images: NAME_mask.png, NAME_overlay.png and more for each, at its own resolution, and areas.csv.
 
     NAME_mask.png is an index image: NumPy reads class indices from it, a viewer shows colours (one class: white on
     black, 255 when read as grey). The folder structure below the inputs' common folder is kept. An image that cannot
-    be read does not stop the rest; it is named at the end, and the exit code is 1.
+    be read does not stop the rest; it is named at the end, and the exit code is 1. Started again, the same command
+    goes on with the images that are not done.
     """
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
@@ -48,107 +53,95 @@ class Options:
     """Run folder, checkpoint, .safetensors or public .pth."""
     output: Path
     """Folder for the results; is made."""
-    size: tuple[int, ...] = ()
-    """Height and width in pixels that the network works at, one number for both; as it was trained when left out, and
-    the image's own where the weights do not tell."""
-    threshold: float = 0.5
-    """Probability above which a pixel is foreground; for one output only."""
-    overlay: bool = True
-    """Write NAME_overlay.png: the image with its mask tinted and outlined."""
-    probability: bool = False
-    """Write NAME_probability.png: 16 bits, 65535 is 1; for several classes NAME_probability_CLASS.png each."""
+    size: tuple[int, ...] | Literal["own"] = ()
+    """Height and width in pixels that the network works at, one number for both, or own: each image's own. As it was
+    trained when left out, and the image's own where the weights do not tell."""
+    threshold: float | None = None
+    """Probability above which a pixel is foreground; for one output only. What the weights say when left out, or 0.5
+    where they say nothing."""
+    augmentation: Augmentation = "none"
+    """Average the probabilities with those of the mirrored image: flip, left to right; flips, top to bottom, too."""
+    tile: int | None = None
+    """Compute the network in tiles of so many pixels a side, for sizes that memory does not hold at once."""
+    halo: int = RADIUS
+    """Pixels around a tile that count for it. Exact from 316 on; less is faster, and approximate."""
+    cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
+    outputs: Annotated[Outputs, tyro.conf.arg(name="")] = field(default_factory=Outputs)
+    shard: str | None = None
+    """K/N: only the K-th of N shares of the images, for several machines that write to one folder."""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Replace results that were made otherwise (other weights, other options, another image) instead of refusing."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int | None:
     """The command."""
     options = tyro.cli(Options, args=arguments, prog="python -m pdrunet_jax.predict")
-    found = find_images(options.inputs, options.output)
+    with StopFlag() as stop:
+        return _run(options, stop)
+
+
+def _run(options: Options, stop: StopFlag) -> int | None:
+    shard = parse_shard(options.shard)
+    size = _size(options.size)
+    if (options.tile is not None and options.tile < 1) or options.halo < 0:
+        raise UserError(f"--tile {options.tile} --halo {options.halo}: at least 1 and 0 pixels")
+    if options.outputs.nrrd:
+        require_nrrd()
+    names = name_results(find_images(options.inputs, options.output))
+    share = take_shard(names, shard)
     model, known = load_model(options.weights), load_options(options.weights)
-    check_threshold(options.threshold, model.outputs)
-    size = options.size or known.get("size")
-    if size and (len(size) > 2 or min(size) < 1):
-        raise UserError(f"--size {' '.join(map(str, size))}: give one number or height and width, 1 or more")
-    network_size = (size[0], size[-1]) if size else None
-    names = class_names(model, known.get("class_names"))
+    threshold = _threshold(options.threshold, known, model)
+    classes = class_names(model, known.get("class_names"))
+    settings = _settings(options, model, classes, size or known.get("size") or "own", threshold)
+    done = _finished(share, settings, options, classes, model.outputs)
+    if options.tile and options.halo < RADIUS:
+        print(f"tiles with a halo of {options.halo} pixels: the results are approximate; exact from {RADIUS} on")
+    if done:
+        print(f"{len(done)} of {len(share)} images are done already")
 
     failed: list[str] = []
-    for number, (path, name) in enumerate(name_results(found).items(), 1):
-        try:
-            result = predict(model, path, size=network_size, threshold=options.threshold)
-        except UserError as error:
-            failed += error.problems if isinstance(error, DataError) else [f"{path}: {error}"]
-            continue
-        write_result(result, path, options.output / name, names, options)
-        shares = ", ".join(f"{label} {np.mean(result.mask == index):.1%}" for index, label in enumerate(names, 1))
-        print(f"{number}/{len(found)} {path}: {shares}", flush=True)
-    print(f"{len(found) - len(failed)} of {len(found)} images segmented; results in {options.output}")
+    counted = len(done)
+    table = options.output / ("areas.csv" if options.shard is None else f"areas_{shard[0]}of{shard[1]}.csv")
+    with (
+        Areas(table, ((_name(share, path), record) for path, record in done.items())) as areas,
+        _progress(len(share), len(done)) as say,
+    ):
+        for path, name in share.items():
+            if path in done:
+                continue
+            if stop:
+                break
+            try:
+                result = predict(
+                    model,
+                    path,
+                    size=size,
+                    threshold=threshold,
+                    augmentation=options.augmentation,
+                    tile=options.tile,
+                    halo=options.halo,
+                    cleaning=options.cleaning,
+                )
+            except UserError as error:
+                failed += error.problems if isinstance(error, DataError) else [f"{path}: {error}"]
+                say(None)
+                continue
+            record = _record(result, path, options.output / name, classes, options.outputs, model.outputs, settings)
+            write_result(result, path, options.output / name, classes, options.outputs, record)
+            areas.add(_name(share, path), record)
+            counted += 1
+            shares = ", ".join(f"{label} {pixels / result.mask.size:.1%}" for label, pixels in record["pixels"].items())
+            say(f"{counted + len(failed)}/{len(share)} {path}: {shares}")
+    print(f"{counted} of {len(share)} images segmented; results in {options.output}")
+    listing = "\n".join(f"  - {problem}" for problem in failed)
+    if stop and counted + len(failed) < len(share):
+        if failed:
+            print(f"{len(failed)} images could not be read:\n{listing}", file=sys.stderr)
+        print(f"stopped by {stop.signal}; the same command goes on from here", file=sys.stderr)
+        return cli.STOPPED
     if failed:
-        listing = "\n".join(f"  - {problem}" for problem in failed)
-        raise RunError(f"{len(failed)} of {len(found)} images could not be read:\n{listing}")
-
-
-def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
-    """The images that `inputs` name, each once, in order.
-
-    A file is taken whatever its name; in a folder, images are told by their extension, and results of an earlier run
-    below `output` are left out. Raises `UserError` that lists every input without an image.
-    """
-    found: dict[Path, Path] = {}
-    empty = []
-    for text in inputs:
-        path = Path(text)
-        places = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-        images = [image for place in places for image in _images_in(place, output.resolve())]
-        if not images:
-            empty.append(f"{text}: {'holds no image' if places else 'there is no such file or folder'}")
-        for image in images:
-            found.setdefault(image.resolve(), image)
-    if empty or not found:
-        listing = "\n".join(f"  - {problem}" for problem in empty or ["no input was given"])
-        raise UserError(f"nothing to segment; images end in {', '.join(sorted(SUFFIXES))}:\n{listing}")
-    return list(found.values())
-
-
-def name_results(paths: Sequence[Path]) -> dict[Path, Path]:
-    """For each image the path of its results below the output folder, without suffix; no two are the same.
-
-    It is the path below the images' common folder. Images of one folder that differ only in extension keep it:
-    `a.png` and `a.dcm` become `a_png` and `a_dcm`.
-    """
-    common = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    stems = {path: path.absolute().relative_to(common).with_suffix("") for path in paths}
-    # Compared without case: some file systems take A_mask.png and a_mask.png for the same file.
-    uses = Counter(str(stem).lower() for stem in stems.values())
-    names = {
-        path: stem.with_name(path.name.replace(".", "_")) if uses[str(stem).lower()] > 1 else stem
-        for path, stem in stems.items()
-    }
-    taken: set[str] = set()
-    for path, name in names.items():
-        number = 2
-        while str(names[path]).lower() in taken:
-            names[path] = name.with_name(f"{name.name}_{number}")
-            number += 1
-        taken.add(str(names[path]).lower())
-    return names
-
-
-def write_result(result: Prediction, path: Path, target: Path, names: Sequence[str], options: Options) -> None:
-    """Write what `options` ask for as `target`_mask.png and so on. Raises `RunError` if the folder refuses."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save(pictures.index_mask(result.mask, len(names)), _named(target, "mask"))
-        if options.overlay:
-            drawn = pictures.overlay(read_image(path, 1), result.mask)
-            pictures.save(Image.fromarray(drawn), _named(target, "overlay"))
-        if options.probability:
-            single = result.probability.ndim == 2
-            for index, label in enumerate(names, 1):
-                share = result.probability if single else result.probability[..., index]
-                kind = "probability" if single else f"probability_{_safe(label)}"
-                pictures.save(Image.fromarray(np.rint(share * 65535).astype(np.uint16)), _named(target, kind))
-    except OSError as error:
-        raise RunError(f"{error.filename or target}: cannot be written ({error.strerror})") from None
+        raise RunError(f"{len(failed)} of {len(share)} images could not be read:\n{listing}")
+    return None
 
 
 def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
@@ -159,25 +152,135 @@ def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
     return ["foreground"] if count == 1 else [f"class_{index}" for index in range(1, count + 1)]
 
 
-def _images_in(place: Path, output: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    return [
-        path
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(SKIPPED) for part in path.relative_to(place).parts)
-        and not (RESULT.search(path.name) and path.resolve().is_relative_to(output))
-    ]
+def _size(size: tuple[int, ...] | Literal["own"]) -> tuple[int, int] | Literal["own"] | None:
+    if size == "own":
+        return "own"
+    if not size:
+        return None
+    if len(size) > 2 or min(size) < 1:
+        raise UserError(f"--size {' '.join(map(str, size))}: give one number or height and width, 1 or more, or own")
+    return size[0], size[-1]
 
 
-def _named(target: Path, kind: str) -> Path:
-    return target.with_name(f"{target.name}_{kind}.png")
+def _threshold(given: float | None, known: Mapping[str, Any], model: PDRUNet) -> float:
+    """What the user says, else what was chosen on validation images, else 0.5."""
+    chosen = known.get("threshold")
+    if given is None and model.outputs == 1 and isinstance(chosen, int | float) and 0 <= chosen <= 1:
+        return float(chosen)
+    check_threshold(0.5 if given is None else given, model.outputs)
+    return 0.5 if given is None else given
 
 
-def _safe(label: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_" else "_" for character in label)
+def _settings(options: Options, model: PDRUNet, classes: list[str], size: Any, threshold: float) -> dict[str, Any]:
+    """All that results depend on beside the image, as JSON values."""
+    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
+    wiring = {"shortcut": model.shortcut, "in_channels": model.in_channels}
+    approximate = bool(options.tile) and options.halo < RADIUS
+    return {
+        "weights": content_digest(to_public(*parts[1:], dead_block=False), wiring),
+        "classes": classes,
+        "size": list(size) if isinstance(size, tuple | list) else size,
+        "threshold": threshold,
+        "augmentation": options.augmentation,
+        "tile and halo": [options.tile, options.halo] if approximate else None,
+        "largest": options.cleaning.largest,
+        "min-area": options.cleaning.min_area,
+        "fill-holes": options.cleaning.fill_holes,
+        "tolerance": options.outputs.tolerance,
+    }
+
+
+def _finished(
+    share: Mapping[Path, Path], settings: Mapping[str, Any], options: Options, classes: Sequence[str], outputs: int
+) -> dict[Path, Record]:
+    """Those images whose results are all there, with their records.
+
+    Raises `UserError` if results of the others are in the way, unless they are to be overwritten.
+    """
+    done: dict[Path, Record] = {}
+    reasons: Counter[str] = Counter()
+    examples: dict[str, Path] = {}
+    for path, name in share.items():
+        target = options.output / name
+        mask = beside(target, MASK)
+        problems: list[str] = []
+        record: Record | None = None
+        wanted: list[str] = []
+        try:
+            wanted = options.outputs.files(path, classes, outputs)
+            record = read_record(mask)
+            if record is None:
+                problems = ["not written by this command, or changed since"]
+            else:
+                problems = differences(record["settings"], settings)
+                problems += [] if unchanged(path, record["input"]) else ["the image has changed"]
+        except OSError:  # no mask yet, or an image that cannot be opened, which is said in its turn
+            pass
+        labelled = beside(target, LABELME)
+        if LABELME in wanted and labelled.exists() and LABELME not in (record or {"files": []})["files"]:
+            problems.append("a LabelMe file is there that is not this command's")
+        for problem in problems:
+            reasons[problem] += 1
+            examples.setdefault(problem, labelled if "LabelMe" in problem else mask)
+        if (
+            record is not None
+            and not problems
+            and all(end in record["files"] and beside(target, end).exists() for end in wanted)
+        ):
+            done[path] = record
+    if reasons and not options.overwrite:
+        lines = [
+            f"  - {examples[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+            for reason, count in reasons.most_common(NAMED)
+        ]
+        raise UserError(
+            f"{options.output} holds results that were made otherwise:\n"
+            + "\n".join(lines)
+            + "\nGive the earlier weights and options to go on, another --output, or --overwrite to replace them."
+        )
+    return done
+
+
+def _record(
+    result: Prediction,
+    path: Path,
+    target: Path,
+    classes: Sequence[str],
+    outputs: Outputs,
+    count: int,
+    settings: Mapping[str, Any],
+) -> Record:
+    """The record of a new result. Files of an earlier one that does not fit it any more are removed."""
+    files = outputs.files(path, classes, count)
+    image = stamp(path)
+    try:
+        earlier = read_record(beside(target, MASK)) or {"files": [], "settings": None, "input": image}
+    except OSError:
+        earlier = {"files": [], "settings": None, "input": image}
+    others = [end for end in earlier["files"] if end not in files]
+    if earlier["settings"] == settings and earlier["input"]["sha256"] == image["sha256"]:
+        files += others
+    else:
+        for end in others:
+            beside(target, end).unlink(missing_ok=True)
+    pixels = {label: int(np.sum(result.mask == index)) for index, label in enumerate(classes, 1)}
+    spacing = None if result.spacing is None else list(result.spacing)
+    return {"settings": settings, "input": image, "files": files, "pixels": pixels, "spacing": spacing}
+
+
+def _name(share: Mapping[Path, Path], path: Path) -> str:
+    """The image in areas.csv: the name of its results, with its extension."""
+    return share[path].with_name(path.name).as_posix()
+
+
+@contextmanager
+def _progress(total: int, done: int) -> Iterator[Any]:
+    """What tells of an image that is done (a line), or failed (None): a bar on a terminal, elsewhere the lines."""
+    if not sys.stderr.isatty():
+        yield lambda line: print(line, flush=True) if line else None
+        return
+    with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True) as bar:
+        yield lambda line: bar.update()
 
 
 class _Callable(ModuleType):

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import bright_square, brightness_model, save_image, save_model
@@ -8,6 +9,7 @@ from tiny import bright_square, brightness_model, save_image, save_model
 from pdrunet_jax import inference
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.inference import classify, forward, predict, restore
+from pdrunet_jax.postprocess import Cleaning
 
 
 def test_a_bright_square_is_segmented_exactly_at_its_own_resolution():
@@ -55,6 +57,38 @@ def test_a_lower_threshold_takes_in_more():
     pixels = np.full((32, 32), 126, np.uint8)
     assert predict(brightness_model(), pixels).mask.max() == 0
     assert predict(brightness_model(), pixels, threshold=0.4).mask.min() == 1
+
+
+def test_mirrored_images_are_averaged_after_they_are_turned_back():
+    model = brightness_model()
+    model.std_block.first.kernel.set_value(jnp.roll(model.std_block.first.kernel[...], (1, 1), (0, 1)))  # looks aside
+    pixels = bright_square(24, 32, 5, 8, 9)
+
+    def shown(image: np.ndarray) -> np.ndarray:
+        return predict(model, image).probability
+
+    once = shown(pixels), np.fliplr(shown(np.fliplr(pixels)))
+    assert not np.array_equal(*once)
+    np.testing.assert_allclose(predict(model, pixels, augmentation="flip").probability, sum(once) / 2, atol=1e-6)
+    both = np.flipud(shown(np.flipud(pixels))), np.rot90(shown(np.rot90(pixels, 2)), 2)
+    every = sum((*once, *both)) / 4
+    np.testing.assert_allclose(predict(model, pixels, augmentation="flips").probability, every, atol=1e-6)
+
+
+def test_an_image_is_segmented_in_tiles_at_its_own_size():
+    model = brightness_model()
+    model.size = (16, 16)
+    pixels = bright_square(64, 96, 20, 40, 3)
+    result = predict(model, pixels, size="own", tile=16, halo=8, augmentation="flip")
+    np.testing.assert_array_equal(result.mask, pixels > 128)
+
+
+def test_a_mask_is_cleaned():
+    pixels = bright_square(32, 32, 4, 4, 9)
+    pixels[30, 30] = 200
+    result = predict(brightness_model(), pixels, cleaning=Cleaning(largest=1))
+    np.testing.assert_array_equal(result.mask, bright_square(32, 32, 4, 4, 9) > 128)
+    assert result.probability[30, 30] > 0.5
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from tiny import bright_square, brightness_model, run_command, save_image, save_
 
 from pdrunet_jax import cli, pictures
 from pdrunet_jax.errors import UserError
-from pdrunet_jax.predict import find_images, main, name_results
+from pdrunet_jax.predict import main
+from pdrunet_jax.predict_inputs import find_images, name_results, take_shard
 
 SQUARE = bright_square(40, 60, 12, 20, 15)
 
@@ -31,7 +32,7 @@ def test_a_folder_gives_masks_and_overlays_and_names_the_broken_file(tmp_path, w
     assert "RuntimeWarning" not in done.stderr
     written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")}
     kinds = ("mask", "overlay", "probability")
-    assert written == {f"{side}/a_{kind}.png" for side in ("left", "right") for kind in kinds}
+    assert written == {"areas.csv"} | {f"{side}/a_{kind}.png" for side in ("left", "right") for kind in kinds}
 
     mask = Image.open(tmp_path / "out/left/a_mask.png")
     np.testing.assert_array_equal(np.asarray(mask), SQUARE > 128)
@@ -55,6 +56,7 @@ def test_several_classes_are_an_index_image_and_a_probability_each(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "areas.csv",
         "x_mask.png",
         "x_probability_femur.png",
         "x_probability_tibia.png",
@@ -72,6 +74,11 @@ def test_several_classes_are_an_index_image_and_a_probability_each(tmp_path):
         (["*.jpg"], "*.jpg"),
         (["x.png", "--threshold", "2"], "threshold 2"),
         (["x.png", "--size", "0"], "--size 0"),
+        (["x.png", "--tile", "0"], "--tile 0"),
+        (["x.png", "--shard", "4/3"], "--shard 4/3"),
+        (["x.png", "--shard", "third"], "--shard third"),
+        (["x.png", "--largest", "-1"], "--largest -1"),
+        (["x.png", "--tolerance", "-1"], "--tolerance -1"),
         ([], "no input was given"),
     ],
 )
@@ -113,3 +120,46 @@ def test_results_keep_the_folders_below_the_common_one_and_never_collide():
     assert name_results([Path("/d/a/1.png")]) == {Path("/d/a/1.png"): Path("1")}
     tricky = [Path(text) for text in ("/d/a.png", "/d/a.dcm", "/d/a_png.png")]
     assert len({str(name).lower() for name in name_results(tricky).values()}) == 3
+
+
+def test_the_threshold_of_the_weights_is_the_default(tmp_path):
+    weights = save_model(brightness_model(), tmp_path / "w.safetensors", threshold=0.4)
+    save_image(tmp_path / "x.png", np.full((8, 8), 126))  # a probability of 0.45
+    main([str(tmp_path / "x.png"), "--weights", str(weights), "--output", str(tmp_path / "a")])
+    main([str(tmp_path / "x.png"), "--weights", str(weights), "--output", str(tmp_path / "b"), "--threshold", "0.5"])
+    assert np.asarray(Image.open(tmp_path / "a/x_mask.png")).min() == 1
+    assert np.asarray(Image.open(tmp_path / "b/x_mask.png")).max() == 0
+
+
+def test_cleaning_changes_the_mask_and_the_area_but_not_the_probability(tmp_path, weights):
+    pixels = SQUARE.copy()
+    pixels[18, 25] = 20
+    pixels[2, 2] = 200
+    save_image(tmp_path / "x.png", pixels)
+    rules = ("--largest", "1", "--fill-holes")
+    main([str(tmp_path / "x.png"), "--weights", str(weights), "--output", str(tmp_path / "out"), "--npz", *rules])
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/x_mask.png")), SQUARE > 128)
+    assert (tmp_path / "out/areas.csv").read_text() == "image,class,pixels,area_mm2\nx.png,bone,225,\n"
+    with np.load(tmp_path / "out/x_probability.npz") as file:
+        np.testing.assert_array_equal(file["probability"] > 0.5, pixels > 128)
+        assert file["classes"].tolist() == ["background", "bone"]
+
+
+def test_shards_are_disjoint_complete_and_the_same_in_any_order():
+    names = name_results([Path(f"/d/{number}.png") for number in range(23)])
+    shares = [take_shard(names, (number, 5)) for number in range(1, 6)]
+    assert sorted(path for share in shares for path in share) == sorted(names)
+    assert {len(share) for share in shares} == {4, 5}
+    shuffled = dict(sorted(names.items(), reverse=True))
+    assert [list(take_shard(shuffled, (number, 5))) for number in range(1, 6)] == [list(share) for share in shares]
+
+
+def test_a_halo_below_the_networks_radius_is_called_approximate(tmp_path, weights, capsys):
+    save_image(tmp_path / "x.png", SQUARE)
+    common = [str(tmp_path / "x.png"), "--weights", str(weights), "--no-overlay", "--tile", "16"]
+    main([*common, "--output", str(tmp_path / "near"), "--halo", "8"])
+    assert "approximate; exact from 316" in capsys.readouterr().out
+    main([*common, "--output", str(tmp_path / "exact")])
+    assert "approximate" not in capsys.readouterr().out
+    main([*common[:-2], "--output", str(tmp_path / "exact")])  # the same results: nothing is refused, or done again
+    assert "1 of 1 images are done already" in capsys.readouterr().out
