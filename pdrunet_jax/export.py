@@ -19,7 +19,7 @@ from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.onnx_graph import build_onnx, open_onnx, require
 from pdrunet_jax.predict import class_names
 from pdrunet_jax.resampling import tall_images_vertically_first
-from pdrunet_jax.stablehlo_export import build_stablehlo, open_stablehlo, require_flatbuffers
+from pdrunet_jax.stablehlo_export import build_stablehlo, open_stablehlo
 
 Format = Literal["onnx", "stablehlo"]
 
@@ -144,7 +144,6 @@ def _tools(format: Format) -> tuple[Callable[..., bytes], Callable[[bytes], Run]
         require("onnx")
         require("onnxruntime")
         return build_onnx, open_onnx
-    require_flatbuffers()
     return build_stablehlo, open_stablehlo
 
 

@@ -1,7 +1,6 @@
 """The model as a StableHLO artifact of `jax.export`: from uint8 images of any size to masks of the same size."""
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,6 @@ from jax import export as jax_export
 from jax import lax
 
 from pdrunet_jax import metrics
-from pdrunet_jax.errors import UserError
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.resampling import FIXED_POINT
 from pdrunet_jax.scaling import unit_range
@@ -28,20 +26,19 @@ def build_stablehlo(
 ) -> bytes:
     """The serialised artifact.
 
-    Its function takes images (N, H, W, C), uint8, and returns "mask", uint8 (N, H, W), "probability", float32
-    (N, H, W) or (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are free.
+        Its function takes images (N, H, W, C), uint8, and returns "mask", uint8 (N, H, W), "probability", float32
+        (N, H, W) or (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are free.
 
     Args:
-        model: in float32; its execution path does not matter, the artifact has the plain one.
-        size: (height, width) that the network works at.
-        threshold: probability above which a pixel is foreground, for one output.
-        tall_first: how Pillow orders its passes; see `pdrunet_jax.resampling`.
-        metadata: JSON values; they become the artifact's `fun_name`.
+            model: in float32; its execution path does not matter, the artifact has the plain one.
+            size: (height, width) that the network works at.
+            threshold: probability above which a pixel is foreground, for one output.
+            tall_first: how Pillow orders its passes; see `pdrunet_jax.resampling`.
+            metadata: JSON values; they become the artifact's `fun_name`.
 
     Raises:
-        UserError: the package flatbuffers is missing.
+    @@
     """
-    require_flatbuffers()
     model = nnx.clone(model)
     model.path = "plain"  # the only one made of operations that every platform does well
 
@@ -72,14 +69,6 @@ def open_stablehlo(data: bytes) -> Callable[[np.ndarray], dict[str, np.ndarray]]
         return {name: np.asarray(value) for name, value in function(images).items()}
 
     return run
-
-
-def require_flatbuffers() -> None:
-    """Raise `UserError` if what JAX serialises with is missing."""
-    try:
-        importlib.import_module("flatbuffers")
-    except ImportError:
-        raise UserError("--format stablehlo needs flatbuffers: pip install 'pdrunet-jax[export]'") from None
 
 
 def _resize(images: jax.Array, size: tuple[int, int], tall_first: bool) -> jax.Array:

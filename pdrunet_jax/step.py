@@ -143,10 +143,10 @@ def make_train_step(config: Config, graphdef: Any, outputs: int) -> Callable[[Tr
     """The compiled training step: (state, batch) -> (state, metrics). The state's buffers are donated.
 
     The batch holds `image` uint8 (N, H, W, C), `mask` uint8 (N, H, W), `index` and `epoch` int32 (N,). Metrics are
-    scalars: loss, dice (mean over images and classes), grad_norm, learning_rate, finite; and unless `train.spike` is
-    off, spike and median. An update whose loss or gradient is not finite is not made; the state then counts as halted
-    and stays as it was before. Nor is one whose loss is a spike: with "stop" it halts likewise, with "skip" only the
-    step is counted, until `MOST_IN_ROW`.
+    scalars: loss, dice (mean over images and classes), grad_norm, learning_rate, finite, halted; and unless
+    `train.spike` is off, spike and median. An update whose loss or gradient is not finite is not made; the state then
+    counts as halted and stays as it was before. Nor is one whose loss is a spike: with "stop" it halts likewise, with
+    "skip" only the step is counted, until `MOST_IN_ROW`.
     """
     return jit(partial(train_step, config, graphdef, outputs), donate_argnums=0)
 
@@ -202,6 +202,7 @@ def train_step(
         "grad_norm": norm,
         "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(updates_done)),
         "finite": finite,
+        "halted": halted,
         **about,
     }
 

@@ -66,6 +66,7 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
     """
     import jax.numpy as jnp
 
+    from pdrunet_jax.allocator import give_back
     from pdrunet_jax.checkpoint import Checkpoints
     from pdrunet_jax.data.pipeline import eval_batches, position_after, train_batches
     from pdrunet_jax.divergence import Recent, write_skipped
@@ -89,13 +90,26 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
     if restored:
         tracker.say(f"resumed {run.path} at step {step}")
     saved = step if restored else -1
-    logged = step
+    first = logged = step
+    pending: tuple[int, Any, str] | None = None  # a step to be logged, what it returned, and the samples' digest
     recent = Recent(run, dataset, step)
     clock = Clock()
 
+    def report() -> None:
+        """Log what is pending; it waits for that step alone, while the device is busy with the next."""
+        nonlocal pending, logged
+        if pending is None:
+            return
+        (at, values, sequence), pending = pending, None
+        if "spike" in values or bool(values["halted"]):
+            settle()
+        tracker.log(at, _report(values, sequence, len(progress.skipped), clock, (at - logged) * settings.batch_size))
+        logged = at
+
     def settle() -> None:
-        """Wait for the device, and see whether it had to skip a batch or to halt."""
+        """Wait for the device, log what is pending, and see whether it had to skip a batch or to halt."""
         nonlocal progress
+        report()
         if bool(state.halted):
             good = int(state.step)
             before = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
@@ -149,10 +163,11 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
             recent.add(batch["index"], values, progress)
             step += 1
             progress = progress.seen(batch["index"])
+            if step == first + 1:
+                give_back()  # what compiling took
+            report()
             if step % settings.log_every == 0 or step == settings.steps:
-                settle()  # only here and before a checkpoint does the program wait for the device
-                tracker.log(step, _report(values, progress, clock, (step - logged) * settings.batch_size))
-                logged = step
+                pending = step, values, progress.sequence
             if step % settings.save_every == 0 and step % settings.eval_every and step < settings.steps:
                 save()  # where a validation is due, its result goes into the checkpoint
                 saved = step
@@ -198,7 +213,7 @@ def _outputs(config: "Config", dataset: "Dataset") -> int:
     return outputs
 
 
-def _report(values: Any, progress: Progress, clock: Clock, images: int) -> dict[str, Any]:
+def _report(values: Any, sequence: str, skipped: int, clock: Clock, images: int) -> dict[str, Any]:
     loss = float(values["loss"])  # waits for the step, so that the time below is the whole of it
     seconds, waited = clock.lap()
     return {
@@ -208,8 +223,8 @@ def _report(values: Any, progress: Progress, clock: Clock, images: int) -> dict[
         "train/learning_rate": values["learning_rate"],
         "time/images_per_second": images / seconds,
         "time/data_wait": waited,
-        "data/sequence": progress.sequence,
-        **({"train/skipped": len(progress.skipped)} if "spike" in values else {}),
+        "data/sequence": sequence,
+        **({"train/skipped": skipped} if "spike" in values else {}),
     }
 
 

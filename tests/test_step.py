@@ -57,7 +57,7 @@ def test_training_lowers_the_loss(outputs: int) -> None:
         losses.append(float(values["loss"]))
     assert losses[-1] < losses[0]
     assert int(state.step) == 8
-    assert set(values) == {"loss", "dice", "grad_norm", "learning_rate", "finite"}
+    assert set(values) == {"loss", "dice", "grad_norm", "learning_rate", "finite", "halted"}
     assert 0 <= values["dice"] <= 1
 
 
