@@ -26,18 +26,15 @@ def build_stablehlo(
 ) -> bytes:
     """The serialised artifact.
 
-        Its function takes images (N, H, W, C), uint8, and returns "mask", uint8 (N, H, W), "probability", float32
-        (N, H, W) or (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are free.
+    Its function takes images (N, H, W, C), uint8, and returns "mask", uint8 (N, H, W), "probability", float32
+    (N, H, W) or (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are free.
 
     Args:
-            model: in float32; its execution path does not matter, the artifact has the plain one.
-            size: (height, width) that the network works at.
-            threshold: probability above which a pixel is foreground, for one output.
-            tall_first: how Pillow orders its passes; see `pdrunet_jax.resampling`.
-            metadata: JSON values; they become the artifact's `fun_name`.
-
-    Raises:
-    @@
+        model: in float32; its execution path does not matter, the artifact has the plain one.
+        size: (height, width) that the network works at.
+        threshold: probability above which a pixel is foreground, for one output.
+        tall_first: how Pillow orders its passes; see `pdrunet_jax.resampling`.
+        metadata: JSON values; they become the artifact's `fun_name`.
     """
     model = nnx.clone(model)
     model.path = "plain"  # the only one made of operations that every platform does well
