@@ -4,6 +4,7 @@ Every contender lives in a process of its own, and they take turns, a few repeti
 machine does falls on all alike. What is quoted is the ratio to PyTorch's fastest variant.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -82,8 +83,12 @@ class Contender:
         if self.failed:
             return None
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{order} {count}\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(f"{order} {count}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # killed, as a rule for its memory; the others go on
+            self.failed = True
+            return None
         return self._answer()
 
     def turn(self, order: str, count: int, *, keep: bool = True) -> None:
@@ -95,7 +100,8 @@ class Contender:
     def end(self) -> None:
         """Close the process."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         self._process.wait()
 
     def result(self) -> dict[str, Any]:
