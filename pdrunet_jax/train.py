@@ -168,6 +168,8 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
             report()
             if step % settings.log_every == 0 or step == settings.steps:
                 pending = step, values, progress.sequence
+                if "spike" in values:
+                    report()  # at once: the batches skipped so far are counted up to this step
             if step % settings.save_every == 0 and step % settings.eval_every and step < settings.steps:
                 save()  # where a validation is due, its result goes into the checkpoint
                 saved = step
