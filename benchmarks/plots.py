@@ -15,11 +15,10 @@ COLOURS = {"jax": "#2a6fbb", "torch": "#d9822b"}
 
 
 def runs(pattern: str) -> list[dict[str, Any]]:
-    """Every piece of work in the result files that match, with its machine's limits."""
+    """Every piece of work in the result files that match."""
     found = []
     for path in sorted(RESULTS.glob(pattern)):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found += [{**run, "limits": content["limits"]} for run in content["runs"]]
+        found += json.loads(path.read_text(encoding="utf-8"))["runs"]
     return found
 
 

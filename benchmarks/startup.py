@@ -1,8 +1,8 @@
 """python -m benchmarks.startup: seconds to import the package, and to the first training step of a real command.
 
-Each figure is of fresh processes, started in turn. The command trains one step on phantoms at the given size, first
-with an empty cache of compiled programs, then with a warm one; the time to the first step is from the process's start
-to the line of metrics.jsonl that the step writes.
+Each figure is of fresh processes, started in turn. The command trains on phantoms at the given size, first with
+an empty cache of compiled programs, then with a warm one; the time to the first step is from the process's start to
+the line of metrics.jsonl that the step writes, at which the process is killed.
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import sys
+from functools import cache
 
 # Parameters of glibc's mallopt, from malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -20,12 +21,12 @@ def keep_freed_memory() -> bool:
     Call it before JAX is used: a thread that has allocated keeps the arena that it allocated from. Does nothing where
     the C library is not glibc, or where the environment already sets it (MALLOC_..., GLIBC_TUNABLES).
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+    if (library := _glibc()) is None:
         return False
     if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     # One arena, because the others, of XLA's threads, cannot hold blocks of that size and would map them anew.
-    mallopt = ctypes.CDLL(None).mallopt
+    mallopt = library.mallopt
     return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])
 
 
@@ -34,5 +35,11 @@ def give_back() -> None:
 
     Does nothing where the C library is not glibc.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if library := _glibc():
+        library.malloc_trim(0)
+
+
+@cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, if it is glibc."""
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None

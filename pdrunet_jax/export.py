@@ -13,11 +13,10 @@ from pdrunet_jax import cli
 from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.export_check import Run, check_images, compare
 from pdrunet_jax.files import atomic_write, writing
-from pdrunet_jax.inference import check_threshold
-from pdrunet_jax.loading import load_model, load_options
+from pdrunet_jax.inference import check_threshold, height_width
+from pdrunet_jax.loading import class_names, load_model, load_options
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.onnx_graph import build_onnx, open_onnx, require
-from pdrunet_jax.predict import class_names
 from pdrunet_jax.resampling import tall_images_vertically_first
 from pdrunet_jax.stablehlo_export import build_stablehlo, open_stablehlo
 
@@ -123,14 +122,11 @@ def describe(model: PDRUNet, names: Sequence[str] | None, size: tuple[int, int],
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; `arguments` default to the process's own."""
     options = tyro.cli(Options, args=arguments, prog="python -m pdrunet_jax.export")
-    size = options.size
-    if size and (len(size) > 2 or min(size) < 1):
-        raise UserError(f"--size {' '.join(map(str, size))}: give one number or height and width, 1 or more")
     lines = export(
         options.weights,
         options.output,
         format=options.format,
-        size=(size[0], size[-1]) if size else None,
+        size=height_width(options.size) if options.size else None,
         threshold=options.threshold,
         check=options.check_image,
         force=options.force,

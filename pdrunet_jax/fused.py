@@ -49,6 +49,11 @@ def per_channel(v: jax.Array) -> jax.Array:
     return v.reshape(1, 1, 1, -1)
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`; 1 where there is none."""
+    return max((count for count in range(1, min(number, most) + 1) if number % count == 0), default=1)
+
+
 def channel_sum(x: jax.Array) -> jax.Array:
     """The sum of (N, H, W, C) over all pixels, (C,)."""
     if jax.default_backend() != "cpu":
@@ -56,7 +61,7 @@ def channel_sum(x: jax.Array) -> jax.Array:
     # XLA's reductions on CPUs take several times as long as products with a vector of ones. In groups, because the
     # rounding of one long sum would grow with the number of pixels.
     pixels, c = x.size // x.shape[-1], x.shape[-1]
-    groups = max(count for count in range(1, SUM_GROUPS + 1) if pixels % count == 0)
+    groups = largest_divisor(pixels, SUM_GROUPS)
     ones = jnp.ones((groups, pixels // groups), x.dtype)
     parts = lax.dot_general(ones, x.reshape(groups, -1, c), (((1,), (1,)), ((0,), (0,))))
     return parts.sum(0)
@@ -103,8 +108,7 @@ def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> ja
     n, h, w, c = x.shape
     k = g.shape[-1]
     d = dilation
-    rows = max((r for r in range(1, h + 1) if h % r == 0 and r * w <= BLOCK_PIXELS), default=1)
-    count = max((b for b in range(1, n + 1) if n % b == 0 and b * h * w <= BLOCK_PIXELS), default=1)
+    rows, count = largest_divisor(h, BLOCK_PIXELS // w), largest_divisor(n, BLOCK_PIXELS // (h * w))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     # A block of rows of x meets the rows above and below it in g, so g carries the padding of the rows.
     g = jnp.pad(g, ((0, 0), (d, d), (0, 0), (0, 0)))
@@ -133,7 +137,7 @@ def by_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Ar
     With phases (see `pdrunet_jax.phases`) even a single image has parts.
     """
     n, h, w, _ = x.shape
-    count = max((c for c in range(1, n + 1) if n % c == 0 and c * h * w <= PART_PIXELS), default=1)
+    count = largest_divisor(n, PART_PIXELS // (h * w))
     if count == n:
         return function(x)
     parts = lax.map(function, x.reshape(n // count, count, *x.shape[1:]))

@@ -1,6 +1,6 @@
 """A trained model on images: batches as training makes them, or one picture of any size from file to mask."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -133,6 +133,16 @@ def classify(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     """Class indices (H, W) uint8 of probabilities (H, W), above `threshold`, or (H, W, K), the likeliest."""
     decided = probability > threshold if probability.ndim == 2 else probability.argmax(axis=-1)
     return np.asarray(decided, np.uint8)
+
+
+def height_width(size: Sequence[int], otherwise: str = "") -> tuple[int, int]:
+    """Height and width from what `--size` was given, one number for both. Raises `UserError`.
+
+    `otherwise` ends its message: what the option takes beside numbers.
+    """
+    if len(size) > 2 or min(size) < 1:
+        raise UserError(f"--size {' '.join(map(str, size))}: give one number or height and width, 1 or more{otherwise}")
+    return size[0], size[-1]
 
 
 def check_threshold(threshold: float, outputs: int = 1) -> None:

@@ -25,7 +25,7 @@ def seal(folder: Path) -> None:
     """
     for path in sorted(folder.rglob("*"), reverse=True):  # files and subfolders before the folder that names them
         sync(path)
-    lines = "".join(f"{_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder))
+    lines = "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder))
     atomic_write(folder / DIGEST, f"{lines}{_GUARD}{_guard(lines)}\n")
 
 
@@ -55,7 +55,7 @@ def faults(folder: Path) -> Iterator[str]:
             yield f"{name} is missing" if not path.exists() else f"{name} is no file"
         else:
             try:
-                found = _sha256(path)
+                found = sha256(path)
             except OSError as error:
                 yield f"{name} cannot be read ({error.strerror})"
                 continue
@@ -75,7 +75,8 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DIGEST)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The digest of a file. Raises `OSError`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -113,6 +113,14 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
     if stated is None and shortcut is None:
         notes += ("assumed shortcut = 'input', the public code's wiring, which the file does not state",)
     return loaded._replace(options=options, notes=notes)
+
+
+def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
+    """Names of the foreground classes; numbered where the weights do not tell."""
+    count = max(model.outputs - 1, 1)
+    if names and len(names) == count:
+        return list(names)
+    return ["foreground"] if count == 1 else [f"class_{index}" for index in range(1, count + 1)]
 
 
 def _from_best(best: Path) -> Loaded:

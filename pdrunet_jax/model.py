@@ -36,6 +36,11 @@ BLOCKS = {
 """The blocks in the order of the forward pass, each with its dilation; names as in the public PyTorch code."""
 
 
+def public_name(block: str) -> str:
+    """What the public PyTorch code calls one of `BLOCKS`: those of the bottleneck are in a container of their own."""
+    return block.replace("_", ".") if block.startswith("bottleneck") else block
+
+
 class Block(nnx.Module):
     """Two 3x3 convolutions with normalisation and ReLU (the paper's Figure 2).
 
@@ -157,7 +162,7 @@ class PDRUNet(nnx.Module):
         for name, dilation in BLOCKS.items():
             first = name == "std_block"
             block = Block(
-                name.replace("_", ".") if name.startswith("bottleneck") else name,
+                public_name(name),
                 in_channels if first else filters,
                 filters,
                 dilation,

@@ -11,7 +11,7 @@ from flax import nnx
 
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.fused import EPSILON
-from pdrunet_jax.model import BLOCKS, PDRUNet
+from pdrunet_jax.model import Block, PDRUNet
 from pdrunet_jax.onnx_nodes import Nodes
 from pdrunet_jax.onnx_resize import resize_images, restore
 from pdrunet_jax.weights import to_public
@@ -118,12 +118,13 @@ def _network(nodes: Nodes, images: str, model: PDRUNet) -> str:
         )
 
     def block(name: str, x: str) -> str:
-        public = name.replace("_", ".") if name.startswith("bottleneck") else name
+        layers: Block = getattr(model, name)
+        public, dilation = layers.name, layers.dilation
         norms = (f"{public}.bnorm1", f"{public}.bnorm2") if model.norm == "batch" else (None, None)
-        c1 = nodes.add("Relu", convolution(x, f"{public}.first", norms[0], BLOCKS[name]))
-        c2 = convolution(c1, f"{public}.second", norms[1], BLOCKS[name])
-        if name != "std_block":
-            c2 = nodes.add("Add", c2, x if model.shortcut == "input" else c1)
+        c1 = nodes.add("Relu", convolution(x, f"{public}.first", norms[0], dilation))
+        c2 = convolution(c1, f"{public}.second", norms[1], dilation)
+        if layers.residual:
+            c2 = nodes.add("Add", c2, x if layers.shortcut == "input" else c1)
         return nodes.add("Relu", c2, name=public)
 
     def plus(a: str, b: str) -> str:

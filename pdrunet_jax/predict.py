@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from pdrunet_jax import cli
 from pdrunet_jax.errors import DataError, RunError, UserError
-from pdrunet_jax.inference import Augmentation, Prediction, check_threshold, predict
+from pdrunet_jax.inference import Augmentation, Prediction, check_threshold, height_width, predict
 from pdrunet_jax.integrity import content_digest
-from pdrunet_jax.loading import load_model, load_options
+from pdrunet_jax.loading import class_names, load_model, load_options
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.postprocess import Cleaning
 from pdrunet_jax.predict_inputs import find_images, name_results, parse_shard, take_shard
@@ -144,22 +144,12 @@ def _run(options: Options, stop: StopFlag) -> int | None:
     return None
 
 
-def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
-    """Names of the foreground classes; numbered where the weights do not tell."""
-    count = max(model.outputs - 1, 1)
-    if names and len(names) == count:
-        return list(names)
-    return ["foreground"] if count == 1 else [f"class_{index}" for index in range(1, count + 1)]
-
-
 def _size(size: tuple[int, ...] | Literal["own"]) -> tuple[int, int] | Literal["own"] | None:
     if size == "own":
         return "own"
     if not size:
         return None
-    if len(size) > 2 or min(size) < 1:
-        raise UserError(f"--size {' '.join(map(str, size))}: give one number or height and width, 1 or more, or own")
-    return size[0], size[-1]
+    return height_width(size, ", or own")
 
 
 def _threshold(given: float | None, known: Mapping[str, Any], model: PDRUNet) -> float:
@@ -254,15 +244,16 @@ def _record(
     files = outputs.files(path, classes, count)
     image = stamp(path)
     try:
-        earlier = read_record(beside(target, MASK)) or {"files": [], "settings": None, "input": image}
+        earlier = read_record(beside(target, MASK))
     except OSError:
-        earlier = {"files": [], "settings": None, "input": image}
-    others = [end for end in earlier["files"] if end not in files]
-    if earlier["settings"] == settings and earlier["input"]["sha256"] == image["sha256"]:
-        files += others
-    else:
-        for end in others:
-            beside(target, end).unlink(missing_ok=True)
+        earlier = None
+    if earlier is not None:
+        others = [end for end in earlier["files"] if end not in files]
+        if earlier["settings"] == settings and earlier["input"]["sha256"] == image["sha256"]:
+            files += others
+        else:
+            for end in others:
+                beside(target, end).unlink(missing_ok=True)
     pixels = {label: int(np.sum(result.mask == index)) for index, label in enumerate(classes, 1)}
     spacing = None if result.spacing is None else list(result.spacing)
     return {"settings": settings, "input": image, "files": files, "pixels": pixels, "spacing": spacing}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pdrunet_jax.data.images import SUFFIXES
+from pdrunet_jax.data.images import SUFFIXES, looks_like_dicom
 from pdrunet_jax.errors import UserError
 
 SKIPPED = ("._", ".DS_Store", "__MACOSX")
@@ -84,7 +84,7 @@ def take_shard(names: dict[Path, Path], shard: tuple[int, int]) -> dict[Path, Pa
 def is_dicom(path: Path) -> bool:
     """Whether `read_image` reads the file as DICOM. Raises `OSError` if it cannot be opened."""
     with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom")
+        return looks_like_dicom(file.read(132), path.name)
 
 
 def _images_in(place: Path, output: Path) -> list[Path]:

@@ -6,7 +6,6 @@ ended. Nothing is shared between images: any number of machines may write to one
 
 import csv
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -17,8 +16,9 @@ from typing import Any, Self
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.files import atomic_write
+from pdrunet_jax.errors import UserError
+from pdrunet_jax.files import atomic_write, writing
+from pdrunet_jax.integrity import sha256
 
 KEY = "pdrunet_jax.predict"
 """Key of the PNG text in a mask that holds its record, one JSON object."""
@@ -31,9 +31,7 @@ Record = dict[str, Any]
 def stamp(path: Path) -> dict[str, Any]:
     """What tells an image from a changed one: its digest, and size and time of change, which are quick to compare."""
     state = path.stat()
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": digest}
+    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256(path)}
 
 
 def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
@@ -41,7 +39,7 @@ def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
     state = path.stat()
     if state.st_size != known["bytes"]:
         return False
-    return state.st_mtime_ns == known["changed"] or stamp(path)["sha256"] == known["sha256"]
+    return state.st_mtime_ns == known["changed"] or sha256(path) == known["sha256"]
 
 
 def save_mask(image: Image.Image, path: Path, record: Record) -> None:
@@ -88,7 +86,7 @@ class Areas:
         """
         self._path = path
         text = "".join([_lines([self.COLUMNS]), *(_lines(_rows(name, record)) for name, record in finished)]).encode()
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
             self._lock()
@@ -97,15 +95,11 @@ class Areas:
                 self._file.seek(0)
                 self._write(text)
                 self._file.truncate()
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error.strerror})") from None
 
     def add(self, name: str, record: Record) -> None:
         """Append the rows of an image. Raises `RunError` if the disk refuses."""
-        try:
+        with writing(self._path):
             self._write(_lines(_rows(name, record)).encode())
-        except OSError as error:
-            raise RunError(f"{self._path}: cannot be written ({error.strerror})") from None
 
     def __enter__(self) -> Self:
         return self

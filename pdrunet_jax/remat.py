@@ -4,8 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 
 def recomputed(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
@@ -27,21 +25,14 @@ def recomputed(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[
     def forward(params: Any, stats: Any, x: Any) -> tuple[tuple[Any, Any], tuple[Any, Any, Any]]:
         return function(params, stats, x), (params, stats, x)
 
-    def backward(saved: tuple[Any, Any, Any], gradients: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+    def backward(saved: tuple[Any, Any, Any], gradients: tuple[Any, Any]) -> tuple[Any, None, Any]:
         params, stats, x = saved
         # Zero, or NaN where the gradient is not finite: the result is then NaN as it would be without this.
         zero = 0 * jax.tree.leaves(gradients[0])[0].ravel()[0]
         params = jax.tree.map(lambda value: value + zero.astype(value.dtype), params)
         _, pull, _ = jax.vjp(lambda params, x: function(params, stats, x), params, x, has_aux=True)
         d_params, d_x = pull(gradients[0])
-        return d_params, jax.tree.map(_no_gradient, stats), d_x
+        return d_params, None, d_x
 
     call.defvjp(forward, backward)
     return call
-
-
-def _no_gradient(value: jax.Array) -> Any:
-    """The zero gradient of `value`; integers have one of a type of its own."""
-    if jnp.issubdtype(value.dtype, jnp.inexact):
-        return jnp.zeros_like(value)
-    return np.zeros(value.shape, jax.dtypes.float0)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from pdrunet_jax.errors import DataError
-from pdrunet_jax.model import BLOCKS
+from pdrunet_jax.model import BLOCKS, public_name
 from pdrunet_jax.weight_files import Weights, read_weights, write_pth, write_safetensors
 
 __all__ = [
@@ -76,8 +76,7 @@ def table(in_channels: int, outputs: int, filters: int, norm: str) -> tuple[Entr
     """Every array of the model, in the order of the public state dict, which has `e5` besides."""
     rows: list[Entry] = []
     for name in BLOCKS:
-        public = name.replace("_", ".") if name.startswith("bottleneck") else name
-        rows += _block(public, name, in_channels if name == "std_block" else filters, filters, norm)
+        rows += _block(public_name(name), name, in_channels if name == "std_block" else filters, filters, norm)
     return (*rows, *_conv("final_conv", ("final_conv",), (outputs, filters, 1, 1)))
 
 

@@ -53,7 +53,7 @@ def read_spacing(path: Path) -> tuple[float, float] | None:
     Only DICOM is trusted: the dots per inch of other formats are what some editor wrote. Raises `DataError`.
     """
     data = read_bytes(path, str(path))
-    if not _is_dicom(data, path.name):
+    if not looks_like_dicom(data, path.name):
         return None
     from pdrunet_jax.data import dicom
 
@@ -86,7 +86,7 @@ def decode_image(data: bytes, name: str, channels: int = 1) -> tuple[np.ndarray,
     """As `read_image`, from a file's content; the second value is its mode in words, such as "RGB" or "I;16"."""
     if channels not in (1, 3):
         raise UserError(f"model.in_channels = {channels}: images are read as 1 (grey) or 3 (RGB) channels")
-    if _is_dicom(data, name):
+    if looks_like_dicom(data, name):
         from pdrunet_jax.data import dicom
 
         pixels, mode = dicom.decode(data, name)
@@ -170,7 +170,8 @@ def unreadable(name: str, reason: str) -> DataError:
     return DataError("unreadable image", [f"{name}: {reason}"])
 
 
-def _is_dicom(data: bytes, name: str) -> bool:
+def looks_like_dicom(data: bytes, name: str) -> bool:
+    """Whether a file called `name` that begins with `data`, 132 bytes or more, is read as DICOM."""
     return data[128:132] == b"DICM" or (bool(data) and name.lower().endswith((".dcm", ".dicom")))
 
 
