@@ -233,7 +233,7 @@ def theirs(work: Work) -> tuple[Callable[[], int], Callable[[], None]]:
         exponent = 2 ** (GAMMA * (2 * draw[5] - 1))
         return image.point([round(255 * (grey / 255) ** exponent) for grey in range(256)]), mask
 
-    class Files(Dataset):  # type: ignore[type-arg]
+    class Files(Dataset):
         kept: Any = None
 
         def __len__(self) -> int:

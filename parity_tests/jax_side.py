@@ -34,7 +34,7 @@ def make_flax(arrays: Arrays, case: Case) -> PDRUNet:
 
 def loss_of(objective: Objective) -> Callable[[jax.Array], jax.Array]:
     """The loss as the training step has it."""
-    config = LossConfig(name=objective.name, class_weights=objective.class_weights)  # type: ignore[arg-type]
+    config = LossConfig(name=objective.name, class_weights=objective.class_weights)
     loss = make_loss(config, objective.outputs)
     target, valid = jnp.asarray(objective.target), jnp.asarray(objective.valid)
     return lambda logits: loss(logits, target, valid)

@@ -40,12 +40,12 @@ class Training:
     @property
     def config(self) -> Config:
         names = ("in_channels", "outputs", "filters", "shortcut", "norm", "dropout")
-        model = ModelConfig(**{name: getattr(self.case, name) for name in names}, conv=self.case.path)  # type: ignore[arg-type]
+        model = ModelConfig(**{name: getattr(self.case, name) for name in names}, conv=self.case.path)
         precision: Any = self.case.dtype
         return Config(
             data=DataConfig(size=self.case.shape[1:]),
             model=model,
-            loss=LossConfig(name=self.loss),  # type: ignore[arg-type]
+            loss=LossConfig(name=self.loss),
             optim=self.optim,
             train=TrainConfig(steps=self.steps, batch_size=self.case.shape[0], precision=precision),
         )

@@ -114,7 +114,7 @@ def accumulated(case: Case, parts: int, compute: str | None = None, remat: bool 
     valid = np.ones_like(objective.valid)  # the mean over a part's pixels is then the batch's
     data = tuple(jnp.asarray(array) for array in (make_images(case), objective.target, valid))
     loss = make_loss(LossConfig(name="bce_dice"), 1)
-    run = compiled(lambda p, s: accumulate(graph, loss, p, s, data, jax.random.key(0), parts))  # type: ignore[arg-type]
+    run = compiled(lambda p, s: accumulate(graph, loss, p, s, data, jax.random.key(0), parts))
     value, logits, gradients, stats = run(params, stats)
     return {
         "loss": np.asarray(value),

@@ -139,7 +139,7 @@ def test_preprocessing_is_bit_equal_to_pillow_and_torchvision_scaling(
     ours = resize_image(pixels, size)
     picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     theirs = torch.from_numpy(np.array(picture.resize(size[::-1], Image.Resampling.BILINEAR)).reshape(*size, channels))
-    scaled = inference.forward(PassOn(), ours[None])  # type: ignore[arg-type]
+    scaled = inference.forward(PassOn(), ours[None])
     errors = {
         "resize": largest(ours.astype(np.float64), theirs.double().numpy()),
         "scaling": largest(np.asarray(scaled[0]), (theirs.to(torch.float32) / 255).numpy()),
