@@ -5,7 +5,6 @@ the module in its place (that is how Python treats a package and its modules), s
 """
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from flax import nnx
 from tqdm import tqdm
@@ -26,15 +24,12 @@ from pdrunet_jax.loading import class_names, load_model, load_options
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.postprocess import Cleaning
 from pdrunet_jax.predict_inputs import find_images, name_results, parse_shard, take_shard
-from pdrunet_jax.predict_nrrd import require_nrrd
-from pdrunet_jax.predict_outputs import LABELME, MASK, Outputs, beside, write_result
-from pdrunet_jax.predict_record import Areas, Record, differences, read_record, stamp, unchanged
+from pdrunet_jax.predict_outputs import Outputs, write_result
+from pdrunet_jax.predict_record import Areas
+from pdrunet_jax.predict_resume import Recipe, finished
 from pdrunet_jax.stopping import StopFlag
 from pdrunet_jax.tiling import RADIUS
 from pdrunet_jax.weights import to_public
-
-NAMED = 10
-"""So many images are named where more have the same problem."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +80,16 @@ def _run(options: Options, stop: StopFlag) -> int | None:
     size = _size(options.size)
     if (options.tile is not None and options.tile < 1) or options.halo < 0:
         raise UserError(f"--tile {options.tile} --halo {options.halo}: at least 1 and 0 pixels")
-    if options.outputs.nrrd:
-        require_nrrd()
+    options.outputs.require()
     names = name_results(find_images(options.inputs, options.output))
     share = take_shard(names, shard)
     model, known = load_model(options.weights), load_options(options.weights)
     threshold = _threshold(options.threshold, known, model)
     classes = class_names(model, known.get("class_names"))
     settings = _settings(options, model, classes, size or known.get("size") or "own", threshold)
-    done = _finished(share, settings, options, classes, model.outputs)
+    recipe = Recipe(settings, tuple(classes), model.outputs, options.outputs)
+    targets = {path: options.output / name for path, name in share.items()}
+    done = finished(recipe, targets, overwrite=options.overwrite)
     if options.tile and options.halo < RADIUS:
         print(f"tiles with a halo of {options.halo} pixels: the results are approximate; exact from {RADIUS} on")
     if done:
@@ -106,7 +102,7 @@ def _run(options: Options, stop: StopFlag) -> int | None:
         Areas(table, ((_name(share, path), record) for path, record in done.items())) as areas,
         _progress(len(share), len(done)) as say,
     ):
-        for path, name in share.items():
+        for path in share:
             if path in done:
                 continue
             if stop:
@@ -126,8 +122,8 @@ def _run(options: Options, stop: StopFlag) -> int | None:
                 failed += error.problems if isinstance(error, DataError) else [f"{path}: {error}"]
                 say(None)
                 continue
-            record = _record(result, path, options.output / name, classes, options.outputs, model.outputs, settings)
-            write_result(result, path, options.output / name, classes, options.outputs, record)
+            record = recipe.record(result, path, targets[path])
+            write_result(result, path, targets[path], classes, options.outputs, record)
             areas.add(_name(share, path), record)
             counted += 1
             shares = ", ".join(f"{label} {pixels / result.mask.size:.1%}" for label, pixels in record["pixels"].items())
@@ -178,85 +174,6 @@ def _settings(options: Options, model: PDRUNet, classes: list[str], size: Any, t
         "fill-holes": options.cleaning.fill_holes,
         "tolerance": options.outputs.tolerance,
     }
-
-
-def _finished(
-    share: Mapping[Path, Path], settings: Mapping[str, Any], options: Options, classes: Sequence[str], outputs: int
-) -> dict[Path, Record]:
-    """Those images whose results are all there, with their records.
-
-    Raises `UserError` if results of the others are in the way, unless they are to be overwritten.
-    """
-    done: dict[Path, Record] = {}
-    reasons: Counter[str] = Counter()
-    examples: dict[str, Path] = {}
-    for path, name in share.items():
-        target = options.output / name
-        mask = beside(target, MASK)
-        problems: list[str] = []
-        record: Record | None = None
-        wanted: list[str] = []
-        try:
-            wanted = options.outputs.files(path, classes, outputs)
-            record = read_record(mask)
-            if record is None:
-                problems = ["not written by this command, or changed since"]
-            else:
-                problems = differences(record["settings"], settings)
-                problems += [] if unchanged(path, record["input"]) else ["the image has changed"]
-        except OSError:  # no mask yet, or an image that cannot be opened, which is said in its turn
-            pass
-        labelled = beside(target, LABELME)
-        if LABELME in wanted and labelled.exists() and LABELME not in (record or {"files": []})["files"]:
-            problems.append("a LabelMe file is there that is not this command's")
-        for problem in problems:
-            reasons[problem] += 1
-            examples.setdefault(problem, labelled if "LabelMe" in problem else mask)
-        if (
-            record is not None
-            and not problems
-            and all(end in record["files"] and beside(target, end).exists() for end in wanted)
-        ):
-            done[path] = record
-    if reasons and not options.overwrite:
-        lines = [
-            f"  - {examples[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
-            for reason, count in reasons.most_common(NAMED)
-        ]
-        raise UserError(
-            f"{options.output} holds results that were made otherwise:\n"
-            + "\n".join(lines)
-            + "\nGive the earlier weights and options to go on, another --output, or --overwrite to replace them."
-        )
-    return done
-
-
-def _record(
-    result: Prediction,
-    path: Path,
-    target: Path,
-    classes: Sequence[str],
-    outputs: Outputs,
-    count: int,
-    settings: Mapping[str, Any],
-) -> Record:
-    """The record of a new result. Files of an earlier one that does not fit it any more are removed."""
-    files = outputs.files(path, classes, count)
-    image = stamp(path)
-    try:
-        earlier = read_record(beside(target, MASK))
-    except OSError:
-        earlier = None
-    if earlier is not None:
-        others = [end for end in earlier["files"] if end not in files]
-        if earlier["settings"] == settings and earlier["input"]["sha256"] == image["sha256"]:
-            files += others
-        else:
-            for end in others:
-                beside(target, end).unlink(missing_ok=True)
-    pixels = {label: int(np.sum(result.mask == index)) for index, label in enumerate(classes, 1)}
-    spacing = None if result.spacing is None else list(result.spacing)
-    return {"settings": settings, "input": image, "files": files, "pixels": pixels, "spacing": spacing}
 
 
 def _name(share: Mapping[Path, Path], path: Path) -> str:

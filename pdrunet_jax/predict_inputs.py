@@ -9,12 +9,10 @@ from pathlib import Path
 
 from pdrunet_jax.data.images import SUFFIXES, looks_like_dicom
 from pdrunet_jax.errors import UserError
+from pdrunet_jax.predict_names import is_picture
 
 SKIPPED = ("._", ".DS_Store", "__MACOSX")
 """Beginnings of the names of what macOS leaves behind: no images, whatever their extension."""
-
-RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")
-"""Ends of the names of pictures that `predict` writes."""
 
 
 def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
@@ -96,5 +94,5 @@ def _images_in(place: Path, output: Path) -> list[Path]:
         if path.suffix.lower() in SUFFIXES
         and path.is_file()
         and not any(part.startswith(SKIPPED) for part in path.relative_to(place).parts)
-        and not (RESULT.search(path.name) and path.resolve().is_relative_to(output))
+        and not (is_picture(path.name) and path.resolve().is_relative_to(output))
     ]

@@ -17,12 +17,24 @@ from pdrunet_jax.data.labelme_write import write_labelme
 from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.files import atomic_write
 from pdrunet_jax.inference import Prediction
+from pdrunet_jax.predict_geometry import read_geometry
 from pdrunet_jax.predict_inputs import is_dicom
-from pdrunet_jax.predict_nrrd import read_geometry, write_segmentation
+from pdrunet_jax.predict_names import (
+    CONTOURS,
+    LABELME,
+    LABELME_PICTURE,
+    MASK,
+    NIFTI,
+    NPZ,
+    NRRD,
+    OVERLAY,
+    PROBABILITY,
+    beside,
+    probability_of,
+)
+from pdrunet_jax.predict_nifti import require_nifti, write_label_map
+from pdrunet_jax.predict_nrrd import require_nrrd, write_segmentation
 from pdrunet_jax.predict_record import Record, save_mask
-
-MASK = "_mask.png"
-LABELME = ".json"
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Outputs:
     """Write NAME.json: polygons to correct by hand in LabelMe, and to train on by data import-labelme."""
     nrrd: bool = False
     """Write NAME_mask.seg.nrrd: a segmentation that 3D Slicer opens over the image."""
+    nifti: bool = False
+    """Write NAME_mask.nii.gz: a label map that ITK-SNAP and 3D Slicer open over the image."""
     tolerance: float = 1.0
     """Pixels by which outlines in NAME_contours.csv and NAME.json may leave that of the mask."""
 
@@ -50,21 +64,23 @@ class Outputs:
 
     def files(self, path: Path, names: Sequence[str], outputs: int) -> list[str]:
         """Ends of the names of all that is written of the image at `path`, beside its mask."""
-        kinds = [f"_probability_{_safe(label)}.png" for label in names] if outputs > 1 else ["_probability.png"]
         return [
-            *(["_overlay.png"] if self.overlay else []),
-            *(kinds if self.probability else []),
-            *(["_probability.npz"] if self.npz else []),
-            *(["_contours.csv"] if self.contours else []),
-            *(["_mask.seg.nrrd"] if self.nrrd else []),
-            *(["_labelme.png"] if self.labelme and is_dicom(path) else []),
+            *([OVERLAY] if self.overlay else []),
+            *(_probability_ends(names, outputs == 1) if self.probability else []),
+            *([NPZ] if self.npz else []),
+            *([CONTOURS] if self.contours else []),
+            *([NRRD] if self.nrrd else []),
+            *([NIFTI] if self.nifti else []),
+            *([LABELME_PICTURE] if self.labelme and is_dicom(path) else []),
             *([LABELME] if self.labelme else []),
         ]
 
-
-def beside(target: Path, end: str) -> Path:
-    """The file of a result: `target` with `end` appended to its name."""
-    return target.with_name(target.name + end)
+    def require(self) -> None:
+        """Raise `UserError` if a package is missing that what is asked for needs."""
+        if self.nrrd:
+            require_nrrd()
+        if self.nifti:
+            require_nifti()
 
 
 def write_result(
@@ -76,43 +92,50 @@ def write_result(
     Raises `RunError` if the folder refuses.
     """
     try:
+        picture = outputs.labelme and is_dicom(path)  # LabelMe opens no DICOM
+        pixels = read_image(path, 1) if outputs.overlay or picture else None
         target.parent.mkdir(parents=True, exist_ok=True)
-        if outputs.overlay:
-            drawn = pictures.overlay(read_image(path, 1), result.mask)
-            pictures.save(Image.fromarray(drawn), beside(target, "_overlay.png"))
+        if outputs.overlay and pixels is not None:
+            pictures.save(Image.fromarray(pictures.overlay(pixels, result.mask)), beside(target, OVERLAY))
         if outputs.probability:
             _write_probability(result.probability, target, names)
         if outputs.npz:
             file = io.BytesIO()
             np.savez_compressed(file, probability=result.probability, classes=np.array(["background", *names]))
-            atomic_write(beside(target, "_probability.npz"), file.getvalue())
+            atomic_write(beside(target, NPZ), file.getvalue())
         if outputs.contours:
-            atomic_write(beside(target, "_contours.csv"), _contours(result.mask, names, outputs.tolerance))
+            atomic_write(beside(target, CONTOURS), _contours(result.mask, names, outputs.tolerance))
         if outputs.nrrd:
-            write_segmentation(beside(target, "_mask.seg.nrrd"), result.mask, names, read_geometry(path))
-        image_path = path
-        if outputs.labelme and is_dicom(path):  # which LabelMe does not open
-            image_path = beside(target, "_labelme.png")
-            grey = np.rint(read_image(path, 1)[..., 0]).astype(np.uint8)
-            pictures.save(Image.fromarray(grey), image_path)
+            write_segmentation(beside(target, NRRD), result.mask, names, read_geometry(path))
+        if outputs.nifti:
+            write_label_map(beside(target, NIFTI), result.mask, read_geometry(path))
+        if picture and pixels is not None:
+            grey = np.rint(pixels[..., 0]).astype(np.uint8)
+            pictures.save(Image.fromarray(grey), beside(target, LABELME_PICTURE))
         save_mask(pictures.index_mask(result.mask, len(names)), beside(target, MASK), record)
         if outputs.labelme:
-            relative = os.path.relpath(image_path.parent.resolve() / image_path.name, target.parent.resolve())
-            try:
-                write_labelme(
-                    beside(target, LABELME), result.mask, names, Path(relative).as_posix(), tolerance=outputs.tolerance
-                )
-            except UserError as error:  # here the input was right: it is the disk that refuses
-                raise RunError(str(error)) from None
+            _write_labelme(result.mask, beside(target, LABELME_PICTURE) if picture else path, target, names, outputs)
     except OSError as error:
         raise RunError(f"{error.filename or target}: cannot be written ({error.strerror})") from None
 
 
+def _write_labelme(mask: np.ndarray, image: Path, target: Path, names: Sequence[str], outputs: Outputs) -> None:
+    path = beside(target, LABELME)
+    relative = os.path.relpath(image.parent.resolve() / image.name, path.parent.resolve())
+    try:
+        write_labelme(path, mask, names, Path(relative).as_posix(), tolerance=outputs.tolerance)
+    except UserError as error:  # here the input was right: it is the disk that refuses
+        raise RunError(str(error)) from None
+
+
+def _probability_ends(names: Sequence[str], single: bool) -> list[str]:
+    return [PROBABILITY] if single else [probability_of(label) for label in names]
+
+
 def _write_probability(probability: np.ndarray, target: Path, names: Sequence[str]) -> None:
     single = probability.ndim == 2
-    for index, label in enumerate(names, 1):
+    for index, end in enumerate(_probability_ends(names, single), 1):
         share = probability if single else probability[..., index]
-        end = "_probability.png" if single else f"_probability_{_safe(label)}.png"
         pictures.save(Image.fromarray(np.rint(share * 65535).astype(np.uint16)), beside(target, end))
 
 
@@ -125,7 +148,3 @@ def _contours(mask: np.ndarray, names: Sequence[str], tolerance: float) -> str:
         for number, ring in enumerate(outlines(mask == index, tolerance), 1):
             writer.writerows((label, number, x + 0.5, y + 0.5) for x, y in ring.tolist())
     return text.getvalue()
-
-
-def _safe(label: str) -> str:
-    return "".join(character if character.isalnum() or character in "-_" else "_" for character in label)

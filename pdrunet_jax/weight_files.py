@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.files import atomic_write
+from pdrunet_jax.errors import UserError
+from pdrunet_jax.files import atomic_write, writing
 
 OPTIONS_KEY = "pdrunet"
 """Key of our options, one JSON object, in the metadata header of a `.safetensors` file."""
@@ -149,8 +149,6 @@ def _torch(path: Path) -> ModuleType:
 
 
 def _write(path: Path, data: bytes) -> None:
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror})") from None

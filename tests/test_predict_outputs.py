@@ -51,7 +51,7 @@ def read_by_itk(path):
     reader = itk.ImageSeriesReader()
     reader.SetFileNames([str(path)])
     itk.ProcessObject.SetGlobalWarningDisplay(False)
-    return reader.Execute() if path.suffix != ".nrrd" else itk.ReadImage(str(path))
+    return reader.Execute() if path.suffix not in (".nrrd", ".gz") else itk.ReadImage(str(path))
 
 
 def assert_lies_over(segmentation, image):
@@ -86,7 +86,9 @@ def assert_lies_over(segmentation, image):
 )
 def test_a_segmentation_lies_over_its_dicom_file_as_itk_reads_both(tmp_path, weights, sop_class, elements):
     image = save_dicom(tmp_path / "x.dcm", sop_class, **elements)
-    assert_lies_over(segment(image, weights, "--nrrd") / "x_mask.seg.nrrd", image)
+    output = segment(image, weights, "--nrrd", "--nifti")
+    assert_lies_over(output / "x_mask.seg.nrrd", image)
+    assert_lies_over(output / "x_mask.nii.gz", image)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,22 @@ def test_a_segmentation_lies_over_its_picture_as_itk_reads_both(tmp_path, weight
         exif[0x0112] = how["exif"]
         how = {"exif": exif}
     image.save(tmp_path / name, **how, **({"quality": 100} if name == "x.jpg" else {}))
-    assert_lies_over(segment(tmp_path / name, weights, "--nrrd") / "x_mask.seg.nrrd", tmp_path / name)
+    output = segment(tmp_path / name, weights, "--nrrd", "--nifti")
+    assert_lies_over(output / "x_mask.seg.nrrd", tmp_path / name)
+    assert_lies_over(output / "x_mask.nii.gz", tmp_path / name)
+
+
+def test_nifti_has_each_pixel_where_dicom_has_it_with_x_and_y_the_other_way_round(tmp_path, weights):
+    nibabel = pytest.importorskip("nibabel")
+    image = save_dicom(tmp_path / "x.dcm", DX, ImagerPixelSpacing=[0.4, 0.5], **TILTED)
+    found = nibabel.load(segment(image, weights, "--nifti") / "x_mask.nii.gz")
+    np.testing.assert_array_equal(np.asarray(found.dataobj)[:, :, 0].T, SQUARE > 128)
+    assert found.header.get_xyzt_units()[0] == "mm"
+    column, row = 13, 7
+    x, y, z = 5 + 0.8 * 0.5 * column - 0.6 * 0.4 * row, 6 + 0.6 * 0.5 * column + 0.8 * 0.4 * row, 7
+    for affine, code in (found.get_sform(coded=True), found.get_qform(coded=True)):
+        assert code == 1  # the scanner's coordinates
+        np.testing.assert_allclose(affine @ [column, row, 0, 1], [-x, -y, z, 1], rtol=1e-6)
 
 
 def test_a_segmentation_names_its_segments_as_slicer_reads_them(tmp_path):
