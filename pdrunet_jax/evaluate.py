@@ -4,6 +4,7 @@ They are computed at each input's own resolution, ignored pixels left out (see `
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pdrunet_jax.errors import UserError
 from pdrunet_jax.evaluation import evaluate_split, write_evaluation
 from pdrunet_jax.inference import check_threshold
 from pdrunet_jax.loading import load_model, load_options
+from pdrunet_jax.rows import Rules
 from pdrunet_jax.runfolder import RunFolder
 
 
@@ -38,6 +40,11 @@ class Options:
     """Images in each batch."""
     threshold: float = 0.5
     """Probability above which a pixel is foreground; for one output only."""
+    tolerance: float = Rules.tolerance
+    """Distance up to which nsd counts a boundary as right: in mm if the pixel spacing of every image is known (DICOM,
+    or spacing in dataset.toml), else in pixels."""
+    empty_dice: float = Rules.empty_dice
+    """Dice of a class that is in neither truth nor prediction; nan leaves it out of means."""
 
 
 def run_of(weights: str | Path) -> RunFolder | None:
@@ -64,13 +71,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: at least one image makes a batch")
     check_threshold(options.threshold)
+    if not (math.isfinite(options.tolerance) and options.tolerance >= 0):
+        raise UserError(f"--tolerance {options.tolerance}: a distance is 0 or more")
+    if not (math.isnan(options.empty_dice) or 0 <= options.empty_dice <= 1):
+        raise UserError(f"--empty-dice {options.empty_dice}: give a number from 0 to 1, or nan")
     dataset = open_dataset(config)
     _check_order(load_options(options.weights).get("class_names"), dataset)
     model = load_model(options.weights)
     for note in dataset.notes:
         print(note)
     evaluation = evaluate_split(
-        model, dataset, options.split, config, batch_size=options.batch_size, threshold=options.threshold
+        model,
+        dataset,
+        options.split,
+        config,
+        batch_size=options.batch_size,
+        threshold=options.threshold,
+        tolerance=options.tolerance,
+        empty_dice=options.empty_dice,
     )
     run = run_of(options.weights)
     folder = options.output
@@ -85,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     write_evaluation(evaluation, folder, about)
     print(scores.table(evaluation.summary))
-    for name, count in evaluation.summary.empty.items():
-        if count:
-            print(f"{name}: truth and prediction are both empty in {count} images, which count as Dice 1")
+    print(*evaluation.remarks(), sep="\n")
     print(f"results in {folder}")
     print(evaluation.line)
 

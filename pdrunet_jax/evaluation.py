@@ -5,12 +5,10 @@ compared with the mask as it was drawn. (Validation during training compares at 
 faster; the two differ by little.) Ignored pixels count nowhere.
 """
 
-import csv
-import io
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +18,19 @@ from PIL import Image
 from pdrunet_jax import metrics, pictures, scores
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import Dataset
-from pdrunet_jax.data.images import read_image
-from pdrunet_jax.data.masks import IGNORE, read_mask
+from pdrunet_jax.data.images import read_image, read_spacing
+from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.partition import Sample
 from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.files import atomic_write
 from pdrunet_jax.inference import check_threshold, classify, predict_batches, restore
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.rows import Row, Rules, score, to_csv
 
 WORST = 6
 """Cases on worst.png."""
 CASES = (("best", 2), ("median", 2), ("worst", 3))
 """Cases whose panels are kept for the report."""
-COLUMNS = [("class" if item.name == "class_name" else item.name) for item in fields(scores.Row)]
 
 
 @dataclass(frozen=True)
@@ -42,16 +40,22 @@ class Evaluation:
     dataset: Dataset
     split: str
     samples: tuple[Sample, ...]
-    rows: tuple[scores.Row, ...]
+    rows: tuple[Row, ...]
     """One for each image and class, in the dataset's order."""
     summary: scores.Summary
     masks: dict[str, bytes]
     """By sample id the predicted class indices at the input's resolution, uint8, compressed by zlib."""
+    unit_note: str
+    """The unit of distances, and why it is that one."""
 
     @property
     def line(self) -> str:
         """`test dice 0.934 (95% 0.921-0.945, 24 images, 24 patients)`."""
         return scores.dice_line(self.split, self.summary)
+
+    def remarks(self) -> list[str]:
+        """What a table of the scores does not say: empty masks, the unit of distances."""
+        return [*scores.remarks(self.summary.to_dict()), self.unit_note]
 
     def ranked(self) -> list[tuple[Sample, float]]:
         """Samples with their Dice (mean of the classes), best first; those without a defined Dice are left out."""
@@ -61,7 +65,15 @@ class Evaluation:
 
 
 def evaluate_split(
-    model: PDRUNet, dataset: Dataset, split: str, config: DataConfig, *, batch_size: int = 8, threshold: float = 0.5
+    model: PDRUNet,
+    dataset: Dataset,
+    split: str,
+    config: DataConfig,
+    *,
+    batch_size: int = 8,
+    threshold: float = 0.5,
+    tolerance: float = Rules.tolerance,
+    empty_dice: float = Rules.empty_dice,
 ) -> Evaluation:
     """Score `model` on one split, or on every image for "all".
 
@@ -72,6 +84,9 @@ def evaluate_split(
         config: How images are read and the size that the network works at.
         batch_size: Images in each batch; has no part in the result.
         threshold: Probability above which a pixel is foreground, for one output.
+        tolerance: Distance up to which `nsd` counts a boundary as right; in mm if the pixel spacing of every image is
+            known, else in pixels.
+        empty_dice: Dice and IoU where a class is in neither truth nor prediction; NaN leaves it out of means.
 
     Raises:
         UserError: The split is empty, model and dataset have different classes, or the threshold does not fit.
@@ -84,7 +99,9 @@ def evaluate_split(
     if not samples:
         filled = [name for name in ("train", "val", "test") if dataset.of(name)]
         raise UserError(f"{dataset.root} has no images in the split {split}; --split takes {', '.join(filled)} or all")
-    rows: list[scores.Row] = []
+    spacings, unit_note = _spacings(dataset, samples)
+    rules = Rules("mm" if spacings else "pixels", tolerance, empty_dice)
+    rows: list[Row] = []
     masks = {}
     batches = eval_batches(dataset, split, config, batch_size=batch_size, channels=model.in_channels)
     for batch, logits in predict_batches(model, batches):
@@ -93,9 +110,10 @@ def evaluate_split(
             sample = samples[int(batch["index"][number])]
             truth = read_mask(_mask_of(sample), dataset.coding)
             predicted = classify(restore(probability[number], truth.shape), threshold)
-            rows += _rows(sample, predicted, truth, dataset.class_names)
+            spacing = spacings.get(sample.id)
+            rows += score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
             masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
-    return Evaluation(dataset, split, samples, tuple(rows), scores.summarise(rows), masks)
+    return Evaluation(dataset, split, samples, tuple(rows), scores.summarise(rows, rules), masks, unit_note)
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any] | None = None) -> None:
@@ -105,7 +123,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any]
     """
     try:
         (folder / "cases").mkdir(parents=True, exist_ok=True)
-        atomic_write(folder / "per_image.csv", _csv(evaluation.rows))
+        atomic_write(folder / "per_image.csv", to_csv(evaluation.rows))
         if ranked := evaluation.ranked():
             pictures.save(_sheet(evaluation, ranked[: -WORST - 1 : -1]), folder / "worst.png")
         summary = {
@@ -150,31 +168,15 @@ def _mask_of(sample: Sample) -> Path:
     return sample.mask
 
 
-def _rows(sample: Sample, predicted: np.ndarray, truth: np.ndarray, names: Sequence[str]) -> list[scores.Row]:
-    counts = metrics.confusion(predicted[None], truth[None], (truth != IGNORE)[None], len(names))
-    values = {name: getattr(metrics, name)(counts)[0] for name in scores.METRICS}
-    true, positive = (counts.tp + counts.fn)[0], (counts.tp + counts.fp)[0]
-    return [
-        scores.Row(
-            sample.id,
-            sample.patient,
-            name,
-            **{metric: float(value[number]) for metric, value in values.items()},
-            pixels_true=int(true[number]),
-            pixels_predicted=int(positive[number]),
-        )
-        for number, name in enumerate(names)
-    ]
-
-
-def _csv(rows: Sequence[scores.Row]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        cells = [getattr(row, item.name) for item in fields(row)]
-        writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
-    return file.getvalue()
+def _spacings(dataset: Dataset, samples: Sequence[Sample]) -> tuple[dict[str, tuple[float, float]], str]:
+    """By sample id the pixel spacing in mm if every image has one, else nothing; and a line that says so."""
+    spacings = {}
+    for sample in samples:
+        spacing = read_spacing(sample.image) or dataset.spacing
+        if spacing is None:
+            return {}, f"distances are in pixels: {sample.id} states no pixel spacing, nor does dataset.toml"
+        spacings[sample.id] = spacing
+    return spacings, "distances are in mm"
 
 
 def _case(evaluation: Evaluation, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,9 @@ from typing import Any
 from pdrunet_jax import curves, pictures
 from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.files import atomic_write
+from pdrunet_jax.rows import METRICS
 from pdrunet_jax.runfolder import RunFolder
+from pdrunet_jax.scores import label, remarks
 
 EVALUATION = Path("evaluation") / "test"
 """Where in the run folder the scores of the test split are."""
@@ -96,19 +98,22 @@ def _scores(summary: Mapping[str, Any], folder: Path) -> str:
     if len(groups) > 1:
         groups["mean of classes"] = summary["macro"]
     rows = [
-        [name, metric, _score(s["mean"]), _bounds(s), _score(s["median"]), _score(s["std"]), str(s["images"])]
+        [
+            name,
+            label(metric, summary["unit"], summary["tolerance"]),
+            _score(s["mean"]),
+            _bounds(s),
+            _score(s["median"]),
+            _score(s["std"]),
+            str(s["images"]),
+        ]
         for name, values in groups.items()
         for metric, s in values.items()
     ]
     head = ["class", "metric", "mean", "95 % interval", "median", "std", "images"]
-    empty = [
-        f"{name}: truth and prediction are both empty in {count} images, which count as Dice 1."
-        for name, count in summary.get("empty", {}).items()
-        if count
-    ]
     notes = [
         "At each image's own resolution, ignored pixels left out. Intervals of the mean: bootstrap over patients.",
-        *empty,
+        *(f"{remark}." for remark in remarks(summary)),
     ]
     return _table(head, rows, text=2) + "".join(_missing(note) for note in notes) + _per_image(folder)
 
@@ -119,8 +124,7 @@ def _per_image(folder: Path) -> str:
         return ""
     with path.open(newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
-    scores = ("dice", "iou", "precision", "recall")
-    columns = [name in scores for name in head]
+    columns = [name in METRICS for name in head]
     short = [[_score(float(cell)) if score else cell for cell, score in zip(row, columns, strict=True)] for row in rows]
     title = f"<summary>Every image ({len({row[0] for row in rows})})</summary>"
     return f"<details>{title}{_table([name.replace('_', ' ') for name in head], short, text=3)}</details>"

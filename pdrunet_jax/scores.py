@@ -1,31 +1,17 @@
 """Statistics of per-image scores: means with intervals that respect patients, per class and over classes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-METRICS = ("dice", "iou", "precision", "recall")
+from pdrunet_jax.rows import METRICS, Row, Rules
+
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Row:
-    """Scores of one class in one image; NaN where a score is undefined. Pixels marked as ignored are left out."""
-
-    image: str
-    patient: str
-    class_name: str
-    dice: float
-    iou: float
-    precision: float
-    recall: float
-    pixels_true: int
-    pixels_predicted: int
 
 
 @dataclass(frozen=True)
@@ -49,13 +35,17 @@ class Statistic:
 class Summary:
     """Statistics of every metric: `classes[name][metric]`, and `macro[metric]` over the per-image class means.
 
-    `empty[name]` counts the images in which truth and prediction of a class are both empty; `images` and `patients`
-    count all.
+    `empty[name]` counts the images in which truth and prediction of a class are both empty, `one_empty[name]` those in
+    which one of them is; `images` and `patients` count all. `unit`, `tolerance` and `empty_dice` are those of `Rules`.
     """
 
+    unit: str
+    tolerance: float
+    empty_dice: float
     classes: dict[str, dict[str, Statistic]]
     macro: dict[str, Statistic]
     empty: dict[str, int]
+    one_empty: dict[str, int]
     images: int
     patients: int
 
@@ -65,8 +55,8 @@ class Summary:
         return values
 
 
-def summarise(rows: Sequence[Row], seed: int = 0) -> Summary:
-    """The statistics of `rows`, one for each image and class. Bootstrap intervals are drawn with `seed`.
+def summarise(rows: Sequence[Row], rules: Rules, seed: int = 0) -> Summary:
+    """The statistics of `rows`, one for each image and class, scored by `rules`. Intervals are drawn with `seed`.
 
     Macro scores are averaged over the classes of an image first (leaving undefined ones out), then over images.
     """
@@ -80,6 +70,7 @@ def summarise(rows: Sequence[Row], seed: int = 0) -> Summary:
         return statistic([scores[image] for image in defined], [patient_of[image] for image in defined], seed)
 
     return Summary(
+        **asdict(rules),
         classes={
             name: {metric: statistics({row.image: getattr(row, metric) for row in rows}) for metric in METRICS}
             for name, rows in per_class.items()
@@ -87,6 +78,10 @@ def summarise(rows: Sequence[Row], seed: int = 0) -> Summary:
         macro={metric: statistics(image_means(rows, metric)) for metric in METRICS},
         empty={
             name: sum(row.pixels_true == row.pixels_predicted == 0 for row in rows) for name, rows in per_class.items()
+        },
+        one_empty={
+            name: sum((row.pixels_true == 0) != (row.pixels_predicted == 0) for row in rows)
+            for name, rows in per_class.items()
         },
         images=len(images),
         patients=len(set(patient_of.values())),
@@ -154,6 +149,13 @@ def dice_line(split: str, summary: Summary) -> str:
     )
 
 
+def label(metric: str, unit: str, tolerance: float) -> str:
+    """A metric with what its figures are in, for example `hd95 (mm)` or `nsd (within 2 pixels)`."""
+    if metric in ("hd95", "assd"):
+        return f"{metric} ({unit})"
+    return f"nsd (within {tolerance:g} {unit})" if metric == "nsd" else metric
+
+
 def table(summary: Summary) -> str:
     """The statistics as an aligned text table, a line for each class and metric; macro lines when classes differ."""
     groups = dict(summary.classes)
@@ -162,16 +164,38 @@ def table(summary: Summary) -> str:
     lines = [("class", "metric", "mean", "95% interval", "median", "std", "images")]
     for name, metrics in groups.items():
         for metric, s in metrics.items():
-            bounds = f"{s.low:.3f}-{s.high:.3f}"
-            lines.append((name, metric, f"{s.mean:.3f}", bounds, f"{s.median:.3f}", f"{s.std:.3f}", str(s.images)))
+            title = label(metric, summary.unit, summary.tolerance)
+            bounds = f"{s.low:.3f} to {s.high:.3f}"
+            lines.append((name, title, f"{s.mean:.3f}", bounds, f"{s.median:.3f}", f"{s.std:.3f}", str(s.images)))
+    return aligned(lines, words=2)
+
+
+def remarks(summary: Mapping[str, Any]) -> list[str]:
+    """What has to be said of empty masks, a line for each class that has some; `summary` as in summary.json."""
+    dice = summary["empty_dice"]
+    both = "left out of Dice, IoU and distances" if dice is None else f"Dice {dice:g} there, left out of distances"
+    outcomes = {
+        "empty": f"truth and prediction are both empty: {both}",
+        "one_empty": "one of truth and prediction is empty: Dice and nsd 0 there, left out of other distances",
+    }
+    return [
+        f"{name}: in {count} of {summary['images']} images {outcome}"
+        for kind, outcome in outcomes.items()
+        for name, count in summary[kind].items()
+        if count
+    ]
+
+
+def aligned(lines: Sequence[Sequence[str]], words: int) -> str:
+    """Lines of cells as text: the first `words` columns to the left, the others, being numbers, to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-
-    def aligned(line: tuple[str, ...]) -> str:
-        words = [cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
-        numbers = [cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
-        return "  ".join(words + numbers)
-
-    return "\n".join(aligned(line) for line in lines)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < words else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def _without_nan(value: Any) -> Any:

@@ -195,6 +195,7 @@ def finish(config: "Config", run: "RunFolder", dataset: "Dataset") -> None:
     result = evaluate_split(load_model(run.path), dataset, split, config.data, batch_size=config.train.batch_size)
     write_evaluation(result, run.path / "evaluation" / split, {"weights": str(run.best)})
     print(scores.table(result.summary))
+    print(*result.remarks(), sep="\n")
     if len(dataset.class_names) == 1:
         print(f"the best global threshold scores {threshold_baseline(dataset, split):.3f} on the same images")
     print(f"report: {write_report(run.path)}")

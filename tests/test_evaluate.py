@@ -1,18 +1,20 @@
 import csv
 import json
+import math
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import brightness_model, run_command, save_dataset, save_model
+from tiny import brightness_model, run_command, save_dataset, save_image, save_model
 
-from pdrunet_jax import cli
+from pdrunet_jax import cli, scores
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.evaluate import main
-from pdrunet_jax.evaluation import COLUMNS, evaluate_split, write_evaluation
+from pdrunet_jax.evaluation import evaluate_split, write_evaluation
+from pdrunet_jax.rows import COLUMNS, METRICS, read_csv
 from pdrunet_jax.runfolder import open_run
 
 LINE = re.compile(
@@ -49,6 +51,57 @@ def test_scores_of_a_known_error_are_those_on_paper(tmp_path):
 
 def test_ignored_pixels_cost_nothing(tmp_path):
     assert evaluated(save_dataset(tmp_path, errors={3: 2}, ignore=True)).rows[0].dice == 1
+
+
+def test_distances_of_a_known_error_are_those_on_paper(tmp_path):
+    """A square of 12 by 12 against 12 rows of 14: the right edge is 2 away, the rest of the boundary is shared."""
+    worst = evaluated(save_dataset(tmp_path, errors={3: 2}), tolerance=1).rows[0]
+    boundaries = 44 + 48
+    assert worst.hd95 == 2
+    edge = sum(min(2, row, 11 - row) for row in range(1, 11))  # of the square, to the nearest of three edges
+    assert worst.assd == pytest.approx((2 * (1 + 2) + 10 * 2 + edge) / boundaries)
+    assert worst.nsd == pytest.approx((boundaries - 12 - 8) / boundaries)
+    assert worst.specificity == 1
+    assert worst.area_error == pytest.approx(-24 / 168)
+
+
+def test_distances_are_in_mm_where_every_image_has_a_spacing(tmp_path):
+    root = save_dataset(tmp_path, errors={3: 2})
+    pixels = evaluated(root)
+    with (root / "dataset.toml").open("r+") as file:
+        text = file.read()
+        file.seek(0)
+        file.write(f"spacing = [0.5, 0.25]\n{text}")
+    mm = evaluated(root)
+    assert (pixels.summary.unit, mm.summary.unit) == ("pixels", "mm")
+    assert mm.rows[0].hd95 == 0.25 * pixels.rows[0].hd95 == 0.5
+    assert "images/3.png" in pixels.unit_note
+    assert "hd95 (mm)" in scores.table(mm.summary)
+    assert "nsd (within 2 pixels)" in scores.table(pixels.summary)
+
+
+def test_empty_masks_are_scored_as_asked_and_counted(tmp_path):
+    root = save_dataset(tmp_path)
+    empty = np.zeros((24, 32))
+    for number in (3, 4):
+        save_image(root / f"masks/{number}.png", empty)
+    image = empty + 20
+    image[0, 0] = 30
+    save_image(root / "images/3.png", image)
+    usual, strict = evaluated(root), evaluated(root, empty_dice=math.nan)
+    both, missed, right = usual.rows
+    assert (both.dice, missed.dice, missed.nsd, right.nsd) == (1, 0, 0, 1)
+    assert all(math.isnan(value) for value in (both.hd95, both.assd, both.nsd, both.area_error, missed.hd95))
+    assert math.isnan(strict.rows[0].dice)
+    assert usual.summary.empty == usual.summary.one_empty == {"square": 1}
+    dice = [evaluation.summary.classes["square"]["dice"].images for evaluation in (usual, strict)]
+    assert dice == [3, 2]
+    assert usual.remarks()[:2] == [
+        "square: in 1 of 3 images truth and prediction are both empty: Dice 1 there, left out of distances",
+        "square: in 1 of 3 images one of truth and prediction is empty: Dice and nsd 0 there, left out of other "
+        "distances",
+    ]
+    assert "left out of Dice, IoU and distances" in strict.remarks()[0]
 
 
 def test_the_batch_size_has_no_part_in_the_result(tmp_path):
@@ -88,14 +141,16 @@ def test_the_folder_holds_table_summary_and_pictures(tmp_path):
     write_evaluation(evaluation, folder, {"weights": "w"})
     with (folder / "per_image.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = "image patient class dice iou precision recall pixels_true pixels_predicted"
-    assert list(rows[0]) == COLUMNS == expected.split()
+    expected = ["image", "patient", "class", *METRICS, "pixels_true", "pixels_predicted"]
+    assert list(rows[0]) == list(COLUMNS) == expected
     assert [float(row["dice"]) for row in rows] == pytest.approx([row.dice for row in evaluation.rows], abs=1e-6)
     assert {row["class"] for row in rows} == {"square"}
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["macro"]["dice"]["mean"] == pytest.approx(np.mean([row.dice for row in evaluation.rows]))
     assert summary["dataset"]["splits"]["train"] == {"images": 2, "patients": 2}
     assert summary["line"] == evaluation.line
+    assert (summary["unit"], summary["tolerance"], summary["empty_dice"]) == ("pixels", 2, 1)
+    assert read_csv(folder / "per_image.csv")[1].hd95 == evaluation.rows[1].hd95 > 0
     assert [case["kind"] for case in summary["cases"]] == ["best", "best", "worst"]
     assert summary["cases"][-1]["image"] == "images/4.png"
     assert all((folder / panel).is_file() for case in summary["cases"] for panel in case["panels"])
@@ -146,6 +201,8 @@ def test_the_command_takes_other_data_and_split_and_output(tmp_path):
         (["--weights", "w.safetensors", "--batch-size", "0"], "--batch-size 0"),
         (["--weights", "w.safetensors", "--data.threshold", "0"], "threshold"),
         (["--weights", "w.safetensors", "--threshold", "1.5"], "1.5"),
+        (["--weights", "w.safetensors", "--tolerance", "-1"], "--tolerance -1"),
+        (["--weights", "w.safetensors", "--empty-dice", "2"], "--empty-dice 2"),
     ],
 )
 def test_bad_options_are_one_message_and_exit_code_two(tmp_path, monkeypatch, capsys, arguments, words):
