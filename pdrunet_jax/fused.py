@@ -1,8 +1,7 @@
-"""One differentiable layer, relu(batch_norm(convolution) + residual), with a gradient written by hand.
+"""What convolutional layers and their gradients are made of: convolution, filter gradient, sums over pixels.
 
-Automatic differentiation leaves XLA a filter gradient that runs on CPUs at a few percent of the machine's speed and
-keeps more intermediates than are needed. Here the filter gradient is a matrix product, and the gradient through the
-normalisation is two multiply-adds an element.
+Automatic differentiation leaves XLA a filter gradient that runs on CPUs at a few percent of the machine's speed; here
+it is a matrix product.
 """
 
 from collections.abc import Callable
@@ -171,57 +170,3 @@ def _convolution_backward(
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)
-
-_Saved = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, bool]
-
-
-def _layer(
-    x: jax.Array, kernel: jax.Array, scale: jax.Array, shift: jax.Array, residual: jax.Array | None, dilation: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return _layer_forward(x, kernel, scale, shift, residual, dilation)[0]
-
-
-layer = jax.custom_vjp(_layer, nondiff_argnums=(5,))
-layer.__doc__ = """relu(batch_norm(convolve(x, kernel)) + residual) with the batch's own statistics.
-
-Args, in order: x (N, H, W, C), kernel (3, 3, C, K) in the dtype of x, scale and shift (K,) in the dtype of the
-statistics, residual (N, H, W, K) or None, dilation. A bias of the convolution would cancel and is not taken.
-
-Returns the activation in the dtype of x, and the mean and biased variance of the convolution's output, (K,) each; no
-gradient flows through these two, which feed the running statistics.
-"""
-
-
-def _layer_forward(
-    x: jax.Array, kernel: jax.Array, scale: jax.Array, shift: jax.Array, residual: jax.Array | None, dilation: int
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], tuple[jax.Array | bool, ...]]:
-    z = convolve(x, kernel, dilation)
-    wide = z.astype(scale.dtype)
-    mean, var = moments(wide)
-    inv = lax.rsqrt(var + EPSILON)
-    y = (wide - per_channel(mean)) * per_channel(inv * scale) + per_channel(shift)
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    out = jax.nn.relu(y).astype(x.dtype)
-    return (out, mean, var), (x, kernel, z, mean, inv, scale, out, residual is not None)
-
-
-def _layer_backward(
-    dilation: int, saved: _Saved, gradients: tuple[jax.Array, jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    x, kernel, z, mean, inv, scale, out, has_residual = saved
-    pixels = z.size // z.shape[-1]
-    d_y = jnp.where(out > 0, gradients[0], 0).astype(scale.dtype)
-    centred = z.astype(scale.dtype) - per_channel(mean)
-    d_shift = channel_sum(d_y)
-    d_scale = channel_sum(d_y * centred) * inv
-    a = inv * scale
-    # d z = a (d_y - mean(d_y) - z_hat mean(d_y z_hat)), Ioffe and Szegedy (2015), as two multiply-adds an element.
-    d_z = per_channel(a) * d_y - per_channel(a * inv * d_scale / pixels) * centred - per_channel(a * d_shift / pixels)
-    d_z = d_z.astype(x.dtype)
-    d_x = input_gradient(d_z, kernel, dilation)
-    d_kernel = filter_gradient(x, d_z, dilation).astype(kernel.dtype)
-    return d_x, d_kernel, d_scale, d_shift, d_y.astype(x.dtype) if has_residual else None
-
-
-layer.defvjp(_layer_forward, _layer_backward)

@@ -11,13 +11,14 @@ from jax.typing import DTypeLike
 
 from pdrunet_jax import fused
 from pdrunet_jax.fused import EPSILON, convolve, moments, per_channel
+from pdrunet_jax.fused_block import Shortcut, Weights, block
 from pdrunet_jax.phases import Activation, finest_layout
 
 Path = Literal["plain", "polyphase", "fused"]
 """How a 3x3 convolution is carried out; parity level 10 holds them to one another.
 
 plain: XLA's dilated convolution. polyphase: dense convolutions on phases. fused: polyphase, with the gradient of
-`pdrunet_jax.fused` in training and the normalisation folded into the kernel in evaluation.
+`pdrunet_jax.fused_block` in training and the normalisation folded into the kernel in evaluation.
 """
 
 PATHS: tuple[Path, ...] = ("plain", "polyphase", "fused")
@@ -136,13 +137,8 @@ def conv_norm_relu(
     values, dtype = x.values, x.values.dtype
     pixels = values.size // values.shape[-1]
     kernel, bias = conv.kernel[...], conv.bias[...]
-    if train and norm is not None and pixels == 1:
-        raise ValueError("batch normalisation needs more than one pixel a channel in training")
-
-    if path == "fused" and train and norm is not None:
-        out, mean, var = fused.layer(values, kernel.astype(dtype), norm.scale[...], norm.bias[...], skip, spacing)
-        norm.track(mean + bias, var, pixels)
-        return x.with_values(out)
+    if train and norm is not None:
+        _check_pixels(pixels)
 
     if path == "fused" and norm is not None:
         # In evaluation the normalisation is a fixed affine map: folded into kernel and bias it costs nothing.
@@ -163,6 +159,48 @@ def conv_norm_relu(
     if skip is not None:
         z = z + skip.astype(z.dtype)
     return x.with_values(jax.nn.relu(z).astype(dtype))
+
+
+def block_fused(
+    x: Activation,
+    first: Conv,
+    norm1: BatchNorm,
+    second: Conv,
+    norm2: BatchNorm,
+    *,
+    shortcut: Shortcut,
+    dilation: int,
+) -> Activation:
+    """Two layers of `conv_norm_relu` in training, with the gradient of `pdrunet_jax.fused_block`.
+
+    Args:
+        x: input in any layout.
+        first: the 3x3 convolution that comes first.
+        norm1: its normalisation, whose running statistics are updated.
+        second: the 3x3 convolution that comes second.
+        norm2: its normalisation, likewise.
+        shortcut: what is added before the last ReLU.
+        dilation: spacing of both kernels' taps in pixels.
+
+    Raises:
+        ValueError: a single pixel a channel.
+    """
+    x = x.for_dilation(dilation)
+    dtype, pixels = x.values.dtype, x.values.size // x.values.shape[-1]
+    _check_pixels(pixels)
+    weights = [
+        Weights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...])
+        for conv, norm in ((first, norm1), (second, norm2))
+    ]
+    out, *batch = block(x.values, *weights, shortcut, dilation // x.layout)
+    for conv, norm, (mean, var) in zip((first, second), (norm1, norm2), batch, strict=True):
+        norm.track(mean + conv.bias[...], var, pixels)
+    return x.with_values(out)
+
+
+def _check_pixels(pixels: int) -> None:
+    if pixels == 1:
+        raise ValueError("batch normalisation needs more than one pixel a channel in training")
 
 
 def _normalise(z: jax.Array, norm: BatchNorm, pixels: int, train: bool) -> jax.Array:

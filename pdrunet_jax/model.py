@@ -14,7 +14,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from pdrunet_jax.fused import by_parts
-from pdrunet_jax.layers import BatchNorm, Conv, Path, Tap, choose_path, conv_norm_relu, dropout, enter, keep_masks
+from pdrunet_jax.layers import (
+    BatchNorm,
+    Conv,
+    Path,
+    Tap,
+    block_fused,
+    choose_path,
+    conv_norm_relu,
+    dropout,
+    enter,
+    keep_masks,
+)
 from pdrunet_jax.phases import Activation, relay
 from pdrunet_jax.remat import recomputed
 
@@ -96,6 +107,19 @@ class Block(nnx.Module):
 
     def __call__(self, x: Activation, *, path: Path, train: bool, tap: Tap | None) -> Activation:
         """The block's output; arguments as in `conv_norm_relu`."""
+        if path == "fused" and train and self.bnorm1 is not None and self.bnorm2 is not None:
+            out = block_fused(
+                x,
+                self.first,
+                self.bnorm1,
+                self.second,
+                self.bnorm2,
+                shortcut="none" if not self.residual else "conv1" if self.shortcut == "conv1" else "input",
+                dilation=self.dilation,
+            )
+            if tap is not None:
+                tap(self.name, out.image())
+            return out
         layer = partial(conv_norm_relu, dilation=self.dilation, path=path, train=train, tap=tap)
         c1 = layer(x, self.first, self.bnorm1, None, names=(f"{self.name}.first", f"{self.name}.bnorm1"))
         skip = (x if self.shortcut == "input" else c1) if self.residual else None
