@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pdrunet_jax import shards
+
 EPSILON = 1e-5
 """BatchNorm's addition to the variance, as in PyTorch."""
 
@@ -38,8 +40,12 @@ def convolve(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
     Returns:
         (N, H, W, K).
     """
+    padding: str | tuple[tuple[int, int], ...] = "SAME"
+    reach = dilation * (kernel.shape[0] // 2)
+    if reach and shards.split_rows():
+        x, padding = shards.with_neighbours(x, reach), ((0, 0), (reach, reach))
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (1, 1), padding, rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
@@ -56,14 +62,19 @@ def largest_divisor(number: int, most: int) -> int:
 def channel_sum(x: jax.Array) -> jax.Array:
     """The sum of (N, H, W, C) over all pixels, (C,)."""
     if jax.default_backend() != "cpu":
-        return x.sum((0, 1, 2))
+        return shards.total(x.sum((0, 1, 2)))
     # XLA's reductions on CPUs take several times as long as products with a vector of ones. In groups, because the
     # rounding of one long sum would grow with the number of pixels.
     pixels, c = x.size // x.shape[-1], x.shape[-1]
     groups = largest_divisor(pixels, SUM_GROUPS)
     ones = jnp.ones((groups, pixels // groups), x.dtype)
     parts = lax.dot_general(ones, x.reshape(groups, -1, c), (((1,), (1,)), ((0,), (0,))))
-    return parts.sum(0)
+    return shards.total(parts.sum(0))
+
+
+def pixel_count(x: jax.Array) -> int:
+    """How many pixels `channel_sum` adds up."""
+    return x.size // x.shape[-1] * shards.count()
 
 
 def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +82,7 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Two passes: the one-pass form E[x^2] - E[x]^2 loses all precision where the mean is large.
     """
-    pixels = x.size // x.shape[-1]
+    pixels = pixel_count(x)
     mean = channel_sum(x) / pixels
     return mean, channel_sum(jnp.square(x - per_channel(mean))) / pixels
 
@@ -84,10 +95,10 @@ def filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> jax.Array:
     height, width = x.shape[1:3]
     channels = min(x.shape[-1], g.shape[-1])
     if channels >= (FEW_CHANNELS if height * width >= LARGE_IMAGE else MANY_CHANNELS):
-        return product_filter_gradient(x, g, dilation)
-    kernel = jnp.zeros((3, 3, channels, g.shape[-1]), x.dtype)
+        return shards.total(product_filter_gradient(x, g, dilation))
+    kernel = shards.own(jnp.zeros((3, 3, channels, g.shape[-1]), x.dtype))
     gradient: jax.Array = jax.vjp(lambda kernel: convolve(x, kernel, dilation), kernel)[1](g)[0]
-    return gradient
+    return shards.total(gradient)
 
 
 def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> jax.Array:
@@ -110,7 +121,7 @@ def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> ja
     rows, count = largest_divisor(h, BLOCK_PIXELS // w), largest_divisor(n, BLOCK_PIXELS // (h * w))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     # A block of rows of x meets the rows above and below it in g, so g carries the padding of the rows.
-    g = jnp.pad(g, ((0, 0), (d, d), (0, 0), (0, 0)))
+    g = shards.with_neighbours(g, d) if shards.split_rows() else jnp.pad(g, ((0, 0), (d, d), (0, 0), (0, 0)))
 
     def body(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         image, row = (i // (h // rows)) * count, (i % (h // rows)) * rows
@@ -125,7 +136,7 @@ def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> ja
         return total + jnp.stack(products), None
 
     blocks = jnp.arange((n // count) * (h // rows))
-    total, _ = lax.scan(body, jnp.zeros((3, 3 * c, k), dtype), blocks)
+    total, _ = lax.scan(body, shards.own(jnp.zeros((3, 3 * c, k), dtype)), blocks)
     return total.reshape(3, 3, c, k)
 
 

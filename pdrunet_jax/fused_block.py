@@ -13,7 +13,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pdrunet_jax.fused import EPSILON, channel_sum, convolve, filter_gradient, input_gradient, moments, per_channel
+from pdrunet_jax.fused import (
+    EPSILON,
+    channel_sum,
+    convolve,
+    filter_gradient,
+    input_gradient,
+    moments,
+    per_channel,
+    pixel_count,
+)
 
 Shortcut = Literal["none", "input", "conv1"]
 """What is added before a block's last ReLU: nothing, its input, or what its first layer gave."""
@@ -113,7 +122,7 @@ def _layer_gradient(
     x: jax.Array, weights: Weights, saved: _Normalised, d_y: jax.Array, dilation: int
 ) -> tuple[jax.Array, Weights]:
     """Gradients of a layer's input and weights from that of what enters its ReLU, zero where the ReLU was shut."""
-    pixels = d_y.size // d_y.shape[-1]
+    pixels = pixel_count(d_y)
     centred = saved.centred()
     d_shift = channel_sum(d_y)
     d_scale = channel_sum(d_y * centred) * saved.inv

@@ -10,7 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pdrunet_jax import fused
-from pdrunet_jax.fused import EPSILON, convolve, moments, per_channel
+from pdrunet_jax.fused import EPSILON, convolve, moments, per_channel, pixel_count
 from pdrunet_jax.fused_block import Shortcut, Weights, block
 from pdrunet_jax.phases import Activation, finest_layout
 
@@ -135,7 +135,7 @@ def conv_norm_relu(
     skip = None if residual is None else residual.for_dilation(dilation).values
     spacing = dilation // x.layout
     values, dtype = x.values, x.values.dtype
-    pixels = values.size // values.shape[-1]
+    pixels = pixel_count(values)
     kernel, bias = conv.kernel[...], conv.bias[...]
     if train and norm is not None:
         _check_pixels(pixels)
@@ -186,7 +186,7 @@ def block_fused(
         ValueError: a single pixel a channel.
     """
     x = x.for_dilation(dilation)
-    dtype, pixels = x.values.dtype, x.values.size // x.values.shape[-1]
+    dtype, pixels = x.values.dtype, pixel_count(x.values)
     _check_pixels(pixels)
     weights = [
         Weights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...])

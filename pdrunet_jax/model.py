@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from pdrunet_jax.fused import by_parts
@@ -26,6 +27,7 @@ from pdrunet_jax.layers import (
     enter,
     keep_masks,
 )
+from pdrunet_jax.mesh import check_images, spread
 from pdrunet_jax.phases import Activation, relay
 from pdrunet_jax.remat import recomputed
 
@@ -144,6 +146,7 @@ class PDRUNet(nnx.Module):
         init: "torch" for PyTorch's default distributions, "he" for He normal.
         dtype: arithmetic of the convolutions; that of the parameters when None.
         param_dtype: parameters, statistics and logits.
+        mesh: from `pdrunet_jax.mesh.make_mesh`, to spread images, and their rows, over its devices.
         rngs: its `params` stream draws the initial weights.
 
     Attributes:
@@ -167,6 +170,7 @@ class PDRUNet(nnx.Module):
         init: str = "torch",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         if shortcut not in ("input", "conv1"):
@@ -181,6 +185,7 @@ class PDRUNet(nnx.Module):
         self.dropout = dropout
         self.path = choose_path(conv)
         self.remat = remat
+        self.mesh = mesh
         self.size: tuple[int, int] | None = None
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         for name, dilation in BLOCKS.items():
@@ -217,13 +222,14 @@ class PDRUNet(nnx.Module):
             dropout_key: a key for the dropouts' random masks, needed in training unless the rate is 0.
             dropout_masks: two boolean (N, H, W, filters) arrays of what to keep, in place of a key.
             tap: is called with the public name and the value of each block's output, and on the plain and polyphase
-                paths also of each convolution and normalisation.
+                paths also of each convolution and normalisation. Not on a mesh.
 
         Returns:
             (N, H, W, outputs), in the parameters' dtype.
 
         Raises:
-            ValueError: the shape does not fit, or training with dropout but without key or masks.
+            ValueError: the shape does not fit, training with dropout but without key or masks, or a tap on a mesh.
+            UserError: the images cannot be spread over the mesh.
         """
         if images.ndim != 4 or images.shape[-1] != self.in_channels:
             raise ValueError(f"images have the shape {images.shape}; it should be (N, H, W, {self.in_channels})")
@@ -235,7 +241,25 @@ class PDRUNet(nnx.Module):
             keep = keep_masks(dropout_key, self.dropout, (*images.shape[:3], self.filters))
         else:
             raise ValueError("training with dropout needs dropout_key or dropout_masks")
+        if self.mesh is None:
+            return self._logits(images, keep, train=train, tap=tap)
+        if tap is not None:
+            raise ValueError("a network on a mesh has no single device that a tap could see everything on")
+        check_images(self.mesh, *images.shape[:2])
+        parts: Any = nnx.split(self, nnx.Param, nnx.BatchStat)
+        graphdef, params, stats = parts
 
+        def part(state: Any, pixels: Any) -> tuple[jax.Array, Any]:
+            network = nnx.merge(graphdef, *state, copy=True)
+            return network._logits(*pixels, train=train, tap=None), nnx.state(network, nnx.BatchStat)
+
+        logits, stats = spread(self.mesh, part)((params, stats), (images, keep))
+        nnx.update(self, stats)
+        return logits
+
+    def _logits(
+        self, images: jax.Array, keep: Sequence[jax.Array] | None, *, train: bool, tap: Tap | None
+    ) -> jax.Array:
         def block(name: str, x: Activation) -> Activation:
             layers: Block = getattr(self, name)
             if self.remat and train and tap is None:

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from pdrunet_jax import shards
+
 
 def recomputed(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
     """`function`, of which nothing but its arguments is kept from the forward to the backward pass.
@@ -28,7 +30,7 @@ def recomputed(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[
     def backward(saved: tuple[Any, Any, Any], gradients: tuple[Any, Any]) -> tuple[Any, None, Any]:
         params, stats, x = saved
         # Zero, or NaN where the gradient is not finite: the result is then NaN as it would be without this.
-        zero = 0 * jax.tree.leaves(gradients[0])[0].ravel()[0]
+        zero = shards.total(0 * jax.tree.leaves(gradients[0])[0].ravel()[0])
         params = jax.tree.map(lambda value: value + zero.astype(value.dtype), params)
         _, pull, _ = jax.vjp(lambda params, x: function(params, stats, x), params, x, has_aux=True)
         d_params, d_x = pull(gradients[0])

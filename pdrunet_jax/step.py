@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from pdrunet_jax import metrics
 from pdrunet_jax.compiling import jit
@@ -19,6 +20,7 @@ from pdrunet_jax.config import Config
 from pdrunet_jax.data.augment import augment, sample_keys
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.losses import Loss, make_loss
+from pdrunet_jax.mesh import batch_sharding, replicated
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.optim import make_optimizer, make_schedule
 from pdrunet_jax.scaling import unit_range
@@ -85,8 +87,8 @@ def dropout_key(seed: int, step: int | jax.Array) -> jax.Array:
     return jax.random.fold_in(random_stream(seed, _DROPOUT), step)
 
 
-def build_model(config: Config, outputs: int) -> PDRUNet:
-    """The network of `config` with its initial weights, drawn from `config.seed`."""
+def build_model(config: Config, outputs: int, mesh: Mesh | None = None) -> PDRUNet:
+    """The network of `config`, on a mesh or not, with its initial weights, drawn from `config.seed`."""
     wide = jnp.float64 if config.train.precision == "float64" else jnp.float32
     return PDRUNet(
         in_channels=config.model.in_channels,
@@ -100,6 +102,7 @@ def build_model(config: Config, outputs: int) -> PDRUNet:
         init=config.model.init,
         dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else wide,
         param_dtype=wide,
+        mesh=mesh,
         rngs=nnx.Rngs(params=random_stream(config.seed, _INIT)),
     )
 
@@ -139,7 +142,9 @@ def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[j
     return ((mask == 1).astype(dtype) if outputs == 1 else mask.astype(jnp.int32)), valid
 
 
-def make_train_step(config: Config, graphdef: Any, outputs: int) -> Callable[[TrainState, Batch], Any]:
+def make_train_step(
+    config: Config, graphdef: Any, outputs: int, mesh: Mesh | None = None
+) -> Callable[[TrainState, Batch], Any]:
     """The compiled training step: (state, batch) -> (state, metrics). The state's buffers are donated.
 
     The batch holds `image` uint8 (N, H, W, C), `mask` uint8 (N, H, W), `index` and `epoch` int32 (N,). Metrics are
@@ -147,8 +152,12 @@ def make_train_step(config: Config, graphdef: Any, outputs: int) -> Callable[[Tr
     `train.spike` is off, spike and median. An update whose loss or gradient is not finite is not made; the state then
     counts as halted and stays as it was before. Nor is one whose loss is a spike: with "stop" it halts likewise, with
     "skip" only the step is counted, until `MOST_IN_ROW`.
+
+    `mesh` is that of the model, or None. On a mesh the state and the metrics are on every device, and the batch comes
+    from `pdrunet_jax.mesh.place_batch`.
     """
-    return jit(partial(train_step, config, graphdef, outputs), donate_argnums=0)
+    where = {} if mesh is None else {"out_shardings": replicated(mesh)}
+    return jit(partial(train_step, config, graphdef, outputs), donate_argnums=0, **where)
 
 
 def train_step(
@@ -259,13 +268,16 @@ def accumulate(
     return losses.mean(), logits.reshape(-1, *logits.shape[2:]), gradients, stats
 
 
-def make_eval_step(config: Config, graphdef: Any, outputs: int) -> Callable[[Any, Any, Batch], Metrics]:
+def make_eval_step(
+    config: Config, graphdef: Any, outputs: int, mesh: Mesh | None = None
+) -> Callable[[Any, Any, Batch], Metrics]:
     """The compiled validation step: (params, stats, batch) -> values for each image.
 
     `loss` (N,), each image's own; `tp`, `fp`, `fn`, `tn` (N, foreground classes); `prediction` (N, H, W), uint8 class
-    indices.
+    indices. On a mesh (that of the model) all of them lie as the batch does.
     """
-    return jit(partial(_eval_step, config, graphdef, outputs))
+    where = {} if mesh is None else {"out_shardings": batch_sharding(mesh)}
+    return jit(partial(_eval_step, config, graphdef, outputs), **where)
 
 
 def _eval_step(config: Config, graphdef: Any, outputs: int, params: Any, stats: Any, batch: Batch) -> Metrics:
