@@ -186,6 +186,8 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
 
+    weights: str | None = None
+    """Start from these trained weights instead of random ones: run folder, checkpoint, .safetensors or public .pth."""
     steps: Positive = 10_000
     """Updates of the weights."""
     batch_size: Positive = 8

@@ -22,6 +22,9 @@ Which = Literal["best", "latest"]
 MODEL_OPTIONS = ("in_channels", "outputs", "filters", "shortcut", "norm", "dropout")
 """Those options of `PDRUNet` that belong to the weights."""
 
+WIRING = ("in_channels", "outputs", "filters", "shortcut", "norm")
+"""Those of them that decide which arrays there are and what they mean."""
+
 PUBLIC_DEFAULTS = {"shortcut": "input", "dropout": 0.3}
 """What the public code has and its files do not say."""
 
@@ -113,6 +116,31 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
     if stated is None and shortcut is None:
         notes += ("assumed shortcut = 'input', the public code's wiring, which the file does not state",)
     return loaded._replace(options=options, notes=notes)
+
+
+def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
+    """As `load_weights`, for the network whose `WIRING` is given.
+
+    Raises as `load_model`, and `UserError` that names each option which differs.
+    """
+    loaded = load_weights(weights)
+    problems = [
+        f"--model.{name.replace('_', '-')} is {network[name]}, there it is {loaded.options[name]}"
+        for name in WIRING
+        if network[name] != loaded.options[name]
+    ]
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"--train.weights {weights} is another network:\n{listing}")
+    return loaded
+
+
+def start_from(model: PDRUNet, weights: str | Path) -> None:
+    """Replace the arrays of `model` by those of `weights`, in its own dtype. Raises as `load_same`."""
+    loaded = load_same(weights, {name: getattr(model, name) for name in WIRING})
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    given = nnx.merge_state(loaded.params, loaded.stats)
+    nnx.update(model, jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state, given))
 
 
 def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:

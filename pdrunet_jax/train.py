@@ -46,6 +46,11 @@ def main() -> int:
                 f"{dataset.root} has no validation images, which choose the best weights: raise --data.val-fraction, "
                 "or give some patients the split val"
             )
+        if config.train.weights is not None and not RunFolder(arguments.run_folder).config.exists():
+            from pdrunet_jax.loading import load_same
+
+            # Before the folder is made, which would hold on to settings that cannot be used.
+            load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
         run = open_run(arguments.run_folder, config, device)
         with run.lock():
             if not stop:
@@ -70,16 +75,20 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
     from pdrunet_jax.checkpoint import Checkpoints
     from pdrunet_jax.data.pipeline import eval_batches, position_after, train_batches
     from pdrunet_jax.divergence import Recent, write_skipped
+    from pdrunet_jax.loading import start_from
     from pdrunet_jax.step import build_model, create_state, make_eval_step, make_train_step
     from pdrunet_jax.tracking import Tracker
     from pdrunet_jax.validation import validate
 
     settings, channels = config.train, config.model.in_channels
-    graphdef, state = create_state(config, build_model(config, outputs))
+    checkpoints = Checkpoints(run.checkpoints, settings.keep_latest, settings.keep_best)
+    model = build_model(config, outputs)
+    if settings.weights is not None and checkpoints.latest_step() is None:
+        start_from(model, settings.weights)
+    graphdef, state = create_state(config, model)
     train_step = make_train_step(config, graphdef, outputs)
     eval_step = make_eval_step(config, graphdef, outputs)
     batches = train_batches(dataset, config.data, batch_size=settings.batch_size, channels=channels, seed=config.seed)
-    checkpoints = Checkpoints(run.checkpoints, settings.keep_latest, settings.keep_best)
     progress, step = Progress(data=dataset.fingerprint()), 0
     if restored := checkpoints.restore(state):
         step, state = restored.step, restored.state
@@ -89,6 +98,8 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
     tracker = Tracker(run, config, step=step, class_names=dataset.class_names)
     if restored:
         tracker.say(f"resumed {run.path} at step {step}")
+    elif settings.weights is not None:
+        tracker.say(f"started from the weights of {settings.weights}")
     saved = step if restored else -1
     first = logged = step
     pending: tuple[int, Any, str] | None = None  # a step to be logged, what it returned, and the samples' digest

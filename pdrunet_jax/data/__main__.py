@@ -3,7 +3,7 @@
 import csv
 import io
 import posixpath
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,9 @@ class Check(_Folder):
 class Split(_Folder):
     """Write a patient-disjoint split into the folder's manifest.csv, making that if there is none."""
 
+    keep: Path | None = None
+    """An earlier dataset folder whose patients keep the split that they have there; only others are drawn."""
+
 
 @dataclass(frozen=True)
 class Phantom(Drawing):
@@ -90,9 +93,17 @@ def check(options: Check) -> None:
 
 def split(options: Split) -> None:
     """Add the split to the manifest. Raises `UserError` if one is declared already."""
-    inspection = inspect_dataset(options.config())
+    config = options.config()
+    inspection = inspect_dataset(config)
     root, samples = options.root, inspection.dataset.samples
     path = root / MANIFEST
+    if options.keep is not None:
+        from pdrunet_jax.data.continued import continue_split
+
+        earlier = inspect_dataset(replace(config, root=str(options.keep)))
+        splits, kept = continue_split(inspection, earlier, config)
+        samples = tuple(replace(sample, split=splits[sample.id]) for sample in samples)
+        print(f"{kept} of {len(samples)} images have the split of their patient in {options.keep}")
     if path.is_file():
         columns, rows = read_manifest(root)
         if "split" in columns:

@@ -3,8 +3,10 @@
 import base64
 import csv
 import re
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +62,36 @@ def test_split_writes_the_split_that_training_uses(folder: Folder, columns: str 
     again = run("split", root)
     assert again.returncode == 2
     assert "has a split" in again.stderr
+
+
+def test_a_grown_dataset_keeps_the_splits_of_the_earlier_one(folder: Folder, tmp_path: Path) -> None:
+    old = shutil.copytree(folder(8), tmp_path / "old")
+    assert run("split", old, "--split-seed", "3").returncode == 0
+    new = folder(20)
+    (new / "images/x000.png").rename(new / "images/renamed.png")
+    (new / "masks/x000.png").rename(new / "masks/renamed.png")
+    result = run("split", new, "--keep", old)
+    assert result.returncode == 0, result.stderr
+    assert "8 of 20 images have the split of their patient" in result.stdout
+    before, after = ({sample.id: sample.split for sample in open_dataset(config(root)).samples} for root in (old, new))
+    assert after["images/renamed.png"] == before.pop("images/x000.png")
+    assert {image: after[image] for image in before} == before
+    drawn = Counter(split for image, split in after.items() if image not in before and "renamed" not in image)
+    assert drawn == {"train": 8, "val": 2, "test": 2}
+
+
+def test_a_patient_whose_images_were_in_two_splits_is_named(folder: Folder, tmp_path: Path) -> None:
+    old = shutil.copytree(folder(4), tmp_path / "old")
+    pairs = [f"images/x00{i}.png,masks/x00{i}.png" for i in range(4)]
+    lines = [f"{pair},{split}" for pair, split in zip(pairs, ("train", "test", "val", "train"), strict=True)]
+    (old / "manifest.csv").write_text("image,mask,split\n" + "\n".join(lines))
+    new = folder(4)
+    lines = [f"{pair},{patient}" for pair, patient in zip(pairs, ("anna", "anna", "bert", "carl"), strict=True)]
+    (new / "manifest.csv").write_text("image,mask,patient\n" + "\n".join(lines))
+    result = run("split", new, "--keep", old)
+    assert result.returncode == 2
+    assert "anna: test and train" in result.stderr
+    assert "bert" not in result.stderr
 
 
 def test_phantom_draws_a_dataset_that_checks(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live import EVAL_EVERY, LONG, STEPS, Place, assert_same_run, content, read_until, resumed_at
+from live import EVAL_EVERY, LONG, STEPS, Place, assert_same_run, content, lines_of, read_until, resumed_at
 from PIL import Image
 
 from pdrunet_jax.runfolder import RunFolder
@@ -101,3 +101,25 @@ def test_what_another_version_wrote_is_taken_up(place: Place) -> None:
     assert set(meta["extra"]) >= {"data", "sequence", "best_dice", "best_step", "validated"}
     result = place.train(workdir=run)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_run_starts_from_trained_weights_and_resumes_without_them(place: Place) -> None:
+    weights = shutil.copy(place.undisturbed / "best.safetensors", place.path / "trained.safetensors")
+    run = place.path / "second-round"
+    first = place.train("--train.weights", str(weights), "--train.steps", "1", workdir=run)
+    assert first.returncode == 0, first.stderr
+    assert f"started from the weights of {weights}" in first.stdout
+    losses = [lines_of(folder)[0]["train/loss"] for folder in (run, place.undisturbed)]
+    assert losses[0] < losses[1]
+    Path(weights).unlink()
+    again = place.train("--train.weights", str(weights), "--train.steps", "1", workdir=run)
+    assert again.returncode == 0, again.stderr
+    assert resumed_at(again.stdout) == 1
+
+
+def test_weights_that_do_not_fit_leave_no_run_behind(place: Place) -> None:
+    run = place.path / "unfit"
+    result = place.train("--train.weights", str(place.undisturbed), "--model.filters", "5", workdir=run)
+    assert result.returncode == 2
+    assert "--model.filters is 5, there it is 4" in result.stderr
+    assert not run.exists()

@@ -1,0 +1,92 @@
+"""python -m benchmarks.tiling: peak memory of a large image whole and in tiles, and how far their logits differ.
+
+Each figure is of a process of its own, whose highest resident memory counts, with Python and JAX in it.
+"""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks import machine
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare tiled with whole prediction."""
+
+    size: tuple[int, int] = (2000, 1500)
+    """Height and width of the image, a synthetic X-ray, in pixels."""
+    tiles: tuple[int, ...] = (512, 256)
+    """Sides of the tiles in pixels; each is a run."""
+    weights: str | None = None
+    """Run folder, checkpoint, .safetensors or public .pth; random weights of 40 filters when left out."""
+    output: Path | None = None
+    """JSON file of the results."""
+
+
+def run(size: tuple[int, int], tile: int, weights: str | None, logits: str) -> None:
+    """The process: writes the logits to a file, and its peak memory in bytes to standard output."""
+    from flax import nnx
+
+    from pdrunet_jax.allocator import keep_freed_memory
+    from pdrunet_jax.data.phantom import draw
+    from pdrunet_jax.inference import forward, forward_in_tiles
+    from pdrunet_jax.loading import load_model
+    from pdrunet_jax.model import PDRUNet
+
+    keep_freed_memory()  # as every command of pdrunet_jax does
+    model = PDRUNet(rngs=nnx.Rngs(0)) if weights is None else load_model(weights)
+    height, width = size
+    image = draw(0, size=max(size)).image[None, :height, :width, None]
+    found = forward_in_tiles(model, image, tile) if tile else np.asarray(forward(model, image))
+    np.save(logits, found)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def in_process(options: Options, tile: int, folder: Path) -> tuple[int, np.ndarray]:
+    """Peak memory in bytes, and logits; tile 0 is the whole image."""
+    file = folder / f"{tile}.npy"
+    arguments = ", ".join(map(repr, (options.size, tile, options.weights, str(file))))
+    code = f"from benchmarks.tiling import run; run({arguments})"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout), np.load(file)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tiling")
+    settings = {"size": options.size, "weights": options.weights or "random, 40 filters"}
+    result: dict[str, Any] = {"machine": machine.facts(), "settings": settings, "runs": []}
+    with tempfile.TemporaryDirectory() as name:
+        whole = np.empty(0)
+        for tile in (0, *options.tiles):
+            peak, logits = in_process(options, tile, Path(name))
+            whole = logits if tile == 0 else whole
+            row = {
+                "tile": tile or None,
+                "peak_bytes": peak,
+                "largest_logit": float(np.abs(logits).max()),
+                "difference": float(np.abs(logits - whole).max()),
+            }
+            result["runs"].append(row)
+            print(
+                f"{f'tile {tile}' if tile else 'whole':10} {peak / 2**30:6.2f} GiB at most, logits up to "
+                f"{row['largest_logit']:.3g}, {row['difference']:.1e} from the whole",
+                flush=True,
+            )
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
