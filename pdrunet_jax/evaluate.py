@@ -1,9 +1,11 @@
 """python -m pdrunet_jax.evaluate: scores of a model on a dataset, per image and summed up with intervals.
 
-They are computed at each input's own resolution, ignored pixels left out (see `pdrunet_jax.evaluation`).
+With --against, the differences to another evaluation of the same images, tested (see `pdrunet_jax.compare`). Scores are
+computed at each input's own resolution, ignored pixels left out (see `pdrunet_jax.evaluation`).
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -13,13 +15,15 @@ from typing import Literal
 
 import tyro
 
-from pdrunet_jax import cli, config_io, scores
+from pdrunet_jax import cli, compare, config_io, scores
+from pdrunet_jax.comparison_outputs import comparison_table, write_comparison
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.errors import UserError
-from pdrunet_jax.evaluation import evaluate_split, write_evaluation
+from pdrunet_jax.evaluation import Evaluation, evaluate_split, spacings_of, unit_of, write_evaluation
 from pdrunet_jax.inference import check_threshold
 from pdrunet_jax.loading import load_model, load_options
+from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.rows import Rules
 from pdrunet_jax.runfolder import RunFolder
 
@@ -45,6 +49,9 @@ class Options:
     or spacing in dataset.toml), else in pixels."""
     empty_dice: float = Rules.empty_dice
     """Dice of a class that is in neither truth nor prediction; nan leaves it out of means."""
+    against: str | None = None
+    """What to compare with on the same images: the folder of another evaluation, or weights, which are then evaluated
+    too (at the size that they were trained at). A table here, comparison.json and comparison.csv in the folder."""
 
 
 def run_of(weights: str | Path) -> RunFolder | None:
@@ -76,20 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (math.isnan(options.empty_dice) or 0 <= options.empty_dice <= 1):
         raise UserError(f"--empty-dice {options.empty_dice}: give a number from 0 to 1, or nan")
     dataset = open_dataset(config)
-    _check_order(load_options(options.weights).get("class_names"), dataset)
-    model = load_model(options.weights)
+    other = _other(options, dataset)
+    model = _model(options.weights, dataset)
+    rival = None if other or options.against is None else _model(options.against, dataset)
     for note in dataset.notes:
         print(note)
-    evaluation = evaluate_split(
-        model,
-        dataset,
-        options.split,
-        config,
-        batch_size=options.batch_size,
-        threshold=options.threshold,
-        tolerance=options.tolerance,
-        empty_dice=options.empty_dice,
-    )
+    evaluation = _evaluate(model, dataset, config, options)
+    if rival is not None:
+        size = load_options(str(options.against)).get("size")
+        resized = dataclasses.replace(config, size=tuple(size)) if size else config
+        rows = _evaluate(rival, dataset, resized, options).rows
+        other = compare.Other(str(options.against), rows)
     run = run_of(options.weights)
     folder = options.output
     if folder is None:
@@ -104,6 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_evaluation(evaluation, folder, about)
     print(scores.table(evaluation.summary))
     print(*evaluation.remarks(), sep="\n")
+    if other is not None:
+        comparison = compare.compare(evaluation.rows, other, evaluation.summary.rules)
+        write_comparison(comparison, evaluation.rows, other, folder)
+        print(comparison_table(comparison))
     print(f"results in {folder}")
     print(evaluation.line)
 
@@ -116,6 +124,39 @@ def _parse(arguments: list[str]) -> tuple[Options, DataConfig]:
     defaults = DataConfig() if weights is None else data_defaults(weights)
     default = Options(weights=tyro.MISSING if weights is None else weights, data=defaults)
     return tyro.cli(Options, args=arguments, default=default, prog="python -m pdrunet_jax.evaluate"), defaults
+
+
+def _other(options: Options, dataset: Dataset) -> compare.Other | None:
+    """The evaluation that --against names, if it is one, checked before anything is computed."""
+    if options.against is None:
+        return None
+    if not Path(options.against).exists():
+        raise UserError(f"--against {options.against}: there is no such file or folder")
+    samples = dataset.of(options.split)
+    other = compare.read_other(Path(options.against))
+    if other and samples:
+        unit = unit_of(spacings_of(dataset, samples)[0])
+        compare.check_rules(Rules(unit, options.tolerance, options.empty_dice), other)
+        compare.check_pairs(((sample.id, name) for sample in samples for name in dataset.class_names), other)
+    return other
+
+
+def _model(weights: str, dataset: Dataset) -> PDRUNet:
+    _check_order(load_options(weights).get("class_names"), dataset)
+    return load_model(weights)
+
+
+def _evaluate(model: PDRUNet, dataset: Dataset, config: DataConfig, options: Options) -> Evaluation:
+    return evaluate_split(
+        model,
+        dataset,
+        options.split,
+        config,
+        batch_size=options.batch_size,
+        threshold=options.threshold,
+        tolerance=options.tolerance,
+        empty_dice=options.empty_dice,
+    )
 
 
 def _check_order(names: Sequence[str] | None, dataset: Dataset) -> None:

@@ -7,7 +7,7 @@ faster; the two differ by little.) Ignored pixels count nowhere.
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,8 @@ def evaluate_split(
     if not samples:
         filled = [name for name in ("train", "val", "test") if dataset.of(name)]
         raise UserError(f"{dataset.root} has no images in the split {split}; --split takes {', '.join(filled)} or all")
-    spacings, unit_note = _spacings(dataset, samples)
-    rules = Rules("mm" if spacings else "pixels", tolerance, empty_dice)
+    spacings, unit_note = spacings_of(dataset, samples)
+    rules = Rules(unit_of(spacings), tolerance, empty_dice)
     rows: list[Row] = []
     masks = {}
     batches = eval_batches(dataset, split, config, batch_size=batch_size, channels=model.in_channels)
@@ -168,7 +168,7 @@ def _mask_of(sample: Sample) -> Path:
     return sample.mask
 
 
-def _spacings(dataset: Dataset, samples: Sequence[Sample]) -> tuple[dict[str, tuple[float, float]], str]:
+def spacings_of(dataset: Dataset, samples: Sequence[Sample]) -> tuple[dict[str, tuple[float, float]], str]:
     """By sample id the pixel spacing in mm if every image has one, else nothing; and a line that says so."""
     spacings = {}
     for sample in samples:
@@ -177,6 +177,11 @@ def _spacings(dataset: Dataset, samples: Sequence[Sample]) -> tuple[dict[str, tu
             return {}, f"distances are in pixels: {sample.id} states no pixel spacing, nor does dataset.toml"
         spacings[sample.id] = spacing
     return spacings, "distances are in mm"
+
+
+def unit_of(spacings: Mapping[str, tuple[float, float]]) -> str:
+    """The unit that distances then have."""
+    return "mm" if spacings else "pixels"
 
 
 def _case(evaluation: Evaluation, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,8 @@ from pdrunet_jax.errors import UserError
 
 OVERLAP = ("dice", "iou", "precision", "recall", "specificity")
 METRICS = (*OVERLAP, "hd95", "assd", "nsd", "area_error")
+RANGES = {"hd95": (0.0, math.inf), "assd": (0.0, math.inf), "area_error": (-1.0, math.inf)}
+"""Where a metric lies, if not from 0 to 1."""
 
 
 @dataclass(frozen=True)

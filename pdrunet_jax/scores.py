@@ -6,12 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special
 
-from pdrunet_jax.rows import METRICS, Row, Rules
-
-RESAMPLES = 2_000
-CONFIDENCE = 0.95
+from pdrunet_jax.intervals import interval
+from pdrunet_jax.rows import METRICS, RANGES, Row, Rules
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,14 @@ class Summary:
     images: int
     patients: int
 
+    @property
+    def rules(self) -> Rules:
+        """What the scores were scored by."""
+        return Rules(self.unit, self.tolerance, self.empty_dice)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries ready for JSON, with None for NaN."""
-        values: dict[str, Any] = _without_nan(asdict(self))
+        values: dict[str, Any] = without_nan(asdict(self))
         return values
 
 
@@ -65,17 +67,18 @@ def summarise(rows: Sequence[Row], rules: Rules, seed: int = 0) -> Summary:
     patient_of = {row.image: row.patient for row in rows}
     images = list(patient_of)
 
-    def statistics(scores: dict[str, float]) -> Statistic:
+    def statistics(scores: dict[str, float], metric: str) -> Statistic:
         defined = [image for image in images if not math.isnan(scores.get(image, math.nan))]
-        return statistic([scores[image] for image in defined], [patient_of[image] for image in defined], seed)
+        values, patients = [scores[image] for image in defined], [patient_of[image] for image in defined]
+        return statistic(values, patients, seed, RANGES.get(metric, (0.0, 1.0)))
 
     return Summary(
         **asdict(rules),
         classes={
-            name: {metric: statistics({row.image: getattr(row, metric) for row in rows}) for metric in METRICS}
+            name: {metric: statistics({row.image: getattr(row, metric) for row in rows}, metric) for metric in METRICS}
             for name, rows in per_class.items()
         },
-        macro={metric: statistics(image_means(rows, metric)) for metric in METRICS},
+        macro={metric: statistics(image_means(rows, metric), metric) for metric in METRICS},
         empty={
             name: sum(row.pixels_true == row.pixels_predicted == 0 for row in rows) for name, rows in per_class.items()
         },
@@ -100,41 +103,21 @@ def image_means(rows: Iterable[Row], metric: str = "dice") -> dict[str, float]:
     return means
 
 
-def statistic(values: Sequence[float], patients: Sequence[str], seed: int = 0) -> Statistic:
-    """Mean, median, sample standard deviation and 95 % interval of `values`, each belonging to a patient."""
+def statistic(
+    values: Sequence[float], patients: Sequence[str], seed: int = 0, bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> Statistic:
+    """Mean, median, sample standard deviation and 95 % interval of `values`, each belonging to a patient.
+
+    `bounds` are where the mean can lie.
+    """
     scores = np.asarray(values, np.float64)
     if not scores.size:
         return Statistic(math.nan, math.nan, math.nan, math.nan, math.nan, images=0, patients=0)
-    low, high = interval(scores, patients, seed)
+    low, high = interval(scores, patients, seed, bounds=bounds)
     std = float(scores.std(ddof=1)) if scores.size > 1 else math.nan
     return Statistic(
         float(scores.mean()), float(np.median(scores)), std, low, high, images=scores.size, patients=len(set(patients))
     )
-
-
-def interval(
-    values: np.ndarray, patients: Sequence[str], seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of `values`; (NaN, NaN) for fewer than two patients.
-
-    Images of a patient resemble each other, so whole patients are drawn with replacement; a resample's mean is the
-    sum of its patients' scores over the number of their images (the ratio estimator, patients being of unequal size).
-    A percentile interval is too narrow for few patients, as if a normal quantile stood for Student's; its tails are
-    therefore widened to those of the t distribution (the expanded percentile interval of Hesterberg, "What Teachers
-    Should Know About the Bootstrap", The American Statistician 2015, doi 10.1080/00031305.2015.1089789).
-    """
-    names, member = np.unique(np.asarray(patients), return_inverse=True)
-    count = len(names)
-    if count < 2:
-        return math.nan, math.nan
-    sizes = np.bincount(member, minlength=count)
-    sums = np.bincount(member, weights=values, minlength=count)
-    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))
-    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
-    student = special.stdtrit(count - 1, (1 - CONFIDENCE) / 2)
-    tail = special.ndtr(math.sqrt(count / (count - 1)) * student)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def dice_line(split: str, summary: Summary) -> str:
@@ -198,7 +181,8 @@ def aligned(lines: Sequence[Sequence[str]], words: int) -> str:
     )
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
+    """Nested dictionaries with None for NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -5,8 +5,9 @@ import re
 import numpy as np
 import pytest
 
+from pdrunet_jax.intervals import interval
 from pdrunet_jax.rows import METRICS, OVERLAP, Row, Rules
-from pdrunet_jax.scores import dice_line, image_means, interval, statistic, summarise, table
+from pdrunet_jax.scores import dice_line, image_means, statistic, summarise, table
 
 
 def row(image, dice, patient=None, name="bone", true=10, predicted=10):

@@ -1,0 +1,230 @@
+"""Two evaluations of the same images: mean differences with intervals, a paired test, and the images that changed most.
+
+Everything is paired by image and class, and patients stay whole in intervals and test (docs/metrics.md). A difference
+is this evaluation less the other.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pdrunet_jax.errors import UserError
+from pdrunet_jax.intervals import interval
+from pdrunet_jax.rows import METRICS, RANGES, Row, Rules, read_csv
+
+LOWER_IS_BETTER = ("hd95", "assd", "area_error")
+EXACT = 16
+"""Patients up to which every flip of signs is tried."""
+FLIPS = 20_000
+"""Random flips of signs for more patients."""
+NAMED = 6
+"""Images named as those that changed most, or as missing."""
+DIGITS = 6
+"""Decimals that scores are compared to, those of per_image.csv."""
+
+Pairs = Mapping[str, tuple[float, float]]
+"""By image a score of this evaluation and of the other, both defined."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """What an evaluation is compared with."""
+
+    name: str
+    rows: tuple[Row, ...]
+    rules: Rules | None = None
+    """What it was scored by, where that is known."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric on the images on which both evaluations define it; NaN where there is nothing to compute it from."""
+
+    this: float
+    other: float
+    mean: float
+    """Of the differences, this less other; `low` and `high` bound its 95 % interval."""
+    low: float
+    high: float
+    p: float
+    """Of the sign-flip test: how often chance alone gives a difference at least as large, in either direction."""
+    better: int
+    """Images on which this evaluation is better."""
+    worse: int
+    equal: int
+    images: int
+    patients: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`classes[name][metric]`, and `macro[metric]` over the per-image means of classes."""
+
+    against: str
+    unit: str
+    tolerance: float
+    classes: dict[str, dict[str, Difference]]
+    macro: dict[str, Difference]
+    changed: tuple[tuple[str, float, float], ...]
+    """Image with its Dice (mean of classes) here and there, the largest change first."""
+    images: int
+    patients: int
+
+
+def read_other(folder: Path) -> Other | None:
+    """The evaluation in `folder`, or in the file per_image.csv that it is; None if there is none.
+
+    Raises `UserError` that names the file if it cannot be read.
+    """
+    path = folder if folder.suffix == ".csv" else folder / "per_image.csv"
+    if not path.is_file():
+        return None
+    rows = tuple(read_csv(path))
+    summary = path.with_name("summary.json")
+    if not summary.is_file():
+        return Other(str(folder), rows)
+    try:
+        values = json.loads(summary.read_text(encoding="utf-8"))
+        empty = math.nan if values["empty_dice"] is None else float(values["empty_dice"])
+        rules = Rules(str(values["unit"]), float(values["tolerance"]), empty)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{summary} is no summary of an evaluation; give the weights in place of it") from None
+    return Other(str(folder), rows, rules)
+
+
+def check_rules(ours: Rules, other: Other) -> None:
+    """Raise `UserError` if `other` was scored by other rules than `ours`."""
+    if other.rules is None or str(other.rules) == str(ours):  # as text, in which nan is nan
+        return
+    theirs, these = (
+        f"distances in {rules.unit}, --tolerance {rules.tolerance:g}, --empty-dice {rules.empty_dice:g}"
+        for rules in (other.rules, ours)
+    )
+    raise UserError(
+        f"--against {other.name}: it was scored with {theirs}, and this would be with {these}; give the same options, "
+        "or its weights in place of the folder"
+    )
+
+
+def check_pairs(keys: Iterable[tuple[str, str]], other: Other) -> None:
+    """Raise `UserError` that names what only one of two evaluations has; `keys` are pairs of image and class."""
+    here, there = set(keys), {(row.image, row.class_name) for row in other.rows}
+    problems = [
+        f"{len(keys)} {where}: " + ", ".join(f"{image} ({name})" for image, name in sorted(keys)[:NAMED])
+        for where, keys in ((f"missing from {other.name}", here - there), ("missing here", there - here))
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            f"--against {other.name}: these are not the same images and classes; {'; '.join(problems)}. Take the same "
+            "--data.root and --split as for the other evaluation, or give its weights in place of the folder"
+        )
+
+
+def compare(rows: Sequence[Row], other: Other, rules: Rules, seed: int = 0) -> Comparison:
+    """Compare the scores `rows` with those of `other`; which patient an image is of, `rows` say.
+
+    Args:
+        rows: Of this evaluation, scored by `rules`.
+        other: The other one.
+        rules: See `Rules`.
+        seed: Of the intervals and of random flips.
+
+    Raises:
+        UserError: Images, classes or rules differ.
+    """
+    check_rules(rules, other)
+    check_pairs(((row.image, row.class_name) for row in rows), other)
+    patient_of = {row.image: row.patient for row in rows}
+    names = list(dict.fromkeys(row.class_name for row in rows))
+    pairs = {metric: {name: _pairs(rows, other, metric, name) for name in names} for metric in METRICS}
+    means = {metric: _means(list(by_class.values())) for metric, by_class in pairs.items()}
+    changes = sorted(means["dice"].items(), key=lambda case: -abs(case[1][0] - case[1][1]))
+    return Comparison(
+        against=other.name,
+        unit=rules.unit,
+        tolerance=rules.tolerance,
+        classes={
+            name: {metric: difference(metric, pairs[metric][name], patient_of, seed) for metric in METRICS}
+            for name in names
+        },
+        macro={metric: difference(metric, means[metric], patient_of, seed) for metric in METRICS},
+        changed=tuple((image, here, there) for image, (here, there) in changes[:NAMED] if here != there),
+        images=len(patient_of),
+        patients=len(set(patient_of.values())),
+    )
+
+
+def difference(metric: str, pairs: Pairs, patient_of: Mapping[str, str], seed: int = 0) -> Difference:
+    """The statistics of one metric over `pairs`; `patient_of` says whose image each is."""
+    if not pairs:
+        nan = math.nan
+        return Difference(nan, nan, nan, nan, nan, nan, better=0, worse=0, equal=0, images=0, patients=0)
+    this, other = np.asarray(list(pairs.values()), np.float64).T
+    patients = [patient_of[image] for image in pairs]
+    changes = np.round(this - other, DIGITS)
+    least, most = RANGES.get(metric, (0.0, 1.0))
+    low, high = interval(changes, patients, seed, bounds=(least - most, most - least))
+    gains = -changes if metric in LOWER_IS_BETTER else changes
+    return Difference(
+        this=float(this.mean()),
+        other=float(other.mean()),
+        mean=float(changes.mean()),
+        low=low,
+        high=high,
+        p=sign_flip(changes, patients, seed),
+        better=int((gains > 0).sum()),
+        worse=int((gains < 0).sum()),
+        equal=int((gains == 0).sum()),
+        images=len(pairs),
+        patients=len(set(patients)),
+    )
+
+
+def sign_flip(differences: np.ndarray, patients: Sequence[str], seed: int = 0) -> float:
+    """The p-value, two-sided, of the hypothesis that which of two evaluations is which makes no difference.
+
+    Under it, the sum of a patient's differences is as likely to have the opposite sign. The p-value is the share of all
+    flips of whole patients' signs whose total is at least as far from 0 as the one observed: of every flip for up to
+    `EXACT` patients, and of `FLIPS` random ones and the observed one for more. At K patients it cannot be below
+    2 / 2^K. Patients whose sum is 0 have no part in it.
+    """
+    _, member = np.unique(np.asarray(patients), return_inverse=True)
+    sums = np.bincount(member, weights=differences)
+    sums = sums[sums != 0]
+    least = abs(sums.sum()) * (1 - 1e-9) - 1e-12  # rounding must not make a tie a miss
+    if len(sums) <= EXACT:
+        totals = np.zeros(1)
+        for value in sums:
+            totals = np.concatenate([totals + value, totals - value])
+        return float(np.mean(np.abs(totals) >= least))
+    generator, extreme, part = np.random.default_rng(seed), 0, 1000
+    for _ in range(FLIPS // part):
+        signs = generator.integers(2, size=(part, len(sums)), dtype=np.int8) * 2.0 - 1
+        extreme += int(np.count_nonzero(np.abs(signs @ sums) >= least))
+    return (extreme + 1) / (FLIPS + 1)
+
+
+def value(row: Row, metric: str) -> float:
+    """A score as it is compared: to the decimals of per_image.csv; of the area error, its size."""
+    rounded = round(getattr(row, metric), DIGITS)
+    return abs(rounded) if metric == "area_error" else rounded
+
+
+def _pairs(rows: Iterable[Row], other: Other, metric: str, name: str) -> Pairs:
+    theirs = {row.image: value(row, metric) for row in other.rows if row.class_name == name}
+    found = {row.image: (value(row, metric), theirs[row.image]) for row in rows if row.class_name == name}
+    return {image: pair for image, pair in found.items() if not any(map(math.isnan, pair))}
+
+
+def _means(by_class: Sequence[Pairs]) -> Pairs:
+    """For each image the means over those classes on which both evaluations define the score."""
+    means = {}
+    for image in dict.fromkeys(image for pairs in by_class for image in pairs):
+        here, there = zip(*(pairs[image] for pairs in by_class if image in pairs), strict=True)
+        means[image] = sum(here) / len(here), sum(there) / len(there)
+    return means
