@@ -37,9 +37,9 @@ def comparison_table(comparison: Comparison) -> str:
                     *(str(count) for count in (d.better, d.worse, d.equal)),
                 )
             )
+    counted = f"{comparison.images} images of {comparison.patients} patients"
     text = [
-        f"this minus other ({comparison.against}), on the same {comparison.images} images of {comparison.patients} patients; "
-        "p of a sign-flip test of the patients' sums",
+        f"this minus other ({comparison.against}), on the same {counted}; p of a sign-flip test of the patients' sums",
         aligned(lines, words=2),
     ]
     if comparison.changed:

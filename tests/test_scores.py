@@ -2,10 +2,8 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 
-from pdrunet_jax.intervals import interval
 from pdrunet_jax.rows import METRICS, OVERLAP, Row, Rules
 from pdrunet_jax.scores import dice_line, image_means, statistic, summarise, table
 
@@ -33,34 +31,6 @@ def test_statistics_are_those_on_paper():
     assert values.median == 0.4
     assert values.std == pytest.approx(math.sqrt((0.09 + 0.01 + 0.16) / 2))
     assert values.low < 0.5 < values.high
-
-
-def test_intervals_repeat():
-    values = np.random.default_rng(0).uniform(size=20)
-    patients = [str(number // 2) for number in range(20)]
-    assert interval(values, patients, seed=3) == interval(values, patients, seed=3)
-    assert interval(values, patients, seed=3) != interval(values, patients, seed=4)
-
-
-def test_images_of_one_patient_do_not_count_as_independent():
-    """Every image twice: with patients known the interval stays, without it would shrink."""
-    values = np.random.default_rng(0).uniform(0.5, 1, size=30)
-    twice, patients = np.repeat(values, 2), [str(number) for number in np.repeat(np.arange(30), 2)]
-    once = np.diff(interval(values, [str(number) for number in range(30)])).item()
-    clustered = np.diff(interval(twice, patients)).item()
-    naive = np.diff(interval(twice, [str(number) for number in range(60)])).item()
-    assert clustered == pytest.approx(once, rel=0.01)
-    assert naive < 0.8 * clustered
-
-
-def test_intervals_cover_the_true_mean_for_patients_of_unequal_size():
-    generator, hits, trials = np.random.default_rng(5), 0, 400
-    for trial in range(trials):
-        sizes = generator.integers(1, 6, size=15)
-        values = np.repeat(0.8 + generator.normal(0, 0.1, size=15), sizes) + generator.normal(0, 0.05, sizes.sum())
-        low, high = interval(values, np.repeat(np.arange(15), sizes).astype(str).tolist(), trial, resamples=500)
-        hits += low <= 0.8 <= high
-    assert 0.91 <= hits / trials <= 0.98
 
 
 def test_macro_averages_the_classes_of_an_image_and_leaves_undefined_ones_out():
