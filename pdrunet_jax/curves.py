@@ -1,8 +1,9 @@
-"""Learning curves from metrics.jsonl, drawn as SVG that takes its colours from the page."""
+"""Curves drawn as SVG that takes its colours from the page, and those of training read from metrics.jsonl."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 34, 40
+_LONGEST_TITLE = 36
 _MOST_POINTS = 400
 
 
@@ -34,7 +36,24 @@ def read_metrics(path: Path) -> dict[str, Points]:
     return {key: sorted(points.items()) for key, points in values.items()}
 
 
-def curve(title: str, series: Mapping[str, Points], top: float | None = None) -> str:
+@dataclass(frozen=True)
+class Marks:
+    """What a chart shows beside its curves.
+
+    Attributes:
+        axis: Name of the horizontal axis.
+        at: A vertical line, and the words beside it.
+        reference: Points of a thin line that the curves are to be held against.
+        bars: (from, to, height), in the units of the axes, drawn behind everything.
+    """
+
+    axis: str = "step"
+    at: tuple[float, str] | None = None
+    reference: Points = field(default_factory=list)
+    bars: Sequence[tuple[float, float, float]] = ()
+
+
+def curve(title: str, series: Mapping[str, Points], top: float | None = None, marks: Marks | None = None) -> str:
     """One chart as an SVG element: a polyline for each of `series`, of class `line-0`, `line-1`, ...
 
     Args:
@@ -42,8 +61,10 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None) ->
         series: Label to points (step, value). At least one is not empty.
         top: Upper end of the value axis; the largest value when None. Values that fall to less than a tenth then get
             a logarithmic axis, on which the end of training can still be read.
+        marks: What else is drawn.
     """
-    points = [point for line in series.values() for point in line]
+    marks = marks or Marks()
+    points = [point for line in (*series.values(), marks.reference) for point in line]
     low, high = min(y for _, y in points), max(y for _, y in points)
     logarithmic = top is None and 0 < low < 0.1 * high
     values = _log_ticks(low, high) if logarithmic else _ticks(low, high if top is None else top, 5)
@@ -60,7 +81,11 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None) ->
         return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / right, _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * up
 
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    parts.append(f'<text class="title" x="{_LEFT}" y="20">{escape(title)}</text>')
+    parts.append(f'<text class="title" x="{_LEFT}" y="20">{escape(_shortened(title))}</text>')
+    for start, end, tall in marks.bars:
+        (x, y), (x_end, y_end) = place(start, tall), place(end, values[0])
+        size = f'width="{x_end - x - 1:.1f}" height="{y_end - y:.1f}"'
+        parts.append(f'<rect class="bar" x="{x + 0.5:.1f}" y="{y:.1f}" {size}/>')
     for value in values:
         _, y = place(0, value)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -69,7 +94,16 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None) ->
         x, _ = place(step, values[0])
         parts.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{_HEIGHT - 22}">{_short(step)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="tick" text-anchor="middle" x="{middle}" y="{_HEIGHT - 5}">step</text>')
+    parts.append(f'<text class="tick" text-anchor="middle" x="{middle}" y="{_HEIGHT - 5}">{escape(marks.axis)}</text>')
+    if marks.reference:
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in marks.reference)
+        parts.append(f'<polyline class="reference" points="{path}"/>')
+    if marks.at is not None:
+        x, y = place(marks.at[0], values[0])
+        side, shift = ("start", 5) if marks.at[0] < right / 2 else ("end", -5)
+        parts.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{y:.1f}"/>')
+        where = f'text-anchor="{side}" x="{x + shift:.1f}" y="{y - 8:.1f}"'
+        parts.append(f'<text class="label" {where}>{escape(marks.at[1])}</text>')
     legend = float(_WIDTH - _RIGHT)
     for number, (label, line) in reversed(list(enumerate(series.items()))):
         if not line:
@@ -82,10 +116,14 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None) ->
                 for x, y in line
             ]
         parts.append(f'<text class="label" text-anchor="end" x="{legend:.0f}" y="20">{escape(label)}</text>')
-        legend -= 6.4 * len(label) + 8
+        legend -= 7.4 * len(label) + 8
         parts.append(f'<line class="line line-{number}" x1="{legend - 14:.0f}" x2="{legend:.0f}" y1="16" y2="16"/>')
         legend -= 26
     return "".join(parts) + "</svg>"
+
+
+def _shortened(title: str) -> str:
+    return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"
 
 
 def _thinned(points: Points) -> Points:

@@ -8,11 +8,13 @@ import argparse
 import dataclasses
 import math
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from pdrunet_jax import cli, compare, config_io, scores
@@ -21,16 +23,18 @@ from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.evaluation import Evaluation, evaluate_split, spacings_of, unit_of, write_evaluation
-from pdrunet_jax.inference import check_threshold
 from pdrunet_jax.loading import load_model, load_options
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.postprocess import Cleaning
+from pdrunet_jax.report import write_evaluation_report
 from pdrunet_jax.rows import Rules
-from pdrunet_jax.runfolder import RunFolder
+from pdrunet_jax.runfolder import RunFolder, environment
+from pdrunet_jax.thresholds import Threshold, resolve_threshold
 
 
 @dataclass(frozen=True)
 class Options:
-    """Score a model on a dataset: a table here, per_image.csv, summary.json and worst.png in a folder."""
+    """Score a model on a dataset: a table here, report.html, per_image.csv, summary.json and more in a folder."""
 
     weights: str
     """Run folder, checkpoint, .safetensors or public .pth."""
@@ -42,8 +46,9 @@ class Options:
     """Folder for the results; evaluation/SPLIT in the run folder for the run's own data, else evaluation here."""
     batch_size: int = 8
     """Images in each batch."""
-    threshold: float = 0.5
-    """Probability above which a pixel is foreground; for one output only."""
+    threshold: Threshold = 0.5
+    """Probability above which a pixel is foreground, or validation: the one that scored best on the validation images
+    of the training. For one output only."""
     tolerance: float = Rules.tolerance
     """Distance up to which nsd counts a boundary as right: in mm if the pixel spacing of every image is known (DICOM,
     or spacing in dataset.toml), else in pixels."""
@@ -52,6 +57,7 @@ class Options:
     against: str | None = None
     """What to compare with on the same images: the folder of another evaluation, or weights, which are then evaluated
     too (at the size that they were trained at). A table here, comparison.json and comparison.csv in the folder."""
+    cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
 
 
 def run_of(weights: str | Path) -> RunFolder | None:
@@ -77,22 +83,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = config_io.check(Config(data=options.data), "the command line").data
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: at least one image makes a batch")
-    check_threshold(options.threshold)
     if not (math.isfinite(options.tolerance) and options.tolerance >= 0):
         raise UserError(f"--tolerance {options.tolerance}: a distance is 0 or more")
     if not (math.isnan(options.empty_dice) or 0 <= options.empty_dice <= 1):
         raise UserError(f"--empty-dice {options.empty_dice}: give a number from 0 to 1, or nan")
+    threshold = _threshold(options, options.weights)
     dataset = open_dataset(config)
     other = _other(options, dataset)
     model = _model(options.weights, dataset)
     rival = None if other or options.against is None else _model(options.against, dataset)
+    their_threshold = threshold if rival is None else _threshold(options, str(options.against))
     for note in dataset.notes:
         print(note)
-    evaluation = _evaluate(model, dataset, config, options)
+    began = time.monotonic()
+    evaluation = _evaluate(model, dataset, config, options, threshold)
+    seconds = time.monotonic() - began
     if rival is not None:
         size = load_options(str(options.against)).get("size")
         resized = dataclasses.replace(config, size=tuple(size)) if size else config
-        rows = _evaluate(rival, dataset, resized, options).rows
+        rows = _evaluate(rival, dataset, resized, options, their_threshold).rows
         other = compare.Other(str(options.against), rows)
     run = run_of(options.weights)
     folder = options.output
@@ -103,16 +112,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "weights": options.weights,
         "data": config.root,
         "size": list(config.height_width),
-        "threshold": options.threshold,
+        "threshold": threshold,
+        "threshold_from": "validation" if options.threshold == "validation" else "option",
+        "cleaning": asdict(options.cleaning),
+        "seconds": round(seconds, 3),
     }
-    write_evaluation(evaluation, folder, about)
+    write_evaluation(evaluation, folder, about, environment(jax.devices()[0].device_kind))
     print(scores.table(evaluation.summary))
     print(*evaluation.remarks(), sep="\n")
     if other is not None:
         comparison = compare.compare(evaluation.rows, other, evaluation.summary.rules)
         write_comparison(comparison, evaluation.rows, other, folder)
         print(comparison_table(comparison))
-    print(f"results in {folder}")
+    print(f"results in {folder}, to look at: {write_evaluation_report(folder)}")
     print(evaluation.line)
 
 
@@ -146,16 +158,21 @@ def _model(weights: str, dataset: Dataset) -> PDRUNet:
     return load_model(weights)
 
 
-def _evaluate(model: PDRUNet, dataset: Dataset, config: DataConfig, options: Options) -> Evaluation:
+def _threshold(options: Options, weights: str) -> float:
+    return resolve_threshold(options.threshold, load_options(weights), weights)
+
+
+def _evaluate(model: PDRUNet, dataset: Dataset, config: DataConfig, options: Options, threshold: float) -> Evaluation:
     return evaluate_split(
         model,
         dataset,
         options.split,
         config,
         batch_size=options.batch_size,
-        threshold=options.threshold,
+        threshold=threshold,
         tolerance=options.tolerance,
         empty_dice=options.empty_dice,
+        cleaning=options.cleaning,
     )
 
 

@@ -7,7 +7,7 @@ faster; the two differ by little.) Ignored pixels count nowhere.
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pdrunet_jax import metrics, pictures, scores
+from pdrunet_jax.calibration import Curves, Histograms
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.images import read_image, read_spacing
@@ -25,6 +26,7 @@ from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.files import atomic_write
 from pdrunet_jax.inference import check_threshold, classify, predict_batches, restore
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.postprocess import Cleaning, clean
 from pdrunet_jax.rows import Row, Rules, score, to_csv
 
 WORST = 6
@@ -47,6 +49,8 @@ class Evaluation:
     """By sample id the predicted class indices at the input's resolution, uint8, compressed by zlib."""
     unit_note: str
     """The unit of distances, and why it is that one."""
+    curves: dict[str, Curves]
+    """Calibration and threshold curve of each class, before any cleaning."""
 
     @property
     def line(self) -> str:
@@ -63,6 +67,26 @@ class Evaluation:
         scored = [(sample, values[sample.id]) for sample in self.samples if not np.isnan(values[sample.id])]
         return sorted(scored, key=lambda case: -case[1])
 
+    def cases(self) -> list[tuple[str, int, Sample, float]]:
+        """Kind, rank from 1, sample and Dice of the best, median and worst cases, none of them twice."""
+        ranked = self.ranked()
+        middle = max(0, len(ranked) // 2 - 1)
+        chosen = {"best": ranked, "median": ranked[middle:], "worst": ranked[::-1]}
+        cases: list[tuple[str, int, Sample, float]] = []
+        seen: set[str] = set()
+        for kind, number in sorted(CASES, key=lambda case: case[0] == "median"):  # the ends have the first choice
+            for rank, (sample, dice) in enumerate(chosen[kind][:number], 1):
+                if sample.id not in seen:
+                    seen.add(sample.id)
+                    cases.append((kind, rank, sample, dice))
+        order = [kind for kind, _ in CASES]
+        return sorted(cases, key=lambda case: order.index(case[0]))
+
+    def masks_of(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Truth and prediction of a sample, (H, W) uint8 at its own resolution."""
+        truth = read_mask(_mask_of(sample), self.dataset.coding)
+        return truth, np.frombuffer(zlib.decompress(self.masks[sample.id]), np.uint8).reshape(truth.shape)
+
 
 def evaluate_split(
     model: PDRUNet,
@@ -74,6 +98,7 @@ def evaluate_split(
     threshold: float = 0.5,
     tolerance: float = Rules.tolerance,
     empty_dice: float = Rules.empty_dice,
+    cleaning: Cleaning | None = None,
 ) -> Evaluation:
     """Score `model` on one split, or on every image for "all".
 
@@ -87,52 +112,82 @@ def evaluate_split(
         tolerance: Distance up to which `nsd` counts a boundary as right; in mm if the pixel spacing of every image is
             known, else in pixels.
         empty_dice: Dice and IoU where a class is in neither truth nor prediction; NaN leaves it out of means.
+        cleaning: What is done to each mask before it is scored.
 
     Raises:
         UserError: The split is empty, model and dataset have different classes, or the threshold does not fit.
     """
+    check_threshold(threshold, model.outputs)
+    samples = dataset.of(split)
+    spacings, unit_note = spacings_of(dataset, samples)
+    rules = Rules(unit_of(spacings), tolerance, empty_dice)
+    rows: list[Row] = []
+    masks = {}
+    histograms = Histograms(dataset.class_names, empty_dice)
+    for sample, probability, truth in predicted_probabilities(model, dataset, split, config, batch_size=batch_size):
+        histograms.add(probability, truth)
+        predicted = classify(probability, threshold)
+        if cleaning is not None:
+            predicted = clean(predicted, cleaning)
+        spacing = spacings.get(sample.id)
+        rows += score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
+        masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
+    summary = scores.summarise(rows, rules)
+    return Evaluation(dataset, split, samples, tuple(rows), summary, masks, unit_note, histograms.curves())
+
+
+def predicted_probabilities(
+    model: PDRUNet, dataset: Dataset, split: str, config: DataConfig, *, batch_size: int = 8
+) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
+    """Each sample with its probabilities, as in `Prediction`, and its truth (H, W), at its own resolution.
+
+    Arguments and errors as for `evaluate_split`.
+    """
     from pdrunet_jax.data.pipeline import eval_batches
 
-    check_threshold(threshold, model.outputs)
     _check_classes(model, dataset)
     samples = dataset.of(split)
     if not samples:
         filled = [name for name in ("train", "val", "test") if dataset.of(name)]
         raise UserError(f"{dataset.root} has no images in the split {split}; --split takes {', '.join(filled)} or all")
-    spacings, unit_note = spacings_of(dataset, samples)
-    rules = Rules(unit_of(spacings), tolerance, empty_dice)
-    rows: list[Row] = []
-    masks = {}
     batches = eval_batches(dataset, split, config, batch_size=batch_size, channels=model.in_channels)
     for batch, logits in predict_batches(model, batches):
         probability = metrics.probabilities(np.asarray(logits))
         for number in np.flatnonzero(batch["valid"]):
             sample = samples[int(batch["index"][number])]
             truth = read_mask(_mask_of(sample), dataset.coding)
-            predicted = classify(restore(probability[number], truth.shape), threshold)
-            spacing = spacings.get(sample.id)
-            rows += score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
-            masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
-    return Evaluation(dataset, split, samples, tuple(rows), scores.summarise(rows, rules), masks, unit_note)
+            yield sample, restore(probability[number], truth.shape), truth
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path, about: dict[str, Any] | None = None) -> None:
-    """Write per_image.csv, summary.json, worst.png and the report's cases into `folder`, which is made.
+def write_evaluation(
+    evaluation: Evaluation,
+    folder: Path,
+    about: dict[str, Any] | None = None,
+    environment: dict[str, Any] | None = None,
+) -> None:
+    """Write per_image.csv, summary.json, curves.json, worst.png and the report's cases into `folder`, which is made.
 
-    `about` (the weights, settings) goes into summary.json as it is. Raises `RunError` if the folder cannot be written.
+    `about` (the weights, settings) and `environment` go into summary.json as they are. Raises `RunError` if the folder
+    cannot be written.
     """
     try:
         (folder / "cases").mkdir(parents=True, exist_ok=True)
+        for name in ("comparison.json", "comparison.csv"):  # of an earlier evaluation, whose scores are replaced
+            (folder / name).unlink(missing_ok=True)
         atomic_write(folder / "per_image.csv", to_csv(evaluation.rows))
+        curves = {name: each.to_dict() for name, each in evaluation.curves.items()}
+        atomic_write(folder / "curves.json", json.dumps(curves, ensure_ascii=False) + "\n")
         if ranked := evaluation.ranked():
             pictures.save(_sheet(evaluation, ranked[: -WORST - 1 : -1]), folder / "worst.png")
         summary = {
             "line": evaluation.line,
             "split": evaluation.split,
             **evaluation.summary.to_dict(),
+            "expected_calibration_error": {name: each["expected_calibration_error"] for name, each in curves.items()},
             "dataset": describe(evaluation.dataset),
             "about": {"resolution": "input", **(about or {})},
-            "cases": _write_cases(evaluation, ranked, folder),
+            "environment": environment or {},
+            "cases": _write_cases(evaluation, folder),
         }
         atomic_write(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
@@ -184,33 +239,20 @@ def unit_of(spacings: Mapping[str, tuple[float, float]]) -> str:
     return "mm" if spacings else "pixels"
 
 
-def _case(evaluation: Evaluation, sample: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, truth and prediction of a sample, at its own resolution."""
-    truth = read_mask(_mask_of(sample), evaluation.dataset.coding)
-    predicted = np.frombuffer(zlib.decompress(evaluation.masks[sample.id]), np.uint8).reshape(truth.shape)
-    return read_image(sample.image, 1), truth, predicted
-
-
 def _sheet(evaluation: Evaluation, cases: Sequence[tuple[Sample, float]]) -> Image.Image:
-    images, truths, predictions = zip(*(_case(evaluation, sample) for sample, _ in cases), strict=True)
+    images = [read_image(sample.image, 1) for sample, _ in cases]
+    truths, predictions = zip(*(evaluation.masks_of(sample) for sample, _ in cases), strict=True)
     captions = [f"dice {dice:.3f}  {sample.id}" for sample, dice in cases]
     return pictures.sample_sheet(images, truths, predictions, captions)
 
 
-def _write_cases(evaluation: Evaluation, ranked: list[tuple[Sample, float]], folder: Path) -> list[dict[str, Any]]:
-    """Save the panels of the best, median and worst cases, none of them twice; what they are, as JSON values."""
-    middle = max(0, len(ranked) // 2 - 1)
-    chosen = {"best": ranked, "median": ranked[middle:], "worst": ranked[::-1]}
+def _write_cases(evaluation: Evaluation, folder: Path) -> list[dict[str, Any]]:
+    """Save the panels of the best, median and worst cases; what they are, as JSON values."""
     cases: list[dict[str, Any]] = []
-    seen: set[str] = set()
-    for kind, number in sorted(CASES, key=lambda case: case[0] == "median"):  # the ends have the first choice
-        for rank, (sample, dice) in enumerate(chosen[kind][:number], 1):
-            if sample.id in seen:
-                continue
-            seen.add(sample.id)
-            names = [f"cases/{kind}_{rank}_{panel}.png" for panel in pictures.PANELS]
-            for name, picture in zip(names, pictures.panels(*_case(evaluation, sample)), strict=True):
-                pictures.save(picture, folder / name)
-            cases.append({"kind": kind, "image": sample.id, "dice": dice, "panels": names})
-    order = [kind for kind, _ in CASES]
-    return sorted(cases, key=lambda case: order.index(case["kind"]))
+    for kind, rank, sample, dice in evaluation.cases():
+        names = [f"cases/{kind}_{rank}_{panel}.png" for panel in pictures.PANELS]
+        drawn = pictures.panels(read_image(sample.image, 1), *evaluation.masks_of(sample))
+        for name, picture in zip(names, drawn, strict=True):
+            pictures.save(picture, folder / name)
+        cases.append({"kind": kind, "image": sample.id, "dice": dice, "panels": names})
+    return cases

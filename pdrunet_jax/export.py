@@ -13,12 +13,13 @@ from pdrunet_jax import cli
 from pdrunet_jax.errors import RunError, UserError
 from pdrunet_jax.export_check import Run, check_images, compare
 from pdrunet_jax.files import atomic_write, writing
-from pdrunet_jax.inference import check_threshold, height_width
+from pdrunet_jax.inference import height_width
 from pdrunet_jax.loading import class_names, load_model, load_options
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.onnx_graph import build_onnx, open_onnx, require
 from pdrunet_jax.resampling import tall_images_vertically_first
 from pdrunet_jax.stablehlo_export import build_stablehlo, open_stablehlo
+from pdrunet_jax.thresholds import Threshold, resolve_threshold
 
 Format = Literal["onnx", "stablehlo"]
 
@@ -39,8 +40,9 @@ class Options:
     """The file to write."""
     size: tuple[int, ...] = ()
     """Height and width in pixels that the network works at, one number for both; as it was trained when left out."""
-    threshold: float = 0.5
-    """Probability above which a pixel is foreground; for one output only."""
+    threshold: Threshold = 0.5
+    """Probability above which a pixel is foreground, or validation: the one that scored best on the validation images
+    of the training. For one output only."""
     check_image: tuple[Path, ...] = ()
     """Images to compare on; synthetic X-rays when left out."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -53,7 +55,7 @@ def export(
     *,
     format: Format,
     size: tuple[int, int] | None = None,
-    threshold: float = 0.5,
+    threshold: Threshold = 0.5,
     check: Sequence[Path] = (),
     force: bool = False,
 ) -> list[str]:
@@ -64,7 +66,8 @@ def export(
         output: the file.
         format: "onnx" or "stablehlo".
         size: (height, width) that the network works at, if not the one it was trained at.
-        threshold: probability above which a pixel is foreground, for one output.
+        threshold: probability above which a pixel is foreground, for one output; "validation" for the one that the
+            weights hold.
         check: images to compare on; synthetic X-rays where there are none.
         force: replace `output` if it exists.
 
@@ -76,7 +79,7 @@ def export(
     _check_target(Path(weights), output, force)
     build, open_file = _tools(format)
     model, known = load_model(weights, param_dtype=jnp.float32), load_options(weights)
-    check_threshold(threshold, model.outputs)
+    threshold = resolve_threshold(threshold, known, weights)
     network_size = size or model.size
     if network_size is None:
         raise UserError(f"{weights} does not state the size that it was trained at; give --size")

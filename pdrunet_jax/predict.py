@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pdrunet_jax import cli
 from pdrunet_jax.errors import DataError, RunError, UserError
-from pdrunet_jax.inference import Augmentation, Prediction, check_threshold, height_width, predict
+from pdrunet_jax.inference import Augmentation, Prediction, height_width, predict
 from pdrunet_jax.integrity import content_digest
 from pdrunet_jax.loading import class_names, load_model, load_options
 from pdrunet_jax.model import PDRUNet
@@ -28,6 +28,7 @@ from pdrunet_jax.predict_outputs import Outputs, write_result
 from pdrunet_jax.predict_record import Areas
 from pdrunet_jax.predict_resume import Recipe, finished
 from pdrunet_jax.stopping import StopFlag
+from pdrunet_jax.thresholds import Threshold, resolve_threshold
 from pdrunet_jax.tiling import RADIUS
 from pdrunet_jax.weights import to_public
 
@@ -51,9 +52,9 @@ class Options:
     size: tuple[int, ...] | Literal["own"] = ()
     """Height and width in pixels that the network works at, one number for both, or own: each image's own. As it was
     trained when left out, and the image's own where the weights do not tell."""
-    threshold: float | None = None
-    """Probability above which a pixel is foreground; for one output only. What the weights say when left out, or 0.5
-    where they say nothing."""
+    threshold: Threshold = 0.5
+    """Probability above which a pixel is foreground, or validation: the one that scored best on the validation images
+    of the training. For one output only."""
     augmentation: Augmentation = "none"
     """Average the probabilities with those of the mirrored image: flip, left to right; flips, top to bottom, too."""
     tile: int | None = None
@@ -84,7 +85,7 @@ def _run(options: Options, stop: StopFlag) -> int | None:
     names = name_results(find_images(options.inputs, options.output))
     share = take_shard(names, shard)
     model, known = load_model(options.weights), load_options(options.weights)
-    threshold = _threshold(options.threshold, known, model)
+    threshold = resolve_threshold(options.threshold, known, options.weights)
     classes = class_names(model, known.get("class_names"))
     settings = _settings(options, model, classes, size or known.get("size") or "own", threshold)
     recipe = Recipe(settings, tuple(classes), model.outputs, options.outputs)
@@ -146,15 +147,6 @@ def _size(size: tuple[int, ...] | Literal["own"]) -> tuple[int, int] | Literal["
     if not size:
         return None
     return height_width(size, ", or own")
-
-
-def _threshold(given: float | None, known: Mapping[str, Any], model: PDRUNet) -> float:
-    """What the user says, else what was chosen on validation images, else 0.5."""
-    chosen = known.get("threshold")
-    if given is None and model.outputs == 1 and isinstance(chosen, int | float) and 0 <= chosen <= 1:
-        return float(chosen)
-    check_threshold(0.5 if given is None else given, model.outputs)
-    return 0.5 if given is None else given
 
 
 def _settings(options: Options, model: PDRUNet, classes: list[str], size: Any, threshold: float) -> dict[str, Any]:

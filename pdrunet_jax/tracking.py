@@ -15,7 +15,7 @@ from pdrunet_jax.config import Config
 from pdrunet_jax.errors import RunError
 from pdrunet_jax.files import atomic_write
 from pdrunet_jax.runfolder import RunFolder
-from pdrunet_jax.wandb_run import Picture, WandbRun
+from pdrunet_jax.wandb_run import Picture, ScoreTable, WandbRun
 
 __all__ = ["MetricsLog", "Picture", "Progress", "Tracker"]
 
@@ -143,6 +143,11 @@ class Tracker:
         )
         self.say(f"validation at step {step}: {shown}")
         self._wandb.log(step, _numbers(entry), pictures)
+
+    def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
+        """Report the final scores of one split to W&B; the run folder has its own files of them."""
+        self.progress.close()  # what is printed from here on stands below the bar
+        self._wandb.scores(split, summary, table, pictures)
 
     def say(self, line: str) -> None:
         """Print a line on standard output."""

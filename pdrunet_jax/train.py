@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pdrunet_jax.data.dataset import Dataset
     from pdrunet_jax.runfolder import RunFolder
     from pdrunet_jax.step import TrainState
+    from pdrunet_jax.tracking import Tracker
 
 
 def main() -> int:
@@ -33,6 +34,7 @@ def main() -> int:
         RunFolder(arguments.run_folder).require_free()  # before JAX is loaded, which takes longer than this answer may
         from pdrunet_jax import startup
         from pdrunet_jax.data.dataset import open_dataset
+        from pdrunet_jax.finish import finish
 
         config = arguments.settings
         device = startup.prepare(config.train.precision, config.train.deterministic)
@@ -53,17 +55,16 @@ def main() -> int:
             load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
         run = open_run(arguments.run_folder, config, device)
         with run.lock():
-            if not stop:
-                train(config, run, dataset, outputs, stop)
-            if not stop:
-                finish(config, run, dataset)
+            tracker = None if stop else train(config, run, dataset, outputs, stop)
+            if tracker is not None:
+                finish(config, run, dataset, tracker, stop)
         return cli.STOPPED if stop else 0
 
 
-def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, stop: StopFlag) -> None:
+def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, stop: StopFlag) -> "Tracker | None":
     """Train to `config.train.steps` or until asked to stop, from the newest checkpoint in `run` if there is one.
 
-    Everything is saved when this returns.
+    Everything is saved when this returns: the tracker, still open for the final scores, or None if it was stopped.
 
     Raises:
         RunError: the loss or a gradient was not finite, or the loss spiked, or the disk refused.
@@ -188,29 +189,12 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
             save()
         if stop:
             tracker.say(f"asked to stop ({stop.signal}): saved at step {step}; the same command resumes")
-        tracker.finish("stopped" if stop else "finished")
+            tracker.finish("stopped")
+            return None
+        return tracker
     except BaseException as error:
         tracker.finish("failed", str(error))
         raise
-
-
-def finish(config: "Config", run: "RunFolder", dataset: "Dataset") -> None:
-    """Score the best weights on the test images, write the report, and print the scores last."""
-    from pdrunet_jax import scores
-    from pdrunet_jax.baseline import threshold_baseline
-    from pdrunet_jax.evaluation import evaluate_split, write_evaluation
-    from pdrunet_jax.loading import load_model
-    from pdrunet_jax.report import write_report
-
-    split = "test" if dataset.of("test") else "val"
-    result = evaluate_split(load_model(run.path), dataset, split, config.data, batch_size=config.train.batch_size)
-    write_evaluation(result, run.path / "evaluation" / split, {"weights": str(run.best)})
-    print(scores.table(result.summary))
-    print(*result.remarks(), sep="\n")
-    if len(dataset.class_names) == 1:
-        print(f"the best global threshold scores {threshold_baseline(dataset, split):.3f} on the same images")
-    print(f"report: {write_report(run.path)}")
-    print(result.line)
 
 
 def _outputs(config: "Config", dataset: "Dataset") -> int:

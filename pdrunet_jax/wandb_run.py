@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ class Picture:
     image: np.ndarray
     prediction: np.ndarray
     truth: np.ndarray | None = None
+
+
+ScoreTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
+"""Names of columns, and the rows; NaN where a score is not defined."""
 
 
 class WandbRun:
@@ -87,6 +91,22 @@ class WandbRun:
             if images:
                 values["val/images"] = images
             self._run.log(values, step=step)
+
+    def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
+        """Final scores of one split: `summary` by name, a table with a row for each image and class, and pictures.
+
+        Their names are `SPLIT/...`; they go to the last step, or behind it where the run was ended there before.
+        """
+        if self._run is None:
+            return
+        with self._guarded("log the scores"):
+            columns, rows = table
+            cells = [[None if cell != cell else cell for cell in row] for row in rows]
+            values: dict[str, Any] = {f"{split}/per_image": _import().Table(columns=list(columns), data=cells)}
+            if images := [self._image(picture) for picture in pictures]:
+                values[f"{split}/images"] = images
+            self._run.log(values, step=max(self._run.step, self._config.train.steps))
+            self._run.summary.update({f"{split}/{name}": value for name, value in summary.items() if value == value})
 
     def finish(self, status: str, message: str = "") -> None:
         """Upload what is left, alert (only online) and close. `status` is "finished", "stopped" or "failed".

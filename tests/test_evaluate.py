@@ -14,6 +14,7 @@ from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.evaluate import main
 from pdrunet_jax.evaluation import evaluate_split, write_evaluation
+from pdrunet_jax.postprocess import Cleaning
 from pdrunet_jax.rows import COLUMNS, METRICS, read_csv
 from pdrunet_jax.runfolder import open_run
 
@@ -182,14 +183,37 @@ def test_the_command_takes_other_data_and_split_and_output(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "all dice 1.000 (95% 1.000-1.000, 6 images, 5 patients)"
-    about = json.loads((tmp_path / "out" / "summary.json").read_text())["about"]
-    assert about == {
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["about"].pop("seconds") > 0
+    assert summary["about"] == {
         "resolution": "input",
         "weights": str(weights),
         "data": str(root),
         "size": [24, 32],
         "threshold": 0.5,
+        "threshold_from": "option",
+        "cleaning": {"largest": 0, "min_area": 0, "fill_holes": False},
     }
+    assert summary["environment"]["jax"]
+    assert "squares, all images" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_masks_are_cleaned_before_they_are_scored_when_asked_to(tmp_path):
+    """The specks that `save_dataset` leaves above each square are made bright here: one false pixel an image."""
+    root = save_dataset(tmp_path / "data")
+    for path in (root / "images").iterdir():
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[0, int(path.stem)] = 200 + int(path.stem)
+        Image.fromarray(pixels).save(path)
+    as_it_is = evaluated(root)
+    assert [row.dice for row in as_it_is.rows] == pytest.approx([288 / 289] * 3)
+    assert {row.dice for row in evaluated(root, cleaning=Cleaning(largest=1)).rows} == {1.0}
+    weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[24, 32])
+    main(["--weights", str(weights), "--data.root", str(root), "--output", str(tmp_path / "out"), "--min-area", "2"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["macro"]["dice"]["mean"] == 1
+    assert summary["about"]["cleaning"] == {"largest": 0, "min_area": 2, "fill_holes": False}
+    assert "Masks were cleaned: min_area = 2" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -201,6 +225,8 @@ def test_the_command_takes_other_data_and_split_and_output(tmp_path):
         (["--weights", "w.safetensors", "--batch-size", "0"], "--batch-size 0"),
         (["--weights", "w.safetensors", "--data.threshold", "0"], "threshold"),
         (["--weights", "w.safetensors", "--threshold", "1.5"], "1.5"),
+        (["--weights", "w.safetensors", "--threshold", "validation"], "w.safetensors holds no threshold"),
+        (["--weights", "w.safetensors", "--largest", "-1"], "--largest -1"),
         (["--weights", "w.safetensors", "--tolerance", "-1"], "--tolerance -1"),
         (["--weights", "w.safetensors", "--empty-dice", "2"], "--empty-dice 2"),
     ],

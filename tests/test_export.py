@@ -23,6 +23,7 @@ from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.onnx_graph import build_onnx, open_onnx
 from pdrunet_jax.resampling import tall_images_vertically_first
 from pdrunet_jax.stablehlo_export import build_stablehlo, open_stablehlo
+from pdrunet_jax.weight_files import read_weights, write_safetensors
 from tests.tiny import brightness_model, save_image, save_model
 
 onnx = pytest.importorskip("onnx")
@@ -123,7 +124,9 @@ def test_the_threshold_is_inside(form: str) -> None:
 
 
 def test_stablehlo_needs_nothing_but_jax(weights: Path, tmp_path: Path) -> None:
-    export(weights, tmp_path / "model.stablehlo", format="stablehlo", threshold=0.4)
+    file = read_weights(weights)
+    write_safetensors(weights, file.arrays, {**file.options, "threshold": 0.4})
+    export(weights, tmp_path / "model.stablehlo", format="stablehlo", threshold="validation")
     images = np.stack([draw(number, size=40).image for number in range(3)])[..., None]
     np.save(tmp_path / "images.npy", images)
     program = """

@@ -122,15 +122,6 @@ def test_results_keep_the_folders_below_the_common_one_and_never_collide():
     assert len({str(name).lower() for name in name_results(tricky).values()}) == 3
 
 
-def test_the_threshold_of_the_weights_is_the_default(tmp_path):
-    weights = save_model(brightness_model(), tmp_path / "w.safetensors", threshold=0.4)
-    save_image(tmp_path / "x.png", np.full((8, 8), 126))  # a probability of 0.45
-    main([str(tmp_path / "x.png"), "--weights", str(weights), "--output", str(tmp_path / "a")])
-    main([str(tmp_path / "x.png"), "--weights", str(weights), "--output", str(tmp_path / "b"), "--threshold", "0.5"])
-    assert np.asarray(Image.open(tmp_path / "a/x_mask.png")).min() == 1
-    assert np.asarray(Image.open(tmp_path / "b/x_mask.png")).max() == 0
-
-
 def test_cleaning_changes_the_mask_and_the_area_but_not_the_probability(tmp_path, weights):
     pixels = SQUARE.copy()
     pixels[18, 25] = 20

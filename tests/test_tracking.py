@@ -1,7 +1,6 @@
 """What a run reports: the metrics file to the last bit, lines and a bar, and W&B that never harms a run."""
 
 import fcntl
-import importlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from wandb_files import history, records
 
 from pdrunet_jax import config_io
 from pdrunet_jax.config import Config
@@ -144,34 +144,6 @@ def test_a_key_in_the_environment_or_netrc_means_logged_in(tmp_path: Path, monke
     assert logged_in()
 
 
-def frames(path: Path) -> Iterator[bytes]:
-    """The records of a `.wandb` file: LevelDB's log format after a header of 7 bytes."""
-    data, position, record = path.read_bytes(), 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:  # a block ends in padding where no header fits
-            position += left
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or last part
-            yield record
-            record = b""
-
-
-def records(run: RunFolder) -> list[list[Any]]:
-    """What each offline run of a folder holds."""
-    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
-    paths = sorted(run.wandb.glob("offline-run-*/*.wandb"))
-    return [[messages.Record.FromString(frame) for frame in frames(path)] for path in paths]
-
-
-def history(found: list[Any], key: str) -> list[Any]:
-    items = [item for record in found if record.HasField("history") for item in record.history.item]
-    return [json.loads(item.value_json) for item in items if key in (item.key, *item.nested_key)]
-
-
 def test_an_offline_run_holds_config_metrics_and_masks_and_nothing_secret(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,7 +156,7 @@ def test_an_offline_run_holds_config_metrics_and_masks_and_nothing_secret(
         tracker.log(start + 5, {"train/loss": 0.5, "data/sequence": "text"})
         tracker.validation(start + 10, {"val/dice": 0.25 + start / 40}, [Picture("case", grey, mask, mask)])
         tracker.finish("finished")
-    first, second = records(run)
+    first, second = records(run.path)
     assert history(first, "val/dice") == [0.25]
     assert history(second, "val/dice") == [0.5]
     assert history(second, "_step") == [15, 20]
@@ -262,7 +234,7 @@ def test_a_server_that_fails_costs_a_warning_and_a_bounded_wait_and_the_run_is_k
     assert "Traceback" not in result.stderr
     assert "W&B: offline" in result.stdout
     assert [entry["step"] for entry in MetricsLog(run.metrics).read()] == [10]
-    assert history(records(run)[0], "train/loss") == [0.5]
+    assert history(records(run.path)[0], "train/loss") == [0.5]
 
 
 def test_any_failure_inside_wandb_is_one_warning(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,45 @@
+"""Reads back what W&B has written for a run that was offline."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def frames(path: Path) -> Iterator[bytes]:
+    """The records of a `.wandb` file: LevelDB's log format after a header of 7 bytes."""
+    data, position, record = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # a block ends in padding where no header fits
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or last part
+            yield record
+            record = b""
+
+
+def records(run: Path) -> list[list[Any]]:
+    """What each offline run of a run folder holds."""
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    paths = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    return [[messages.Record.FromString(frame) for frame in frames(path)] for path in paths]
+
+
+def history(found: list[Any], key: str) -> list[Any]:
+    items = [item for record in found if record.HasField("history") for item in record.history.item]
+    return [json.loads(item.value_json) for item in items if key in (item.key, *item.nested_key)]
+
+
+def summary(found: list[Any]) -> dict[str, Any]:
+    """The last value of each entry of a run's summary."""
+    values = {}
+    for record in found:
+        if record.HasField("summary"):
+            for item in record.summary.update:
+                values["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    return values
