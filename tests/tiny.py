@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
+from scipy import ndimage
 
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.weight_files import write_safetensors
@@ -64,6 +65,12 @@ def bright_square(height: int, width: int, top: int, left: int, side: int, value
     pixels = np.full((height, width), 20, np.uint8)
     pixels[top : top + side, left : left + side] = value
     return pixels
+
+
+def blobs(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """A random mask of smooth shapes, of 2 to 80 % of the pixels."""
+    noise = ndimage.gaussian_filter(rng.standard_normal(shape), rng.uniform(0.5, 4))
+    return noise > np.quantile(noise, rng.uniform(0.2, 0.98))
 
 
 def save_dataset(root: Path, *, errors: dict[int, int] | None = None, count: int = 6, ignore: bool = False) -> Path:
