@@ -15,6 +15,8 @@ from pdrunet_jax.files import atomic_write
 from pdrunet_jax.rows import METRICS, Row
 from pdrunet_jax.scores import aligned, label, without_nan
 
+FILES = ("comparison.json", "comparison.csv")
+
 
 def comparison_table(comparison: Comparison) -> str:
     """The comparison as text: a line for each class and metric, and the images that changed most."""
@@ -28,7 +30,7 @@ def comparison_table(comparison: Comparison) -> str:
             lines.append(
                 (
                     name,
-                    _title(metric, comparison.unit, comparison.tolerance),
+                    compared_label(metric, comparison.unit, comparison.tolerance),
                     f"{d.this:.3f}",
                     f"{d.other:.3f}",
                     f"{d.mean:+.3f}",
@@ -53,7 +55,7 @@ def comparison_table(comparison: Comparison) -> str:
     return "\n".join(text)
 
 
-def _title(metric: str, unit: str, tolerance: float) -> str:
+def compared_label(metric: str, unit: str, tolerance: float) -> str:
     """As `scores.label`; area errors are compared by their size, so that less is better."""
     return "|area_error|" if metric == "area_error" else label(metric, unit, tolerance)
 
@@ -77,8 +79,15 @@ def write_comparison(comparison: Comparison, rows: Sequence[Row], other: Other, 
             change = compare.value(pair[0], metric) - compare.value(pair[1], metric)
             cells += [f"{value:.{compare.DIGITS}f}" for value in (*(getattr(side, metric) for side in pair), change)]
         writer.writerow(cells)
+    with_json, with_csv = (folder / name for name in FILES)
     try:
-        atomic_write(folder / "comparison.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        atomic_write(folder / "comparison.csv", file.getvalue())
+        atomic_write(with_json, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        atomic_write(with_csv, file.getvalue())
     except OSError as error:
         raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
+
+
+def remove_comparison(folder: Path) -> None:
+    """Remove what an earlier comparison left in `folder`: it is of other scores than are there now."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import jax
 import tyro
 
 from pdrunet_jax import cli, compare, config_io, scores
-from pdrunet_jax.comparison_outputs import comparison_table, write_comparison
+from pdrunet_jax.comparison_outputs import comparison_table, remove_comparison, write_comparison
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.errors import UserError
@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_evaluation(evaluation, folder, about, environment(jax.devices()[0].device_kind))
     print(scores.table(evaluation.summary))
     print(*evaluation.remarks(), sep="\n")
+    remove_comparison(folder)
     if other is not None:
         comparison = compare.compare(evaluation.rows, other, evaluation.summary.rules)
         write_comparison(comparison, evaluation.rows, other, folder)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pdrunet_jax import curves, pictures
-from pdrunet_jax.report_parts import Cell, bounds, embedded, legend, note, pairs, score, table
+from pdrunet_jax.comparison_outputs import compared_label
+from pdrunet_jax.report_parts import Cell, bounds, embedded, legend, note, score, table
 from pdrunet_jax.rows import METRICS
 from pdrunet_jax.scores import label, remarks
 
@@ -198,8 +199,32 @@ def _thresholds(scored: Scored, several: bool) -> list[str]:
 
 
 def comparison_of(scored: Scored) -> str:
-    """What comparison.json says, as it is."""
-    return pairs(scored.comparison)
+    """The differences to another evaluation, and the images that changed most."""
+    found = scored.comparison
+    groups = dict(found["classes"])
+    if len(groups) > 1:
+        groups["mean of classes"] = found["macro"]
+    rows: list[list[Cell]] = [
+        [
+            name,
+            compared_label(metric, found["unit"], found["tolerance"]),
+            *(d["this"], d["other"], d["mean"], bounds(d)),
+            "n/a" if d["p"] is None else f"{d['p']:.2g}",
+            *(str(d[count]) for count in ("better", "worse", "equal")),
+        ]
+        for name, values in groups.items()
+        for metric, d in values.items()
+    ]
+    head = ["class", "metric", "this", "other", "difference", "95 % interval", "p", "better", "worse", "equal"]
+    about = (
+        f"This minus other ({found['against']}), on the same {found['images']} images of {found['patients']} patients. "
+        "p: sign-flip test of the patients' sums, not corrected for the number of metrics."
+    )
+    changed: list[list[Cell]] = [
+        [case["image"], case["this"], case["other"], case["this"] - case["other"]] for case in found["changed"]
+    ]
+    most = table(["changed most", "Dice here", "there", "difference"], changed, text=1) if changed else ""
+    return table(head, rows, text=2) + note(about) + most
 
 
 def data_of(scored: Scored) -> str:

@@ -150,6 +150,11 @@ def test_the_command_compares_with_weights_and_with_the_folder_of_their_evaluati
     for line in rows:
         change = float(line["dice_this"]) - float(line["dice_other"])
         assert float(line["dice_difference"]) == pytest.approx(change, abs=2e-6)
+    page = (place / "out/report.html").read_text()
+    assert "This minus other (coarse/per_image.csv), on the same 3 images of 2 patients" in page
+    assert "changed most" in page
+    evaluate("w.safetensors")
+    assert not list((place / "out").glob("comparison*"))
 
 
 @pytest.mark.parametrize(
