@@ -144,15 +144,17 @@ def compare(rows: Sequence[Row], other: Other, rules: Rules, seed: int = 0) -> C
     pairs = {metric: {name: _pairs(rows, other, metric, name) for name in names} for metric in METRICS}
     means = {metric: _means(list(by_class.values())) for metric, by_class in pairs.items()}
     changes = sorted(means["dice"].items(), key=lambda case: -abs(case[1][0] - case[1][1]))
+    classes = {
+        name: {metric: difference(metric, pairs[metric][name], patient_of, seed) for metric in METRICS}
+        for name in names
+    }
+    one = len(names) == 1
     return Comparison(
         against=other.name,
         unit=rules.unit,
         tolerance=rules.tolerance,
-        classes={
-            name: {metric: difference(metric, pairs[metric][name], patient_of, seed) for metric in METRICS}
-            for name in names
-        },
-        macro={metric: difference(metric, means[metric], patient_of, seed) for metric in METRICS},
+        classes=classes,
+        macro=classes[names[0]] if one else {name: difference(name, means[name], patient_of, seed) for name in METRICS},
         changed=tuple((image, here, there) for image, (here, there) in changes[:NAMED] if here != there),
         images=len(patient_of),
         patients=len(set(patient_of.values())),

@@ -72,13 +72,15 @@ def summarise(rows: Sequence[Row], rules: Rules, seed: int = 0) -> Summary:
         values, patients = [scores[image] for image in defined], [patient_of[image] for image in defined]
         return statistic(values, patients, seed, RANGES.get(metric, (0.0, 1.0)))
 
+    classes = {
+        name: {metric: statistics({row.image: getattr(row, metric) for row in rows}, metric) for metric in METRICS}
+        for name, rows in per_class.items()
+    }
+    one = len(names) == 1  # whose mean it then is; thousands of patients take seconds
     return Summary(
         **asdict(rules),
-        classes={
-            name: {metric: statistics({row.image: getattr(row, metric) for row in rows}, metric) for metric in METRICS}
-            for name, rows in per_class.items()
-        },
-        macro={metric: statistics(image_means(rows, metric), metric) for metric in METRICS},
+        classes=classes,
+        macro=classes[names[0]] if one else {name: statistics(image_means(rows, name), name) for name in METRICS},
         empty={
             name: sum(row.pixels_true == row.pixels_predicted == 0 for row in rows) for name, rows in per_class.items()
         },
