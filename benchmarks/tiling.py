@@ -17,6 +17,8 @@ import numpy as np
 import tyro
 
 from benchmarks import machine
+from pdrunet_jax.allocator import keep_freed_memory
+from pdrunet_jax.data.phantom import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +35,18 @@ class Options:
     """JSON file of the results."""
 
 
-def run(size: tuple[int, int], tile: int, weights: str | None, logits: str) -> None:
+def run(image: str, tile: int, weights: str | None, logits: str) -> None:
     """The process: writes the logits to a file, and its peak memory in bytes to standard output."""
+    keep_freed_memory()  # as every command does, before any library starts its threads
     from flax import nnx
 
-    from pdrunet_jax.allocator import keep_freed_memory
-    from pdrunet_jax.data.phantom import draw
     from pdrunet_jax.inference import forward, forward_in_tiles
     from pdrunet_jax.loading import load_model
     from pdrunet_jax.model import PDRUNet
 
-    keep_freed_memory()  # as every command of pdrunet_jax does
     model = PDRUNet(rngs=nnx.Rngs(0)) if weights is None else load_model(weights)
-    height, width = size
-    image = draw(0, size=max(size)).image[None, :height, :width, None]
-    found = forward_in_tiles(model, image, tile) if tile else np.asarray(forward(model, image))
+    pixels = np.load(image)
+    found = forward_in_tiles(model, pixels, tile) if tile else np.asarray(forward(model, pixels))
     np.save(logits, found)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
@@ -55,7 +54,7 @@ def run(size: tuple[int, int], tile: int, weights: str | None, logits: str) -> N
 def in_process(options: Options, tile: int, folder: Path) -> tuple[int, np.ndarray]:
     """Peak memory in bytes, and logits; tile 0 is the whole image."""
     file = folder / f"{tile}.npy"
-    arguments = ", ".join(map(repr, (options.size, tile, options.weights, str(file))))
+    arguments = ", ".join(map(repr, (str(folder / "image.npy"), tile, options.weights, str(file))))
     code = f"from benchmarks.tiling import run; run({arguments})"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout), np.load(file)
@@ -67,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"size": options.size, "weights": options.weights or "random, 40 filters"}
     result: dict[str, Any] = {"machine": machine.facts(), "settings": settings, "runs": []}
     with tempfile.TemporaryDirectory() as name:
+        height, width = options.size
+        np.save(Path(name) / "image.npy", draw(0, size=max(options.size)).image[None, :height, :width, None])
         whole = np.empty(0)
         for tile in (0, *options.tiles):
             peak, logits = in_process(options, tile, Path(name))
