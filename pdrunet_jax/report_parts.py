@@ -83,6 +83,11 @@ def score(value: float | None) -> str:
     return "n/a" if value is None or value != value else f"{value:.3f}"
 
 
+def signed(value: float | None) -> str:
+    """A difference with three decimals."""
+    return "n/a" if value is None or value != value else f"{value:+.3f}"
+
+
 def bounds(statistic: Mapping[str, Any]) -> str:
     """The interval of a statistic in summary.json."""
     return f"{score(statistic['low'])} to {score(statistic['high'])}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pdrunet_jax import curves, pictures
 from pdrunet_jax.comparison_outputs import compared_label
-from pdrunet_jax.report_parts import Cell, bounds, embedded, legend, note, score, table
+from pdrunet_jax.report_parts import Cell, bounds, embedded, legend, note, score, signed, table
 from pdrunet_jax.rows import METRICS
 from pdrunet_jax.scores import label, remarks
 
@@ -208,7 +208,7 @@ def comparison_of(scored: Scored) -> str:
         [
             name,
             compared_label(metric, found["unit"], found["tolerance"]),
-            *(d["this"], d["other"], d["mean"], bounds(d)),
+            *(d["this"], d["other"], signed(d["mean"]), f"{signed(d['low'])} to {signed(d['high'])}"),
             "n/a" if d["p"] is None else f"{d['p']:.2g}",
             *(str(d[count]) for count in ("better", "worse", "equal")),
         ]
@@ -221,7 +221,7 @@ def comparison_of(scored: Scored) -> str:
         "p: sign-flip test of the patients' sums, not corrected for the number of metrics."
     )
     changed: list[list[Cell]] = [
-        [case["image"], case["this"], case["other"], case["this"] - case["other"]] for case in found["changed"]
+        [case["image"], case["this"], case["other"], signed(case["this"] - case["other"])] for case in found["changed"]
     ]
     most = table(["changed most", "Dice here", "there", "difference"], changed, text=1) if changed else ""
     return table(head, rows, text=2) + note(about) + most

@@ -7,7 +7,7 @@ import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from pdrunet_jax.runfolder import RunFolder
 INIT_TIMEOUT = 30.0
 FINISH_TIMEOUT = 120.0
 """Seconds that W&B may hold up the start and the end of a run; what is not uploaded by then stays in the folder."""
+
+KILLED = 5.0
+"""Seconds to wait until W&B has seen that its service was killed, which takes a fraction of one."""
 
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 """Under which W&B's own login may have stored a key."""
@@ -59,6 +62,7 @@ class WandbRun:
         self._online = False
         self._began = self._abandoned = False
         self._service: subprocess.Popen[bytes] | None = None
+        self._scores: tuple[str, Mapping[str, float], ScoreTable, Iterable[Picture]] | None = None
         if config.tracking.wandb == "disabled":
             return
         modes = [_mode(config.tracking.wandb)]
@@ -95,43 +99,42 @@ class WandbRun:
     def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
         """Final scores of one split: `summary` by name, a table with a row for each image and class, and pictures.
 
-        Their names are `SPLIT/...`; they go to the last step, or behind it where the run was ended there before.
+        Their names are `SPLIT/...`. They are kept for `finish`, which does not wait without end.
         """
-        if self._run is None:
-            return
-        with self._guarded("log the scores"):
-            columns, rows = table
-            cells = [[None if cell != cell else cell for cell in row] for row in rows]
-            values: dict[str, Any] = {f"{split}/per_image": _import().Table(columns=list(columns), data=cells)}
-            if images := [self._image(picture) for picture in pictures]:
-                values[f"{split}/images"] = images
-            self._run.log(values, step=max(self._run.step, self._config.train.steps))
-            self._run.summary.update({f"{split}/{name}": value for name, value in summary.items() if value == value})
+        self._scores = split, summary, table, pictures
 
     def finish(self, status: str, message: str = "") -> None:
         """Upload what is left, alert (only online) and close. `status` is "finished", "stopped" or "failed".
 
-        Takes twice `FINISH_TIMEOUT` at most: for the upload, and for its service to end.
+        Takes `INIT_TIMEOUT` and twice `FINISH_TIMEOUT` at most: for scores, for the upload, for its service to end.
         """
         if not self._began:
             return
         limit = 2 * _seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)
+        if self._scores is not None:
+            limit += _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
         # In a thread, because W&B waits for its service without end, and the service for a server that is down.
         closing = threading.Thread(target=self._close, args=(status, message), daemon=True)
         closing.start()
         closing.join(limit)
         if closing.is_alive():
-            kept = f"what it has not uploaded is kept in {self._folder.wandb}, for wandb sync"
-            print(f"warning: W&B did not end within {limit:.0f} s; {kept}", file=sys.stderr)
+            if self._run is not None:
+                kept = f"what it has not uploaded is kept in {self._folder.wandb}, for wandb sync"
+                print(f"warning: W&B did not end within {limit:.0f} s; {kept}", file=sys.stderr)
             self._abandoned = True
             if self._service is not None:
                 self._service.kill()  # it would outlive this process by hours
+                closing.join(KILLED)  # or what is left of W&B would say at the end of this process that it is gone
         self._run, self._began = None, False
 
     def _close(self, status: str, message: str) -> None:
         run, folder = self._run, self._folder
         if run is not None:
-            with self._guarded("finish"):
+            if self._scores is not None:
+                with self._guarded("log the scores"):
+                    self._log_scores(run, *self._scores)
+            failed = self._run is None  # which was said; once is enough
+            with contextlib.suppress(Exception) if failed else self._guarded("finish"):
                 if self._online and status != "stopped":
                     run.alert(title=f"{run.name}: {status}", text=message or status)
                 if status == "finished" and self._config.tracking.artifact and folder.best.is_file():
@@ -143,6 +146,20 @@ class WandbRun:
         # would say so once more when the process ends.
         with contextlib.suppress(Exception):
             _import().teardown()
+
+    def _log_scores(
+        self, run: Any, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]
+    ) -> None:
+        """To the last step, or behind it where the run was ended there before; what needs no server first."""
+        run.summary.update({f"{split}/{name}": value for name, value in summary.items() if value == value})
+        step = max(run.step, self._config.train.steps)
+        if images := [self._image(picture) for picture in pictures]:
+            run.log({f"{split}/images": images}, step=step)
+        columns, rows = table
+        cells = [[None if cell != cell else cell for cell in row] for row in rows]
+        logged = {f"{split}/per_image": _import().Table(columns=list(columns), data=cells)}
+        # Of a table W&B first asks its server something, and waits for the answer as long as there is none.
+        _within(_seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT), lambda: run.log(logged, step=step))
 
     @contextlib.contextmanager
     def _guarded(self, action: str) -> Iterator[None]:
@@ -239,6 +256,25 @@ def _mode(setting: str) -> str:
 def _seconds(variable: str, default: float) -> float:
     """W&B's own variable for a setting, which passing the setting would overrule."""
     return float(os.environ.get(variable) or default)
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Do `action`, in a thread that is left behind with a `TimeoutError` if it takes longer; raises what it raises."""
+    raised: list[Exception] = []
+
+    def do() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer from its server within {seconds:.0f} s")
+    if raised:
+        raise raised[0]
 
 
 def _import() -> Any:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import pytest
 from PIL import Image
 from tiny import brightness_model, save_dataset
 
+from pdrunet_jax.compare import Other, compare
+from pdrunet_jax.comparison_outputs import write_comparison
 from pdrunet_jax.config import Config, DataConfig, TrackingConfig
 from pdrunet_jax.curves import Marks, curve, read_metrics
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.evaluation import evaluate_split, write_evaluation
 from pdrunet_jax.report import write_evaluation_report, write_report
+from pdrunet_jax.rows import Rules, read_csv
 from pdrunet_jax.runfolder import RunFolder, open_run
 
 SECTIONS = ["scores", "curves", "cases", "images", "calibration", "data", "speed", "configuration", "environment"]
@@ -145,6 +149,18 @@ def test_an_evaluation_has_a_report_of_its_own(folder):
         assert fact in page.words
     with pytest.raises(UserError, match=r"summary\.json"):
         write_evaluation_report(folder.parent)
+
+
+def test_a_comparison_with_another_evaluation_is_a_section(folder):
+    rows = read_csv(folder / "per_image.csv")
+    other = Other("<other>", tuple(replace(row, dice=row.dice - 0.25) for row in rows))
+    write_comparison(compare(rows, other, Rules()), rows, other, folder)
+    page = Page(write_evaluation_report(folder).read_text())
+    assert not page.open
+    assert "comparison" in page.ids
+    assert "This minus other (<other>), on the same 3 images" in page.words
+    assert re.search(r"dice0\.\d{3}0\.\d{3}\+0\.250\+0\.250 to \+0\.2500\.5300", page.words)
+    assert "changed most" in page.words
 
 
 def test_names_are_shown_and_never_run(folder):

@@ -19,6 +19,9 @@ BUCKET = {
 }
 
 
+ARTIFACT = {"id": "1", "state": "COMMITTED", "artifactSequence": {"id": "1", "latestArtifact": None}}
+
+
 class FakeWandb(ThreadingHTTPServer):
     """`behaviour`: "accepts"; "errors" or "hangs" at every request; with " later", only once a run has started."""
 
@@ -29,6 +32,7 @@ class FakeWandb(ThreadingHTTPServer):
         self.behaviour = behaviour
         self.started = False
         self.history: list[dict[str, Any]] = []
+        self.artifacts: list[dict[str, Any]] = []
         self.closing = threading.Event()
 
     @property
@@ -78,9 +82,16 @@ class Handler(BaseHTTPRequestHandler):
             url = f"{self.server.url}/storage"
             files = [{"name": file, "uploadUrl": f"{url}/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+        if name == "CreateArtifact":  # of a table; one that is said to be there already is not uploaded
+            self.server.artifacts.append(variables)
+            return {"createArtifact": {"artifact": ARTIFACT}}
         if name == "NotifyScriptableRunAlert":
             return {"notifyScriptableRunAlert": {"success": True}}
-        return {"viewer": {"id": "1", "entity": "someone", "flags": "{}", "teams": {"edges": []}}, "model": None}
+        return {
+            "viewer": {"id": "1", "entity": "someone", "flags": "{}", "teams": {"edges": []}},
+            "model": None,
+            "project": None,
+        }
 
     def reply(self, status: int, content: dict[str, Any]) -> None:
         data = json.dumps(content).encode()
