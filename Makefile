@@ -1,6 +1,7 @@
 # make demo   train on synthetic bone X-rays, end with test scores and a report
 # make test   lint, types, tests and parity tests
 # make stress the long form of the fault tests: 200 kills, 50 signals, full disks, damage, fuzzing (half an hour)
+# make bench  every figure of docs/performance.md, on a machine that does nothing else (half an hour)
 # make venv   only the environment
 # Everything is plain pip underneath: see README.md.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: venv demo test lint types unit parity stress clean
+.PHONY: venv demo test lint types unit parity stress bench clean
 
 venv: .venv/installed
 demo: .venv/installed
@@ -27,6 +28,9 @@ parity: .venv/installed-dev
 	$(BIN)/python -m pytest parity_tests -n 2 --dist loadgroup
 stress: .venv/installed-dev
 	STRESS=1 $(BIN)/python -m pytest tests/faults tests/data -n 2 --dist loadfile --timeout 3600
+bench: .venv/installed-dev
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python -m benchmarks
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

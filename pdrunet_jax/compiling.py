@@ -1,4 +1,4 @@
-"""`jax.jit` with the compiler options that this network needs on CPUs, and a store of compiled programs."""
+"""`jax.jit` as this network needs it on CPUs: compiler options, order of programs, and a store of compiled ones."""
 
 import contextlib
 import importlib
@@ -18,6 +18,16 @@ _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 CLOCKS = 60.0
 """Seconds by which the clocks of a file system and of this machine may differ."""
+
+
+def dispatch_in_turn() -> None:
+    """Let a program on a CPU begin only when the memory of the one before is free. Call it before JAX is used.
+
+    JAX hands programs to threads of its own and counts one as done when its results are there, a moment before its
+    temporary memory is given back: the next one would take its own beside it, and the process need both. A step of
+    this network keeps every core busy, so that there is nothing to be won by going ahead.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 @cache
@@ -79,5 +89,6 @@ def _whole(program: bytes) -> bool:
 
 def jit(function: Callable[..., Any], **options: Any) -> Any:
     """`jax.jit(function, **options)` with `compiler_options()`, and the program kept for the next start."""
+    dispatch_in_turn()
     keep_compiled_programs()
     return jax.jit(function, compiler_options=compiler_options(), **options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from pdrunet_jax.compiling import dispatch_in_turn
 from pdrunet_jax.errors import UserError
 
 MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "default", "float64": "highest"}
@@ -25,6 +26,7 @@ def prepare(precision: str, deterministic: bool = False) -> str:
     """
     jax.config.update("jax_enable_x64", precision == "float64")
     jax.config.update("jax_default_matmul_precision", MATMUL_PRECISION[precision])
+    dispatch_in_turn()
     gpu = nvidia_gpu()
     if deterministic and gpu and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
