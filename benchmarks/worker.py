@@ -35,6 +35,9 @@ def main() -> None:
     else:
         import jax
 
+        from pdrunet_jax.compiling import dispatch_in_turn
+
+        dispatch_in_turn()  # as every command does
         jax.devices()
         importlib.import_module("pdrunet_jax.step")
     imported = time.perf_counter() - started

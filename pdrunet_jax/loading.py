@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from pdrunet_jax.compiling import dispatch_in_turn
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.integrity import CONTENT, content_digest
 from pdrunet_jax.model import PDRUNet
@@ -64,6 +65,7 @@ def load_model(
     Raises:
         UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named.
     """
+    dispatch_in_turn()
     loaded = load_weights(weights, shortcut=shortcut, which=which)
     for note in loaded.notes:
         logging.getLogger(__name__).info("%s: %s", weights, note)
