@@ -4,7 +4,7 @@ Automatic differentiation leaves XLA a filter gradient that runs on CPUs at a fe
 it is a matrix product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +40,23 @@ def convolve(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
     Returns:
         (N, H, W, K).
     """
-    padding: str | tuple[tuple[int, int], ...] = "SAME"
     reach = dilation * (kernel.shape[0] // 2)
     if reach and shards.split_rows():
-        x, padding = shards.with_neighbours(x, reach), ((0, 0), (reach, reach))
+        return _convolve(shards.with_neighbours(x, reach), kernel, dilation, ((0, 0), (reach, reach)))
+    return _convolve(x, kernel, dilation, "SAME")
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, dilation: int, padding: str | Sequence[tuple[int, int]]) -> jax.Array:
     return lax.conv_general_dilated(
         x, kernel, (1, 1), padding, rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def rows_around(x: jax.Array, rows: int) -> jax.Array:
+    """(N, H + 2 rows, W, C): `x` (N, H, W, C) with the rows above and below it, which are zeros around an image."""
+    if shards.split_rows():
+        return shards.with_neighbours(x, rows)
+    return jnp.pad(x, ((0, 0), (rows, rows), (0, 0), (0, 0)))
 
 
 def per_channel(v: jax.Array) -> jax.Array:
@@ -87,46 +97,63 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, channel_sum(jnp.square(x - per_channel(mean))) / pixels
 
 
-def filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> jax.Array:
+def convolution_gradients(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, dilation: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of `convolve(x, kernel, dilation)` with respect to `x` and `kernel`, in their shapes.
+
+    That of the input is a convolution with the flipped, transposed kernel. It and that of the kernel see the rows
+    around `g`, which are put there once for both.
+
+    Args:
+        x: the convolution's input, (N, H, W, C).
+        kernel: (3, 3, C, K).
+        g: the gradient of its output, (N, H, W, K).
+        dilation: spacing of the kernel's taps in pixels.
+    """
+    around = rows_around(g, dilation)
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    d_x = _convolve(around, flipped, dilation, ((0, 0), (dilation, dilation)))
+    return d_x, filter_gradient(x, around, dilation).astype(kernel.dtype)
+
+
+def filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) -> jax.Array:
     """The gradient of `convolve(x, kernel, dilation)` with respect to the 3x3 kernel, by the faster of two ways.
 
-    Args and result as for `product_filter_gradient`.
+    Args:
+        x: the convolution's input, (N, H, W, C).
+        around: the gradient of its output with the rows around, (N, H + 2 dilation, W, K), as `rows_around` gives it.
+        dilation: spacing of the kernel's taps in pixels.
+
+    Returns:
+        (3, 3, C, K), of all parts of a mesh together, accumulated in at least float32.
     """
     height, width = x.shape[1:3]
-    channels = min(x.shape[-1], g.shape[-1])
+    channels = min(x.shape[-1], around.shape[-1])
     if channels >= (FEW_CHANNELS if height * width >= LARGE_IMAGE else MANY_CHANNELS):
-        return shards.total(product_filter_gradient(x, g, dilation))
-    kernel = shards.own(jnp.zeros((3, 3, channels, g.shape[-1]), x.dtype))
+        return shards.total(product_filter_gradient(x, around, dilation))
+    kernel = shards.own(jnp.zeros((3, 3, x.shape[-1], around.shape[-1]), x.dtype))
+    g = around[:, dilation:-dilation]
     gradient: jax.Array = jax.vjp(lambda kernel: convolve(x, kernel, dilation), kernel)[1](g)[0]
     return shards.total(gradient)
 
 
-def product_filter_gradient(x: jax.Array, g: jax.Array, dilation: int = 1) -> jax.Array:
-    """The gradient of `convolve(x, kernel, dilation)` with respect to the 3x3 kernel, as matrix products.
+def product_filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) -> jax.Array:
+    """The filter gradient as matrix products; arguments and result as for `filter_gradient`, but of this part alone.
 
     Three taps come from each product: three column shifts of a block of the input side by side (pixels, 3C) against
     the output's gradient (pixels, K), shifted by whole rows for the other two products.
-
-    Args:
-        x: the convolution's input, (N, H, W, C).
-        g: the gradient of its output, (N, H, W, K).
-        dilation: spacing of the kernel's taps in pixels.
-
-    Returns:
-        (3, 3, C, K), accumulated in at least float32.
     """
     n, h, w, c = x.shape
-    k = g.shape[-1]
+    k = around.shape[-1]
     d = dilation
     rows, count = largest_divisor(h, BLOCK_PIXELS // w), largest_divisor(n, BLOCK_PIXELS // (h * w))
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    # A block of rows of x meets the rows above and below it in g, so g carries the padding of the rows.
-    g = shards.with_neighbours(g, d) if shards.split_rows() else jnp.pad(g, ((0, 0), (d, d), (0, 0), (0, 0)))
 
     def body(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         image, row = (i // (h // rows)) * count, (i % (h // rows)) * rows
         xs = lax.dynamic_slice(x, (image, row, 0, 0), (count, rows, w, c))
-        gs = lax.dynamic_slice(g, (image, row, 0, 0), (count, rows + 2 * d, w, k))
+        gs = lax.dynamic_slice(around, (image, row, 0, 0), (count, rows + 2 * d, w, k))
         xs = jnp.pad(xs, ((0, 0), (0, 0), (d, d), (0, 0)))
         columns = jnp.concatenate([xs[:, :, j * d : j * d + w] for j in range(3)], -1).reshape(-1, 3 * c)
         lines = [gs[:, (2 - i) * d : (2 - i) * d + rows].reshape(-1, k) for i in range(3)]
@@ -154,11 +181,6 @@ def by_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Ar
     return parts.reshape(n, *parts.shape[2:])
 
 
-def input_gradient(g: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
-    """The gradient of `convolve` with respect to its input: a convolution with the flipped, transposed kernel."""
-    return convolve(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), dilation)
-
-
 def _convolution(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
     return convolve(x, kernel, dilation)
 
@@ -176,8 +198,7 @@ def _convolution_forward(
 def _convolution_backward(
     dilation: int, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    return input_gradient(g, kernel, dilation), filter_gradient(x, g, dilation).astype(kernel.dtype)
+    return convolution_gradients(*saved, g, dilation)
 
 
 convolution.defvjp(_convolution_forward, _convolution_backward)

@@ -16,9 +16,8 @@ from jax import lax
 from pdrunet_jax.fused import (
     EPSILON,
     channel_sum,
+    convolution_gradients,
     convolve,
-    filter_gradient,
-    input_gradient,
     moments,
     per_channel,
     pixel_count,
@@ -130,8 +129,8 @@ def _layer_gradient(
     # d z = a (d_y - mean(d_y) - z_hat mean(d_y z_hat)), Ioffe and Szegedy (2015), as two multiply-adds an element.
     c1, c0 = a * saved.inv * d_scale / pixels, a * d_shift / pixels
     d_z = (per_channel(a) * d_y - per_channel(c1) * centred - per_channel(c0)).astype(x.dtype)
-    d_kernel = filter_gradient(x, d_z, dilation).astype(weights.kernel.dtype)
-    return input_gradient(d_z, weights.kernel, dilation), Weights(d_kernel, d_scale, d_shift)
+    d_x, d_kernel = convolution_gradients(x, weights.kernel, d_z, dilation)
+    return d_x, Weights(d_kernel, d_scale, d_shift)
 
 
 block.defvjp(_forward, _backward)

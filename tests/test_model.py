@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pdrunet_jax.fused import channel_sum, convolve, filter_gradient, moments, product_filter_gradient
+from pdrunet_jax.fused import (
+    channel_sum,
+    convolution_gradients,
+    convolve,
+    filter_gradient,
+    moments,
+    product_filter_gradient,
+    rows_around,
+)
 from pdrunet_jax.layers import PATHS, BatchNorm
 from pdrunet_jax.model import BLOCKS, PDRUNet
 from pdrunet_jax.phases import finest_layout, relay
@@ -129,6 +137,16 @@ def test_the_finest_layout_divides_both_sides(size: tuple[int, int], layout: int
     assert finest_layout(*size) == layout
 
 
+@pytest.mark.parametrize(("shape", "dilation"), [((2, 16, 16), 1), ((3, 7, 5), 2), ((1, 20, 12), 8)])
+def test_both_gradients_of_a_convolution_are_those_of_autodiff(shape: tuple[int, int, int], dilation: int) -> None:
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, g = jax.random.normal(keys[0], (*shape, 3)), jax.random.normal(keys[1], (*shape, 5))
+    kernel = jax.random.normal(keys[2], (3, 3, 3, 5))
+    expected = jax.vjp(lambda x, kernel: convolve(x, kernel, dilation), x, kernel)[1](g)
+    for one, other in zip(convolution_gradients(x, kernel, g, dilation), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(other).max())
+
+
 @pytest.mark.parametrize("function", [filter_gradient, product_filter_gradient])
 @pytest.mark.parametrize(("shape", "dilation"), [((2, 64, 64), 1), ((3, 7, 5), 2), ((64, 4, 4), 1), ((1, 97, 61), 8)])
 def test_the_filter_gradient_is_that_of_the_convolution(
@@ -138,5 +156,5 @@ def test_the_filter_gradient_is_that_of_the_convolution(
     x, g = jax.random.normal(keys[0], (*shape, 3)), jax.random.normal(keys[1], (*shape, 5))
     kernel = jax.random.normal(keys[2], (3, 3, 3, 5))
     expected = jax.jit(jax.grad(lambda kernel: (convolve(x, kernel, dilation) * g).sum()))(kernel)
-    actual = jax.jit(lambda x, g: function(x, g, dilation))(x, g)
+    actual = jax.jit(lambda x, g: function(x, rows_around(g, dilation), dilation))(x, g)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
