@@ -108,9 +108,10 @@ def test_no_secret_and_no_patient_is_in_anything_that_is_written(place: Place, m
 
     for name, value in {**place.environment, **environment}.items():
         monkeypatch.setenv(name, value)
+    everything = ("--probability", "--npz", "--contours", "--labelme", "--nrrd", "--nifti")
     commands = [
         run_command("evaluate", "--weights", run, "--data.root", data, "--output", "scores", cwd=place.path),
-        run_command("predict", data / "images", "--weights", run, "--output", "masks", "--probability", cwd=place.path),
+        run_command("predict", data / "images", "--weights", run, "--output", "masks", *everything, cwd=place.path),
     ]
     for done in commands:
         assert done.returncode == 0, done.stderr
