@@ -17,8 +17,16 @@ from pdrunet_jax.integrity import seal
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
-    return ocp.Checkpointer(handler)  # the synchronous one: when `save` returns, Orbax has finished
+    # Of several processes only one saves, and any may restore: Orbax must not wait for the others.
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        meta=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+    )
+    # The synchronous one: when `save` returns, Orbax has finished.
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def write_items(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:

@@ -22,10 +22,14 @@ class _Step:
 
 
 class Recent:
-    """The steps since the device was last waited for; only then it turns out whether one of them was bad."""
+    """The steps since the device was last waited for; only then it turns out whether one of them was bad.
 
-    def __init__(self, run: RunFolder, dataset: Dataset, step: int) -> None:
+    Of several processes, only one `writes` what they find.
+    """
+
+    def __init__(self, run: RunFolder, dataset: Dataset, step: int, *, writes: bool = True) -> None:
         self._run = run
+        self._writes = writes
         self._samples = dataset.of("train")
         self._steps: list[_Step] = []
         self._first = step
@@ -41,7 +45,8 @@ class Recent:
         self._steps.clear()
         if skipped:
             progress = replace(progress, skipped=[*progress.skipped, *skipped])
-            write_skipped(self._run, progress)
+            if self._writes:
+                write_skipped(self._run, progress)
         return progress
 
     def before(self, good: int) -> Progress:
@@ -54,8 +59,9 @@ class Recent:
         bad = self._steps[good - self._first]
         spike = bool(bad.values["finite"])
         path = self._run.path / ("spike.json" if spike else "not_finite.json")
-        with writing(path):
-            atomic_write(path, json.dumps(self._record(good, bad), indent=2) + "\n")
+        if self._writes:
+            with writing(path):
+                atomic_write(path, json.dumps(self._record(good, bad), indent=2) + "\n")
         if spike:
             loss, median = float(bad.values["loss"]), float(bad.values["median"])
             what = f"the loss of step {good + 1} is {loss:.4g}, far above the median of the last ones, {median:.4g}"

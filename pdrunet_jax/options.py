@@ -9,6 +9,7 @@ import tyro
 
 from pdrunet_jax import config_io
 from pdrunet_jax.config import Config
+from pdrunet_jax.distributed_options import Detect, Distributed
 from pdrunet_jax.errors import UserError
 
 
@@ -25,6 +26,11 @@ class TrainOptions:
     """Run folder; runs/NAME after the configuration's name when left out."""
     verify: Path | None = None
     """Check this run folder and end: digests, weights, metrics and configuration; nothing is trained or changed."""
+    detect: Detect = False
+    """Train in several processes, as SLURM, Kubernetes or Cloud TPU have started them."""
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+    rows: Annotated[int, tyro.conf.arg(name="distributed.rows")] = 1
+    """Devices that share each image, a part of its rows each; for images too large for one device."""
     settings: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
     @property

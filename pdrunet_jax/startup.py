@@ -40,9 +40,8 @@ def prepare(precision: str, deterministic: bool = False) -> str:
             f"warning: this machine has a GPU ({gpu}) but JAX runs on the CPU; pip install 'pdrunet-jax[cuda12]'",
             file=sys.stderr,
         )
-    where = (
-        f"cpu ({_cores()} cores)" if platform == "cpu" else f"{platform} ({len(devices)} x {devices[0].device_kind})"
-    )
+    here = jax.local_devices()
+    where = f"cpu ({_cores()} cores)" if platform == "cpu" else f"{platform} ({len(here)} x {here[0].device_kind})"
     return f"{where}, {precision}{', deterministic' if deterministic and platform != 'cpu' else ''}"
 
 

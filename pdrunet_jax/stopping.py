@@ -39,6 +39,10 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.signal is not None
 
+    def ask(self) -> bool:
+        """Whether to stop; `AgreedStop` asks the other processes here."""
+        return bool(self)
+
     def request(self, name: str = "request") -> None:
         """Set the flag as a signal would."""
         self.signal = self.signal or name

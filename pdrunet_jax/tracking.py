@@ -161,6 +161,25 @@ class Tracker:
             self._wandb.finish(status, message)
 
 
+class Silent(Tracker):
+    """A tracker that says and writes nothing: that of every process but the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def validation(self, step: int, metrics: Mapping[str, Any], pictures: Iterable[Picture] = ()) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+    def finish(self, status: str, message: str = "") -> None:
+        pass
+
+
 def _plain(value: Any) -> Any:
     """`value` as JSON has it; an array of one element is a number."""
     if isinstance(value, str | bool | int) or value is None:

@@ -5,16 +5,20 @@ The heavy imports are inside the functions: a signal that arrives while they loa
 
 import dataclasses
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pdrunet_jax import cli
 from pdrunet_jax.errors import UserError
+from pdrunet_jax.processes import Group, join
 from pdrunet_jax.progress import Clock, Progress
 from pdrunet_jax.stopping import StopFlag
 
 if TYPE_CHECKING:
     from pdrunet_jax.config import Config
     from pdrunet_jax.data.dataset import Dataset
+    from pdrunet_jax.options import TrainOptions
+    from pdrunet_jax.placement import Placement
     from pdrunet_jax.runfolder import RunFolder
     from pdrunet_jax.step import TrainState
     from pdrunet_jax.tracking import Tracker
@@ -24,47 +28,75 @@ def main() -> int:
     """The command; returns its exit code."""
     with StopFlag(last=True) as stop:
         from pdrunet_jax import options
-        from pdrunet_jax.runfolder import RunFolder, open_run
+        from pdrunet_jax.runfolder import RunFolder
 
         arguments = options.parse(sys.argv[1:])
         if arguments.verify is not None:
             from pdrunet_jax.verify import verify
 
             return verify(arguments.verify)
-        RunFolder(arguments.run_folder).require_free()  # before JAX is loaded, which takes longer than this answer may
-        from pdrunet_jax import startup
-        from pdrunet_jax.data.dataset import open_dataset
-        from pdrunet_jax.finish import finish
+        distributed = arguments.distributed.wanted(arguments.detect)
+        if not distributed:  # before JAX is loaded, which takes longer than this answer may
+            RunFolder(arguments.run_folder).require_free()
+        with join(arguments.distributed, arguments.detect) as group:
+            return _run(arguments, group, stop)
 
-        config = arguments.settings
-        device = startup.prepare(config.train.precision, config.train.deterministic)
-        print(device, flush=True)
+
+def _run(arguments: "TrainOptions", group: Group, stop: StopFlag) -> int:
+    """Check everything, then train and score; the exit code."""
+    from pdrunet_jax import startup
+    from pdrunet_jax.agreement import AgreedStop, require_same_data, require_same_settings
+    from pdrunet_jax.data.dataset import open_dataset
+    from pdrunet_jax.finish import finish
+    from pdrunet_jax.placement import Placement, choose_devices
+    from pdrunet_jax.runfolder import RunFolder, open_run
+
+    config = arguments.settings
+    require_same_settings(group, config)
+    device = startup.prepare(config.train.precision, config.train.deterministic)
+    mesh, devices = choose_devices(config.train.batch_size, config.data.height_width[0], arguments.rows)
+    device = ", ".join(filter(None, (device, devices)))
+    group.say(device)
+    with group.first_before_others("phantoms"):
         dataset = open_dataset(config.data)
-        for note in dataset.notes:
-            print(note, flush=True)
-        outputs = _outputs(config, dataset)
-        if not dataset.of("val"):
-            raise UserError(
-                f"{dataset.root} has no validation images, which choose the best weights: raise --data.val-fraction, "
-                "or give some patients the split val"
-            )
-        if config.train.weights is not None and not RunFolder(arguments.run_folder).config.exists():
-            from pdrunet_jax.loading import load_same
+    require_same_data(group, dataset)
+    for note in dataset.notes:
+        group.say(note)
+    outputs = _outputs(config, dataset)
+    if not dataset.of("val"):
+        raise UserError(
+            f"{dataset.root} has no validation images, which choose the best weights: raise --data.val-fraction, "
+            "or give some patients the split val"
+        )
+    run = RunFolder(arguments.run_folder)
+    if group.first and config.train.weights is not None and not run.config.exists():
+        from pdrunet_jax.loading import load_same
 
-            # Before the folder is made, which would hold on to settings that cannot be used.
-            load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
-        run = open_run(arguments.run_folder, config, device)
-        with run.lock():
-            tracker = None if stop else train(config, run, dataset, outputs, stop)
-            if tracker is not None:
-                finish(config, run, dataset, tracker, stop)
-        return cli.STOPPED if stop else 0
+        # Before the folder is made, which would hold on to settings that cannot be used.
+        load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
+    agreed = AgreedStop(stop) if group.count > 1 else stop
+    run = open_run(arguments.run_folder, config, device) if group.first else run
+    with run.lock() if group.first else nullcontext():
+        tracker = None if agreed else train(config, run, dataset, outputs, agreed, group, Placement(mesh))
+        if tracker is not None and group.first:
+            finish(config, run, dataset, tracker, stop)
+    return cli.STOPPED if stop or agreed else 0
 
 
-def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, stop: StopFlag) -> "Tracker | None":
+def train(
+    config: "Config",
+    run: "RunFolder",
+    dataset: "Dataset",
+    outputs: int,
+    stop: StopFlag,
+    group: Group,
+    place: "Placement",
+) -> "Tracker | None":
     """Train to `config.train.steps` or until asked to stop, from the newest checkpoint in `run` if there is one.
 
-    Everything is saved when this returns: the tracker, still open for the final scores, or None if it was stopped.
+    Everything is saved when this returns: the tracker, still open for the final scores, or None if it was stopped. Of
+    the processes of a `group`, which all do the same with their shares of each batch, only the first writes to `run`
+    and speaks. `place` is for the devices of all of them.
 
     Raises:
         RunError: the loss or a gradient was not finite, or the loss spiked, or the disk refused.
@@ -72,31 +104,35 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
     """
     import jax.numpy as jnp
 
+    from pdrunet_jax.agreement import GroupCheckpoints
     from pdrunet_jax.allocator import give_back
-    from pdrunet_jax.checkpoint import Checkpoints
     from pdrunet_jax.data.pipeline import eval_batches, position_after, train_batches
     from pdrunet_jax.divergence import Recent, write_skipped
     from pdrunet_jax.loading import start_from
     from pdrunet_jax.step import build_model, create_state, make_eval_step, make_train_step
-    from pdrunet_jax.tracking import Tracker
+    from pdrunet_jax.tracking import Silent, Tracker
     from pdrunet_jax.validation import validate
 
     settings, channels = config.train, config.model.in_channels
-    checkpoints = Checkpoints(run.checkpoints, settings.keep_latest, settings.keep_best)
-    model = build_model(config, outputs)
-    if settings.weights is not None and checkpoints.latest_step() is None:
+    checkpoints = GroupCheckpoints(group, run.checkpoints, settings.keep_latest, settings.keep_best)
+    model = build_model(config, outputs, place.mesh)
+    if settings.weights is not None and group.first and checkpoints.latest_step() is None:
         start_from(model, settings.weights)
     graphdef, state = create_state(config, model)
-    train_step = make_train_step(config, graphdef, outputs)
-    eval_step = make_eval_step(config, graphdef, outputs)
-    batches = train_batches(dataset, config.data, batch_size=settings.batch_size, channels=channels, seed=config.seed)
+    train_step = make_train_step(config, graphdef, outputs, place.mesh)
+    eval_step = make_eval_step(config, graphdef, outputs, place.mesh)
+    batches = train_batches(
+        dataset, config.data, batch_size=settings.batch_size, channels=channels, seed=config.seed, share=place.share
+    )
     progress, step = Progress(data=dataset.fingerprint()), 0
     if restored := checkpoints.restore(state):
         step, state = restored.step, restored.state
         batches.set_state(restored.position)
         progress = progress.resumed(restored.extra, run.path)
-        write_skipped(run, progress)
-    tracker = Tracker(run, config, step=step, class_names=dataset.class_names)
+        if group.first:
+            write_skipped(run, progress)
+    state = place.state(group.arrays_of_first(state))
+    tracker = Tracker(run, config, step=step, class_names=dataset.class_names) if group.first else Silent()
     if restored:
         tracker.say(f"resumed {run.path} at step {step}")
     elif settings.weights is not None:
@@ -104,7 +140,7 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
     saved = step if restored else -1
     first = logged = step
     pending: tuple[int, Any, str] | None = None  # a step to be logged, what it returned, and the samples' digest
-    recent = Recent(run, dataset, step)
+    recent = Recent(run, dataset, step, writes=group.first)
     clock = Clock()
 
     def report() -> None:
@@ -144,14 +180,16 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
                     dataset,
                     "val",
                     config.data,
-                    batch_size=settings.eval_batch_size or settings.batch_size,
+                    batch_size=place.eval_batch_size(settings.eval_batch_size or settings.batch_size),
                     channels=channels,
+                    share=place.share,
                 )
                 result = validate(
                     eval_step,
                     state.ema or state.params,
                     state.stats,
                     images,
+                    place=place,
                     names=tuple(sample.id for sample in dataset.of("val")),
                     cases=settings.samples,
                     soft=config.data.soft_masks,
@@ -160,21 +198,22 @@ def train(config: "Config", run: "RunFolder", dataset: "Dataset", outputs: int, 
                 if result is not None:
                     progress = progress.scored(step, result.dice)
                     tracker.validation(step, result.metrics(), _pictures(result))
-                    _save_samples(run, step, result)
-                    if progress.best_step == step:
+                    if group.first:
+                        _save_samples(run, step, result)
+                    if group.first and progress.best_step == step:
                         _save_best(run, config, dataset, outputs, state, progress)
                     save(result.dice)
                     saved = step
                 clock.restart()
-            if stop or step == settings.steps:
+            if stop.ask() or step == settings.steps:
                 break
 
             with clock.waiting_for_data():
                 batch = next(batches)
-            state, values = train_step(state, batch)
-            recent.add(batch["index"], values, progress)
+            state, values = train_step(state, place.batch(batch))
+            recent.add(batches.index, values, progress)
             step += 1
-            progress = progress.seen(batch["index"])
+            progress = progress.seen(batches.index)
             if step == first + 1:
                 give_back()  # what compiling took
             report()

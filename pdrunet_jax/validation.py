@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from pdrunet_jax import metrics
 from pdrunet_jax.pictures import sample_sheet
+from pdrunet_jax.placement import Placement
 from pdrunet_jax.stopping import StopFlag
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, str]
@@ -43,6 +43,7 @@ def validate(
     names: tuple[str, ...],
     cases: int,
     soft: bool,
+    place: Placement,
     stop: StopFlag | None = None,
 ) -> Validation | None:
     """Run `eval_step` over `batches` (of `eval_batches`); padding counts nowhere. None if it was `stop`ped.
@@ -54,26 +55,28 @@ def validate(
         batches: images and masks, in the order of `names`.
         names: of the images, for captions.
         cases: how many images to keep for `sheet`, spread evenly over all.
+        place: on the mesh of `eval_step`. The batches are this process's share, the result is of all.
         soft: masks are grey values in place of class indices.
         stop: becomes true when the program is asked to stop; a validation may take longer than it is then given.
     """
     losses, scores, overlaps, kept = [], [], [], []
     chosen = set(np.linspace(0, len(names) - 1, min(cases, len(names))).round().astype(int).tolist())
     for batch in batches:
-        if stop:
+        if stop is not None and stop.ask():
             return None
-        result = jax.device_get(eval_step(params, stats, {"image": batch["image"], "mask": batch["mask"]}))
+        placed = place.batch(batch)
+        result = place.whole(eval_step(params, stats, {"image": placed["image"], "mask": placed["mask"]}))
+        index, valid = place.whole((placed["index"], placed["valid"]))
         counts = metrics.Counts(**{field: result[field] for field in metrics.Counts._fields})
-        valid = batch["valid"]
         losses.append(result["loss"][valid])
         scores.append(np.asarray(metrics.dice(counts))[valid])
         overlaps.append(np.asarray(metrics.iou(counts))[valid])
-        for row in np.flatnonzero(valid):
-            number = int(batch["index"][row])
-            if number in chosen:
-                truth = (batch["mask"][row] > 127).astype(np.uint8) if soft else batch["mask"][row]
-                caption = f"dice {scores[-1][np.count_nonzero(valid[:row])].mean():.3f}  {names[number]}"
-                kept.append((batch["image"][row], truth, result["prediction"][row], caption))
+        shown = [row for row in np.flatnonzero(valid) if int(index[row]) in chosen]
+        images, masks = place.whole((placed["image"], placed["mask"])) if shown else ((), ())
+        for row in shown:
+            truth = (masks[row] > 127).astype(np.uint8) if soft else masks[row]
+            caption = f"dice {scores[-1][np.count_nonzero(valid[:row])].mean():.3f}  {names[int(index[row])]}"
+            kept.append((images[row], truth, result["prediction"][row], caption))
     return Validation(
         loss=float(np.concatenate(losses).mean()),
         dice=float(np.concatenate(scores).mean()),

@@ -16,17 +16,31 @@ from pdrunet_jax.data.partition import Sample, split_counts
 from pdrunet_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Share = tuple[int, int]
+"""Which one, counted from 0, and of how many."""
+ALL: Share = (0, 1)
+
+
+_WHOLE = "whole"
 
 
 class TrainBatches(Iterator[Batch]):
-    """An endless iterator over training batches, whose position can be read and set."""
+    """An endless iterator over training batches, whose position can be read and set.
+
+    The position is that of the whole batches: it is the same for every share, and for any number of shares.
+    """
+
+    index: np.ndarray
+    """int32 (batch_size,): the samples of the whole batch that was handed out last, of which it may be a share."""
 
     def __init__(self, batches: grain.MapDataset[Batch], threads: int, identity: dict[str, Any]) -> None:
         self._iterator = batches.to_iter_dataset(_read_options(threads)).__iter__()
         self._identity = identity
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self.index = batch.pop(_WHOLE)
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """The position after the last batch handed out, as plain JSON values."""
@@ -44,12 +58,15 @@ class TrainBatches(Iterator[Batch]):
         self._iterator.close()
 
 
-def train_batches(dataset: Dataset, config: DataConfig, *, batch_size: int, channels: int, seed: int) -> TrainBatches:
+def train_batches(
+    dataset: Dataset, config: DataConfig, *, batch_size: int, channels: int, seed: int, share: Share = ALL
+) -> TrainBatches:
     """Endless batches of `dataset.of("train")`, each epoch in a new order that depends on `seed` alone.
 
     Each batch: image uint8 (N, H, W, C); mask uint8 (N, H, W), class indices, or shares of 255 with
     `config.soft_masks`; index int32 (N,) into `dataset.of("train")`; epoch int32 (N,). A batch may span two epochs,
-    so that every one is full. Raises `UserError` without training images.
+    so that every one is full. N is `batch_size`, or that part of it that is `share`; the other images are not read.
+    Raises `UserError` without training images.
     """
     samples = dataset.of("train")
     if not samples:
@@ -57,19 +74,22 @@ def train_batches(dataset: Dataset, config: DataConfig, *, batch_size: int, chan
     source = _Source(dataset, samples, config, channels)
     count = len(samples)
 
+    rows = rows_of(share, batch_size)
+
     @lru_cache(maxsize=4)  # reading ahead spans a few epochs at most, unless they are tiny
     def order(epoch: int) -> np.ndarray:
         return epoch_order(count, seed, epoch)
 
     def load(number: int, _: int) -> Batch:
         places = [divmod(position, count) for position in range(number * batch_size, (number + 1) * batch_size)]
-        index = np.array([order(epoch)[place] for epoch, place in places])
-        image, mask = source[index]
+        whole = np.array([order(epoch)[place] for epoch, place in places])
+        image, mask = source[whole[rows]]
         return {
             "image": image,
             "mask": mask,
-            "index": index.astype(np.int32),
-            "epoch": np.array([epoch for epoch, _ in places], np.int32),
+            "index": whole[rows].astype(np.int32),
+            "epoch": np.array([epoch for epoch, _ in places[rows]], np.int32),
+            _WHOLE: whole.astype(np.int32),
         }
 
     # A batch at a time: Grain's work for each element is more than copying an image out of memory takes.
@@ -86,28 +106,50 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
+def rows_of(share: Share, batch_size: int) -> slice:
+    """The rows of a whole batch that are one share of it. Raises `UserError` if it cannot be shared out evenly."""
+    number, count = share
+    size, rest = divmod(batch_size, count)
+    if rest:
+        raise UserError(f"a batch of {batch_size} images cannot be shared by {count}: give a multiple of {count}")
+    return slice(number * size, (number + 1) * size)
+
+
 def eval_batches(
-    dataset: Dataset, split: str, config: DataConfig, *, batch_size: int, channels: int
+    dataset: Dataset,
+    split: str,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    channels: int,
+    share: Share = ALL,
+    turn: Share = ALL,
 ) -> Iterator[Batch]:
     """Every sample of a split ("all": of every split) once, in order.
 
     Each batch: image, mask and index as in `train_batches`; valid bool (N,), false for what fills up the last batch:
-    black images, masks all `IGNORE` (0 if soft), index 0.
+    black images, masks all `IGNORE` (0 if soft), index 0. With a `share`, that part of every batch; with a `turn`
+    (k, n), only the whole batches k, k + n, k + 2 n, ...
     """
     samples = dataset.of(split)
     source = _Source(dataset, samples, config, channels)
     height, width = config.height_width
 
-    def load(batch: int) -> Batch:
-        chosen = np.arange(batch * batch_size, min((batch + 1) * batch_size, len(samples)))
-        image = np.zeros((batch_size, height, width, channels), np.uint8)
-        mask = np.full((batch_size, height, width), 0 if config.soft_masks else IGNORE, np.uint8)
-        index = np.zeros(batch_size, np.int32)
-        image[: len(chosen)], mask[: len(chosen)] = source[chosen]
-        index[: len(chosen)] = chosen
-        return {"image": image, "mask": mask, "index": index, "valid": np.arange(batch_size) < len(chosen)}
+    rows = rows_of(share, batch_size)
+    size = rows.stop - rows.start
 
-    batches = grain.MapDataset.range(-(-len(samples) // batch_size)).map(load)
+    def load(batch: int) -> Batch:
+        first = batch * batch_size + rows.start
+        chosen = np.arange(first, min(first + size, len(samples)))
+        image = np.zeros((size, height, width, channels), np.uint8)
+        mask = np.full((size, height, width), 0 if config.soft_masks else IGNORE, np.uint8)
+        index = np.zeros(size, np.int32)
+        if len(chosen):
+            image[: len(chosen)], mask[: len(chosen)] = source[chosen]
+            index[: len(chosen)] = chosen
+        return {"image": image, "mask": mask, "index": index, "valid": np.arange(size) < len(chosen)}
+
+    batches = grain.MapDataset.range(turn[0], -(-len(samples) // batch_size), turn[1]).map(load)
     iterator = batches.to_iter_dataset(_read_options(config.threads)).__iter__()
     try:
         yield from iterator

@@ -1,0 +1,256 @@
+"""Several processes that train or score together: how they find each other, what the first alone does, how they end.
+
+The first process alone touches the run folder; every process reads its own share of the data. They meet in the
+coordination service of `jax.distributed`, which the first process runs. What one process cannot do, none of the others
+waits for: its message ends all of them (see `Group`).
+
+JAX is imported where it is used: it takes longer to load than a wrong command line may take to be refused.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pdrunet_jax.distributed_options import Distributed
+from pdrunet_jax.errors import RunError, UserError
+
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as dead, and all others end."""
+LEAVING = 5
+"""Seconds that a process which ends with an error gives the others to read why."""
+_FOREVER = 7 * 24 * 3600 * 1000
+_FAILED, _TOLD = "pdrunet_jax/failed", "pdrunet_jax/told"
+
+
+@dataclass(frozen=True)
+class Group:
+    """This process among all that work together; alone it is the first of one, and every method does nothing."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes, and speaks."""
+        return self.index == 0
+
+    def say(self, line: str) -> None:
+        """Print a line, in the first process."""
+        if self.first:
+            print(line, flush=True)
+
+    def wait(self, what: str) -> None:
+        """Go on when every process has come here; `what` is another word at every call."""
+        if self.count > 1:
+            _client().wait_at_barrier(f"pdrunet_jax/{what}", _FOREVER)
+
+    @contextlib.contextmanager
+    def first_before_others(self, what: str) -> Iterator[None]:
+        """The block is done by the first process, then by all others at once: what the first makes, they find."""
+        if not self.first:
+            self.wait(what)
+        yield
+        if self.first:
+            self.wait(what)
+
+    def of_first(self, name: str, value: str | None) -> str:
+        """What the first process gives as `value`, in every process; `name` is another one at every call."""
+        if self.first:
+            assert value is not None, "only the others have nothing to say"
+            if self.count > 1:
+                _client().key_value_set(f"pdrunet_jax/{name}", value)
+            return value
+        found: str = _client().blocking_key_value_get(f"pdrunet_jax/{name}", _FOREVER)
+        return found
+
+    def arrays_of_first(self, tree: Any) -> Any:
+        """`tree` with the arrays of the first process in every process, bit for bit, as NumPy arrays."""
+        if self.count == 1:
+            return tree
+        import jax
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        # As bytes: the processes add up what they have, and 0.0 + -0.0 is not -0.0.
+        sent = multihost_utils.broadcast_one_to_all(
+            np.frombuffer(b"".join(leaf.tobytes() for leaf in leaves), np.uint8)
+        )
+        received, place = np.asarray(sent).tobytes(), 0
+        filled = []
+        for leaf in leaves:
+            part = received[place : place + leaf.nbytes]
+            filled.append(np.frombuffer(part, leaf.dtype).reshape(leaf.shape).copy())
+            place += leaf.nbytes
+        return jax.tree.unflatten(jax.tree.structure(tree), filled)
+
+    def gather(self, name: str, value: bytes) -> list[bytes]:
+        """What every process gives as `value`, in their order, in the first process; nothing in the others."""
+        if self.count == 1:
+            return [value]
+        client = _client()
+        for part in range(0, len(value), _PART) or [0]:
+            client.key_value_set_bytes(f"pdrunet_jax/{name}/{self.index}/{part}", value[part : part + _PART])
+        client.key_value_set(f"pdrunet_jax/{name}/{self.index}/length", str(len(value)))
+        return [self._received(name, index) for index in range(self.count)] if self.first else []
+
+    def _received(self, name: str, index: int) -> bytes:
+        client, key = _client(), f"pdrunet_jax/{name}/{index}"
+        length = int(client.blocking_key_value_get(f"{key}/length", _FOREVER))
+        parts = [client.blocking_key_value_get_bytes(f"{key}/{part}", _FOREVER) for part in range(0, length, _PART)]
+        return b"".join(parts)
+
+
+_PART = 1 << 20
+"""Bytes that are sent at once: a message of the coordination service holds 4 MiB."""
+
+
+@contextlib.contextmanager
+def join(options: Distributed, detect: bool) -> Iterator[Group]:
+    """The group of processes that `options` describe, from when all are there until all are done.
+
+    An error that leaves the block in one process ends all of them: this one with its own message and exit code, the
+    others with that message and 1. That does not return: an orderly end would wait for processes that are stuck.
+
+    Raises:
+        UserError: the options make no sense, or JAX knows no cluster here.
+    """
+    if not options.wanted(detect):
+        yield Group()
+        return
+    group = _connect(options)
+    threading.Thread(target=_end_with_others, args=(group,), daemon=True).start()
+    try:
+        yield group
+        group.wait("the end")
+    except BaseException as error:
+        _end(group, error)
+    import jax
+
+    jax.distributed.shutdown()
+
+
+def _connect(options: Distributed) -> Group:
+    """Meet the other processes."""
+    import jax
+
+    who = "" if options.index is None else f"process {options.index} of {options.processes}: "
+
+    def give_up() -> None:
+        text = f"{who}the processes did not find each other within {options.timeout} s: "
+        if options.coordinator is None or options.index == 0:
+            text += "not all of them were started, or they do not reach the first one"
+        elif problem := _unreachable(options.coordinator):
+            text += f"--distributed.coordinator {options.coordinator} does not answer ({problem})"
+        else:
+            text += f"{options.coordinator} answers, but not all {options.processes} processes were started"
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        os._exit(UserError.exit_code)
+
+    # JAX ends the process when its own time is over, without a word that would help.
+    timer = threading.Timer(options.timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    # GPUs ignore it; it is what lets processors compute together.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopFlag`
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.processes,
+            options.index,
+            initialization_timeout=options.timeout + 60,
+            heartbeat_timeout_seconds=HEARTBEAT,
+        )
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        if options.coordinator is None:
+            raise UserError(
+                f"--distributed: JAX finds no cluster here ({reason}). On SLURM start it with srun; elsewhere give "
+                "--distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
+            ) from None
+        raise UserError(
+            f"{who}--distributed.coordinator {options.coordinator} cannot be opened ({reason}); is the port in use?"
+        ) from None
+    finally:
+        timer.cancel()
+    return Group(jax.process_index(), jax.process_count())
+
+
+def _unreachable(coordinator: str) -> str:
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        return str(error)
+    return ""
+
+
+def _end_with_others(group: Group) -> None:
+    """Wait for another process's message, in a thread of its own, and end with it."""
+    try:
+        text = _client().blocking_key_value_get(_FAILED, _FOREVER)
+    except Exception:  # the end, or the first process is gone, which is noticed elsewhere
+        return
+    failure = json.loads(text)
+    if failure["index"] == group.index:
+        return
+    with contextlib.suppress(Exception):
+        _client().key_value_set(f"{_TOLD}/{group.index}", "")
+    where = f"process {failure['index']} of {group.count} on {failure['host']}"
+    print(
+        f"error: process {group.index} ends because {where} failed: {failure['message']}", file=sys.stderr, flush=True
+    )
+    os._exit(RunError.exit_code)
+
+
+def _end(group: Group, error: BaseException) -> NoReturn:
+    """Say why this process ends, tell the others, and end."""
+    code = RunError.exit_code
+    if isinstance(error, UserError | RunError):
+        code, message = error.exit_code, str(error)
+    elif _lost(error):
+        message = (
+            f"process {group.index} of {group.count}: another process has ended, or cannot be reached any more "
+            f"({_first_line(error)}). The same command in all processes resumes"
+        )
+    else:
+        traceback.print_exception(error)
+        message = f"{type(error).__name__}: {error}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    failure: Mapping[str, Any] = {"index": group.index, "host": socket.gethostname(), "message": message[:2000]}
+    with contextlib.suppress(Exception):  # another one was first, or the first process is gone
+        client = _client()
+        client.key_value_set(_FAILED, json.dumps(failure))
+        end = time.monotonic() + LEAVING
+        while len(client.key_value_dir_get(_TOLD)) < group.count - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+    os._exit(code)
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether an error says that a collective operation had nobody at its other end."""
+    known = re.search(r"gloo|nccl|collective|coordination|connection|barrier|heartbeat|peer", str(error), re.IGNORECASE)
+    return isinstance(error, ValueError | RuntimeError) and known is not None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _client() -> Any:
+    """The coordination service: JAX has no public name for it."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
