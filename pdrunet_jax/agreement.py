@@ -23,7 +23,7 @@ from pdrunet_jax.stopping import SIGNALS, StopFlag
 
 def require_same_settings(group: Group, config: Config) -> None:
     """Raise `UserError` with the difference if this process has other settings than the first."""
-    text = group.of_first("settings", config_io.to_toml(config) if group.first else None)
+    text = group.of_first(config_io.to_toml(config))
     changed = config_io.diff(config_io.parse(text, "the first process's settings"), config, ignore=MAY_CHANGE)
     if changed:
         raise UserError(
@@ -35,12 +35,11 @@ def require_same_settings(group: Group, config: Config) -> None:
 
 def require_same_data(group: Group, dataset: Dataset) -> None:
     """Raise `UserError` if the dataset that this process sees is not the first one's."""
-    own = dataset.fingerprint()
-    if group.of_first("data", own if group.first else None) != own:
-        raise UserError(
-            f"--data.root {dataset.root} of process {group.index} holds other data than that of the first one: images, "
-            "masks or splits differ. Give all processes the same files; the folder may be another one on each machine."
-        )
+    group.require_same(
+        dataset.fingerprint(),
+        f"--data.root {dataset.root} holds other data than that of the first process: images, masks or splits differ. "
+        "Give all processes the same files; the folder may be another one on each machine.",
+    )
 
 
 class GroupCheckpoints:
@@ -62,7 +61,7 @@ class GroupCheckpoints:
         """As `Checkpoints.restore`; but the state is `template` itself in every process but the first."""
         found = None if self._own is None else self._own.restore(template)
         about = {name: value for name, value in vars(found).items() if name != "state"} if found else {}
-        about = json.loads(self._group.of_first("checkpoint", json.dumps(about) if self._group.first else None))
+        about = json.loads(self._group.of_first(json.dumps(about)))
         if not about:
             return None
         return Restored(state=found.state if found else template, **about)

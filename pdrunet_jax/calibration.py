@@ -5,7 +5,7 @@ image is kept. Of several classes each is held against the rest: its probability
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,6 +94,18 @@ class Histogram:
         self._dice += np.nan_to_num(dice)
         self._images += ~np.isnan(dice)
 
+    def counts(self) -> list[list[float]]:
+        """All that was counted, as JSON values."""
+        return [array.tolist() for array in self._counts()]
+
+    def add_counts(self, counts: Sequence[Sequence[float]]) -> None:
+        """Count the images of another histogram, by its `counts`."""
+        for own, other in zip(self._counts(), counts, strict=True):
+            own += np.asarray(other, own.dtype)
+
+    def _counts(self) -> tuple[np.ndarray, ...]:
+        return self._pixels, self._true, self._sums, self._dice, self._images
+
     def curves(self) -> Curves:
         """Of all images so far."""
         pixels, true, sums = (
@@ -133,6 +145,15 @@ class Histograms:
         for index, histogram in enumerate(self._of.values(), 1):
             of_class = probability if probability.ndim == 2 else probability[..., index]
             histogram.add(of_class[counted], true == index)
+
+    def counts(self) -> dict[str, list[list[float]]]:
+        """As `Histogram.counts`, of each class."""
+        return {name: histogram.counts() for name, histogram in self._of.items()}
+
+    def add_counts(self, counts: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """As `Histogram.add_counts`, of each class."""
+        for name, histogram in self._of.items():
+            histogram.add_counts(counts[name])
 
     def curves(self) -> dict[str, Curves]:
         """The curves of each class by its name."""

@@ -12,24 +12,30 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
+from flax import nnx
 
 from pdrunet_jax import cli, compare, config_io, scores
+from pdrunet_jax.agreement import require_same_data
 from pdrunet_jax.comparison_outputs import comparison_table, remove_comparison, write_comparison
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
+from pdrunet_jax.distributed_options import Detect, Distributed
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.evaluation import Evaluation, evaluate_split, spacings_of, unit_of, write_evaluation
+from pdrunet_jax.integrity import content_digest
 from pdrunet_jax.loading import load_model, load_options
 from pdrunet_jax.model import PDRUNet
 from pdrunet_jax.postprocess import Cleaning
+from pdrunet_jax.processes import Group, join
 from pdrunet_jax.report import write_evaluation_report
 from pdrunet_jax.rows import Rules
 from pdrunet_jax.runfolder import RunFolder, environment
 from pdrunet_jax.thresholds import Threshold, resolve_threshold
+from pdrunet_jax.weights import to_public
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,9 @@ class Options:
     """What to compare with on the same images: the folder of another evaluation, or weights, which are then evaluated
     too (at the size that they were trained at). A table here, comparison.json and comparison.csv in the folder."""
     cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
+    detect: Detect = False
+    """Evaluate in several processes, as SLURM, Kubernetes or Cloud TPU have started them; the first one writes."""
+    distributed: Distributed = field(default_factory=Distributed)
 
 
 def run_of(weights: str | Path) -> RunFolder | None:
@@ -87,22 +96,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--tolerance {options.tolerance}: a distance is 0 or more")
     if not (math.isnan(options.empty_dice) or 0 <= options.empty_dice <= 1):
         raise UserError(f"--empty-dice {options.empty_dice}: give a number from 0 to 1, or nan")
+    with join(options.distributed, options.detect) as group:
+        _run(options, defaults, config, group)
+
+
+def _run(options: Options, defaults: DataConfig, config: DataConfig, group: Group) -> None:
+    """Evaluate, and, in the first process, say and write what was found."""
     threshold = _threshold(options, options.weights)
     dataset = open_dataset(config)
+    require_same_data(group, dataset)
     other = _other(options, dataset)
     model = _model(options.weights, dataset)
     rival = None if other or options.against is None else _model(options.against, dataset)
     their_threshold = threshold if rival is None else _threshold(options, str(options.against))
     for note in dataset.notes:
-        print(note)
+        group.say(note)
     began = time.monotonic()
-    evaluation = _evaluate(model, dataset, config, options, threshold)
+    evaluation = _evaluate(model, dataset, config, options, threshold, group)
     seconds = time.monotonic() - began
     if rival is not None:
         size = load_options(str(options.against)).get("size")
         resized = dataclasses.replace(config, size=tuple(size)) if size else config
-        rows = _evaluate(rival, dataset, resized, options, their_threshold).rows
+        rows = _evaluate(rival, dataset, resized, options, their_threshold, group).rows
         other = compare.Other(str(options.against), rows)
+    if not group.first:
+        return
     run = run_of(options.weights)
     folder = options.output
     if folder is None:
@@ -163,7 +181,13 @@ def _threshold(options: Options, weights: str) -> float:
     return resolve_threshold(options.threshold, load_options(weights), weights)
 
 
-def _evaluate(model: PDRUNet, dataset: Dataset, config: DataConfig, options: Options, threshold: float) -> Evaluation:
+def _evaluate(
+    model: PDRUNet, dataset: Dataset, config: DataConfig, options: Options, threshold: float, group: Group
+) -> Evaluation:
+    rules = config.height_width, options.split, options.batch_size, threshold, options.tolerance, options.empty_dice
+    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
+    weights = content_digest(to_public(*parts[1:], dead_block=False), {"shortcut": model.shortcut})
+    group.require_same(f"{weights} {rules} {options.cleaning}", "give it the weights and options of the first process")
     return evaluate_split(
         model,
         dataset,
@@ -174,6 +198,7 @@ def _evaluate(model: PDRUNet, dataset: Dataset, config: DataConfig, options: Opt
         tolerance=options.tolerance,
         empty_dice=options.empty_dice,
         cleaning=options.cleaning,
+        group=group,
     )
 
 

@@ -23,10 +23,13 @@ from pdrunet_jax.data.images import read_image, read_spacing
 from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.partition import Sample
 from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.evaluation_exchange import exchange
 from pdrunet_jax.files import atomic_write
 from pdrunet_jax.inference import check_threshold, classify, predict_batches, restore
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.placement import Placement
 from pdrunet_jax.postprocess import Cleaning, clean
+from pdrunet_jax.processes import Group
 from pdrunet_jax.rows import Row, Rules, score, to_csv
 
 WORST = 6
@@ -99,8 +102,9 @@ def evaluate_split(
     tolerance: float = Rules.tolerance,
     empty_dice: float = Rules.empty_dice,
     cleaning: Cleaning | None = None,
+    group: Group | None = None,
 ) -> Evaluation:
-    """Score `model` on one split, or on every image for "all".
+    """Score `model` on one split, or on every image for "all", with all devices of this process.
 
     Args:
         model: From `load_model`, or as it was trained.
@@ -113,18 +117,22 @@ def evaluate_split(
             known, else in pixels.
         empty_dice: Dice and IoU where a class is in neither truth nor prediction; NaN leaves it out of means.
         cleaning: What is done to each mask before it is scored.
+        group: Processes that do this together, each some of the batches; all of them receive the result.
 
     Raises:
         UserError: The split is empty, model and dataset have different classes, or the threshold does not fit.
     """
     check_threshold(threshold, model.outputs)
+    group = group or Group()
     samples = dataset.of(split)
     spacings, unit_note = spacings_of(dataset, samples)
     rules = Rules(unit_of(spacings), tolerance, empty_dice)
     rows: list[Row] = []
     masks = {}
     histograms = Histograms(dataset.class_names, empty_dice)
-    for sample, probability, truth in predicted_probabilities(model, dataset, split, config, batch_size=batch_size):
+    for sample, probability, truth in predicted_probabilities(
+        model, dataset, split, config, batch_size=batch_size, turn=(group.index, group.count)
+    ):
         histograms.add(probability, truth)
         predicted = classify(probability, threshold)
         if cleaning is not None:
@@ -132,16 +140,24 @@ def evaluate_split(
         spacing = spacings.get(sample.id)
         rows += score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
         masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
+    if group.count > 1:
+        rows, masks = exchange(group, samples, rows, masks, histograms)
     summary = scores.summarise(rows, rules)
     return Evaluation(dataset, split, samples, tuple(rows), summary, masks, unit_note, histograms.curves())
 
 
 def predicted_probabilities(
-    model: PDRUNet, dataset: Dataset, split: str, config: DataConfig, *, batch_size: int = 8
+    model: PDRUNet,
+    dataset: Dataset,
+    split: str,
+    config: DataConfig,
+    *,
+    batch_size: int = 8,
+    turn: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
     """Each sample with its probabilities, as in `Prediction`, and its truth (H, W), at its own resolution.
 
-    Arguments and errors as for `evaluate_split`.
+    Arguments and errors as for `evaluate_split`; `turn` (k, n) leaves out all batches but k, k + n, ...
     """
     from pdrunet_jax.data.pipeline import eval_batches
 
@@ -150,8 +166,16 @@ def predicted_probabilities(
     if not samples:
         filled = [name for name in ("train", "val", "test") if dataset.of(name)]
         raise UserError(f"{dataset.root} has no images in the split {split}; --split takes {', '.join(filled)} or all")
-    batches = eval_batches(dataset, split, config, batch_size=batch_size, channels=model.in_channels)
-    for batch, logits in predict_batches(model, batches):
+    place = Placement.here()
+    batches = eval_batches(
+        dataset,
+        split,
+        config,
+        batch_size=place.eval_batch_size(batch_size),
+        channels=model.in_channels,
+        turn=turn,
+    )
+    for batch, logits in predict_batches(model, batches, place):
         probability = metrics.probabilities(np.asarray(logits))
         for number in np.flatnonzero(batch["valid"]):
             sample = samples[int(batch["index"][number])]

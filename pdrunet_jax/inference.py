@@ -15,6 +15,7 @@ from pdrunet_jax.allocator import give_back
 from pdrunet_jax.data.images import read_image, read_spacing, resize_image
 from pdrunet_jax.errors import UserError
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.placement import Placement
 from pdrunet_jax.postprocess import Cleaning, clean
 from pdrunet_jax.scaling import unit_range
 from pdrunet_jax.tiling import RADIUS, in_tiles
@@ -86,11 +87,13 @@ def predict(
 
 
 def predict_batches(
-    model: PDRUNet, batches: Iterable[Mapping[str, np.ndarray]]
+    model: PDRUNet, batches: Iterable[Mapping[str, np.ndarray]], place: Placement
 ) -> Iterator[tuple[Mapping[str, np.ndarray], jax.Array]]:
-    """Each of `batches` with its logits (N, H, W, K). A batch holds "image", uint8 (N, H, W, C)."""
+    """Each of `batches` with its logits (N, H, W, K). A batch holds "image", uint8 (N, H, W, C), for `place`."""
+    graphdef, state = nnx.split(model)
+    state = place.state(state)
     for batch in batches:
-        yield batch, forward(model, batch["image"])
+        yield batch, _compiled()(graphdef, state, place.batch({"image": batch["image"]})["image"])
 
 
 def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:

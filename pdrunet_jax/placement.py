@@ -19,6 +19,12 @@ class Placement:
         self.share = (0, 1) if mesh is None else data_share(mesh)
         """Which share of each batch is this process's, and of how many."""
 
+    @classmethod
+    def here(cls) -> "Placement":
+        """On all devices of this process, whatever other processes do."""
+        devices = jax.local_devices()
+        return cls(make_mesh(devices=devices) if len(devices) > 1 else None)
+
     def eval_batch_size(self, wanted: int) -> int:
         """The next size that the devices can share; none of them has more images than `wanted` for it."""
         shares = 1 if self.mesh is None else self.mesh.shape[DATA]

@@ -8,6 +8,7 @@ JAX is imported where it is used: it takes longer to load than a wrong command l
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from pdrunet_jax.distributed_options import Distributed
@@ -28,15 +29,21 @@ HEARTBEAT = 30
 LEAVING = 5
 """Seconds that a process which ends with an error gives the others to read why."""
 _FOREVER = 7 * 24 * 3600 * 1000
+_PART = 1 << 20
+"""Bytes that are sent at once: a message of the coordination service holds 4 MiB."""
 _FAILED, _TOLD = "pdrunet_jax/failed", "pdrunet_jax/told"
 
 
 @dataclass(frozen=True)
 class Group:
-    """This process among all that work together; alone it is the first of one, and every method does nothing."""
+    """This process among all that work together; alone it is the first of one, and every method does nothing.
+
+    All of them call the methods in the same order.
+    """
 
     index: int = 0
     count: int = 1
+    _calls: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -48,29 +55,34 @@ class Group:
         if self.first:
             print(line, flush=True)
 
-    def wait(self, what: str) -> None:
-        """Go on when every process has come here; `what` is another word at every call."""
+    def wait(self) -> None:
+        """Go on when every process has come here."""
         if self.count > 1:
-            _client().wait_at_barrier(f"pdrunet_jax/{what}", _FOREVER)
+            _client().wait_at_barrier(self._key(), _FOREVER)
 
     @contextlib.contextmanager
-    def first_before_others(self, what: str) -> Iterator[None]:
+    def first_before_others(self) -> Iterator[None]:
         """The block is done by the first process, then by all others at once: what the first makes, they find."""
         if not self.first:
-            self.wait(what)
+            self.wait()
         yield
         if self.first:
-            self.wait(what)
+            self.wait()
 
-    def of_first(self, name: str, value: str | None) -> str:
-        """What the first process gives as `value`, in every process; `name` is another one at every call."""
+    def of_first(self, value: str) -> str:
+        """What the first process gives as `value`, in every process."""
+        key = self._key()
         if self.first:
-            assert value is not None, "only the others have nothing to say"
             if self.count > 1:
-                _client().key_value_set(f"pdrunet_jax/{name}", value)
+                _client().key_value_set(key, value)
             return value
-        found: str = _client().blocking_key_value_get(f"pdrunet_jax/{name}", _FOREVER)
+        found: str = _client().blocking_key_value_get(key, _FOREVER)
         return found
+
+    def require_same(self, value: str, what: str) -> None:
+        """Raise `UserError` that says `what` is to be done unless `value` is that of the first process."""
+        if self.of_first(value) != value:
+            raise UserError(f"process {self.index} of {self.count}: {what}")
 
     def arrays_of_first(self, tree: Any) -> Any:
         """`tree` with the arrays of the first process in every process, bit for bit, as NumPy arrays."""
@@ -93,25 +105,26 @@ class Group:
             place += leaf.nbytes
         return jax.tree.unflatten(jax.tree.structure(tree), filled)
 
-    def gather(self, name: str, value: bytes) -> list[bytes]:
-        """What every process gives as `value`, in their order, in the first process; nothing in the others."""
+    def exchange(self, value: bytes) -> list[bytes]:
+        """What every process gives as `value`, in their order, in all of them."""
         if self.count == 1:
             return [value]
-        client = _client()
-        for part in range(0, len(value), _PART) or [0]:
-            client.key_value_set_bytes(f"pdrunet_jax/{name}/{self.index}/{part}", value[part : part + _PART])
-        client.key_value_set(f"pdrunet_jax/{name}/{self.index}/length", str(len(value)))
-        return [self._received(name, index) for index in range(self.count)] if self.first else []
+        client, key = _client(), self._key()
+        for part in range(0, len(value), _PART):
+            client.key_value_set_bytes(f"{key}/{self.index}/{part}", value[part : part + _PART])
+        client.key_value_set(f"{key}/{self.index}/length", str(len(value)))
+        found = []
+        for index in range(self.count):
+            length = int(client.blocking_key_value_get(f"{key}/{index}/length", _FOREVER))
+            parts = range(0, length, _PART)
+            found.append(
+                b"".join(client.blocking_key_value_get_bytes(f"{key}/{index}/{part}", _FOREVER) for part in parts)
+            )
+        return found
 
-    def _received(self, name: str, index: int) -> bytes:
-        client, key = _client(), f"pdrunet_jax/{name}/{index}"
-        length = int(client.blocking_key_value_get(f"{key}/length", _FOREVER))
-        parts = [client.blocking_key_value_get_bytes(f"{key}/{part}", _FOREVER) for part in range(0, length, _PART)]
-        return b"".join(parts)
-
-
-_PART = 1 << 20
-"""Bytes that are sent at once: a message of the coordination service holds 4 MiB."""
+    def _key(self) -> str:
+        """What this call is known by in the coordination service."""
+        return f"pdrunet_jax/{next(self._calls)}"
 
 
 @contextlib.contextmanager
@@ -131,7 +144,7 @@ def join(options: Distributed, detect: bool) -> Iterator[Group]:
     threading.Thread(target=_end_with_others, args=(group,), daemon=True).start()
     try:
         yield group
-        group.wait("the end")
+        group.wait()
     except BaseException as error:
         _end(group, error)
     import jax

@@ -57,7 +57,7 @@ def _run(arguments: "TrainOptions", group: Group, stop: StopFlag) -> int:
     mesh, devices = choose_devices(config.train.batch_size, config.data.height_width[0], arguments.rows)
     device = ", ".join(filter(None, (device, devices)))
     group.say(device)
-    with group.first_before_others("phantoms"):
+    with group.first_before_others():  # it may have to draw phantoms
         dataset = open_dataset(config.data)
     require_same_data(group, dataset)
     for note in dataset.notes:
