@@ -27,7 +27,7 @@ unit: .venv/installed-dev
 parity: .venv/installed-dev
 	$(BIN)/python -m pytest parity_tests -n 2 --dist loadgroup
 stress: .venv/installed-dev
-	STRESS=1 $(BIN)/python -m pytest tests/faults tests/data -n 2 --dist loadfile --timeout 3600
+	STRESS=1 $(BIN)/python -m pytest tests/faults tests/data tests/distributed -n 2 --dist loadfile --timeout 3600
 bench: .venv/installed-dev
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m benchmarks

@@ -1,7 +1,11 @@
 """Where the arrays of a run lie: on one device, on all devices of a process, or on those of several processes."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -9,6 +13,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from pdrunet_jax.mesh import DATA, ROWS, check_images, data_share, make_mesh, place_batch, replicate
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Placement:
@@ -41,6 +48,43 @@ class Placement:
     def whole(self, tree: Any) -> Any:
         """Arrays of all devices as NumPy arrays, in every process."""
         return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+
+
+def over_devices(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, Callable[[], R]]]:
+    """Each of `items`, in order, with a call that returns `function` of it, or raises what that raised.
+
+    Every device of this process computes one at a time, ahead of the calls; a single device does it when called.
+    """
+    devices = jax.local_devices()
+    if len(devices) == 1:
+        for item in items:
+            yield item, partial(function, item)
+        return
+    free: SimpleQueue[jax.Device] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def compute(item: T) -> R:
+        device = free.get()
+        try:
+            with jax.default_device(device):
+                return function(item)
+        finally:
+            free.put(device)
+
+    pool = ThreadPoolExecutor(len(devices))
+    ahead: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for item in items:
+            ahead.append((item, pool.submit(compute, item)))
+            if len(ahead) > len(devices):
+                first, future = ahead.popleft()
+                yield first, future.result
+        while ahead:
+            first, future = ahead.popleft()
+            yield first, future.result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def choose_devices(batch_size: int, height: int, rows: int = 1) -> tuple[Mesh | None, str]:

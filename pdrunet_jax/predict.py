@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -17,16 +18,19 @@ from flax import nnx
 from tqdm import tqdm
 
 from pdrunet_jax import cli
+from pdrunet_jax.distributed_options import Detect, Distributed
 from pdrunet_jax.errors import DataError, RunError, UserError
 from pdrunet_jax.inference import Augmentation, Prediction, height_width, predict
 from pdrunet_jax.integrity import content_digest
 from pdrunet_jax.loading import class_names, load_model, load_options
 from pdrunet_jax.model import PDRUNet
+from pdrunet_jax.placement import over_devices
 from pdrunet_jax.postprocess import Cleaning
 from pdrunet_jax.predict_inputs import find_images, name_results, parse_shard, take_shard
 from pdrunet_jax.predict_outputs import Outputs, write_result
 from pdrunet_jax.predict_record import Areas
 from pdrunet_jax.predict_resume import Recipe, finished
+from pdrunet_jax.processes import place_among
 from pdrunet_jax.stopping import StopFlag
 from pdrunet_jax.thresholds import Threshold, resolve_threshold
 from pdrunet_jax.tiling import RADIUS
@@ -65,6 +69,10 @@ class Options:
     outputs: Annotated[Outputs, tyro.conf.arg(name="")] = field(default_factory=Outputs)
     shard: str | None = None
     """K/N: only the K-th of N shares of the images, for several machines that write to one folder."""
+    detect: Detect = False
+    """One of several processes, as SLURM, Kubernetes or Cloud TPU have started them, each of which takes its share, as
+    with --shard."""
+    distributed: Distributed = field(default_factory=Distributed)
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace results that were made otherwise (other weights, other options, another image) instead of refusing."""
 
@@ -77,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
 
 
 def _run(options: Options, stop: StopFlag) -> int | None:
-    shard = parse_shard(options.shard)
+    shard, table = _share(options)
     size = _size(options.size)
     if (options.tile is not None and options.tile < 1) or options.halo < 0:
         raise UserError(f"--tile {options.tile} --halo {options.halo}: at least 1 and 0 pixels")
@@ -98,27 +106,25 @@ def _run(options: Options, stop: StopFlag) -> int | None:
 
     failed: list[str] = []
     counted = len(done)
-    table = options.output / ("areas.csv" if options.shard is None else f"areas_{shard[0]}of{shard[1]}.csv")
+    compute = partial(
+        predict,
+        model,
+        size=size,
+        threshold=threshold,
+        augmentation=options.augmentation,
+        tile=options.tile,
+        halo=options.halo,
+        cleaning=options.cleaning,
+    )
     with (
-        Areas(table, ((_name(share, path), record) for path, record in done.items())) as areas,
+        Areas(options.output / table, ((_name(share, path), record) for path, record in done.items())) as areas,
         _progress(len(share), len(done)) as say,
     ):
-        for path in share:
-            if path in done:
-                continue
+        for path, prediction in over_devices(compute, [path for path in share if path not in done]):
             if stop:
                 break
             try:
-                result = predict(
-                    model,
-                    path,
-                    size=size,
-                    threshold=threshold,
-                    augmentation=options.augmentation,
-                    tile=options.tile,
-                    halo=options.halo,
-                    cleaning=options.cleaning,
-                )
+                result = prediction()
             except UserError as error:
                 failed += error.problems if isinstance(error, DataError) else [f"{path}: {error}"]
                 say(None)
@@ -139,6 +145,19 @@ def _run(options: Options, stop: StopFlag) -> int | None:
     if failed:
         raise RunError(f"{len(failed)} of {len(share)} images could not be read:\n{listing}")
     return None
+
+
+def _share(options: Options) -> tuple[tuple[int, int], str]:
+    """Which part of the images is meant, counted from 1, and of how many; and the name of its table."""
+    among = place_among(options.distributed, options.detect)
+    if among is None and options.shard is None:
+        return (1, 1), "areas.csv"
+    if among is not None and options.shard is not None:
+        raise UserError(
+            f"--shard {options.shard} with --distributed, which gives each process its share: leave out one"
+        )
+    number, count = parse_shard(options.shard) if among is None else (among[0] + 1, among[1])
+    return (number, count), f"areas_{number}of{count}.csv"
 
 
 def _size(size: tuple[int, ...] | Literal["own"]) -> tuple[int, int] | Literal["own"] | None:

@@ -173,8 +173,6 @@ def _connect(options: Distributed) -> Group:
     timer = threading.Timer(options.timeout, give_up)
     timer.daemon = True
     timer.start()
-    # GPUs ignore it; it is what lets processors compute together.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopFlag`
     try:
         jax.distributed.initialize(
@@ -196,7 +194,26 @@ def _connect(options: Distributed) -> Group:
         ) from None
     finally:
         timer.cancel()
-    return Group(jax.process_index(), jax.process_count())
+    from jax._src import distributed
+
+    # As JAX has them: its public names would start the devices, before precision and flags are set.
+    return Group(distributed.global_state.process_id, distributed.global_state.num_processes)
+
+
+def place_among(options: Distributed, detect: bool) -> tuple[int, int] | None:
+    """Which process this is, and of how many, for work that they share without meeting again; None if it is alone.
+
+    Raises `UserError` as `join`.
+    """
+    if not options.wanted(detect):
+        return None
+    if options.index is not None and options.processes is not None:
+        return options.index, options.processes
+    group = _connect(options)
+    import jax
+
+    jax.distributed.shutdown()
+    return group.index, group.count
 
 
 def _unreachable(coordinator: str) -> str:

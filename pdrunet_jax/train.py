@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pdrunet_jax.options import TrainOptions
     from pdrunet_jax.placement import Placement
     from pdrunet_jax.runfolder import RunFolder
-    from pdrunet_jax.step import TrainState
     from pdrunet_jax.tracking import Tracker
 
 
@@ -106,6 +105,7 @@ def train(
 
     from pdrunet_jax.agreement import GroupCheckpoints
     from pdrunet_jax.allocator import give_back
+    from pdrunet_jax.best_weights import save_best
     from pdrunet_jax.data.pipeline import eval_batches, position_after, train_batches
     from pdrunet_jax.divergence import Recent, write_skipped
     from pdrunet_jax.loading import start_from
@@ -201,7 +201,7 @@ def train(
                     if group.first:
                         _save_samples(run, step, result)
                     if group.first and progress.best_step == step:
-                        _save_best(run, config, dataset, outputs, state, progress)
+                        save_best(run, config, dataset, outputs, state, progress)
                     save(result.dice)
                     saved = step
                 clock.restart()
@@ -263,29 +263,6 @@ def _report(values: Any, sequence: str, skipped: int, clock: Clock, images: int)
         "data/sequence": sequence,
         **({"train/skipped": skipped} if "spike" in values else {}),
     }
-
-
-def _save_best(
-    run: "RunFolder", config: "Config", dataset: "Dataset", outputs: int, state: "TrainState", progress: Progress
-) -> None:
-    """Write best.safetensors, under the public names and with what is needed to use it."""
-    from pdrunet_jax.integrity import CONTENT, content_digest
-    from pdrunet_jax.weights import to_public, write_safetensors
-
-    arrays = to_public(state.ema or state.params, state.stats)
-    options = {
-        "in_channels": config.model.in_channels,
-        "outputs": outputs,
-        "filters": config.model.filters,
-        "shortcut": config.model.shortcut,
-        "norm": config.model.norm,
-        "dropout": config.model.dropout,
-        "size": list(config.data.height_width),
-        "class_names": list(dataset.class_names),
-        "step": progress.best_step,
-        "val_dice": progress.best_dice,
-    }
-    write_safetensors(run.best, arrays, {**options, CONTENT: content_digest(arrays, options)})
 
 
 def _pictures(result: Any) -> list[Any]:

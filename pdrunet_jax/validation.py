@@ -43,7 +43,7 @@ def validate(
     names: tuple[str, ...],
     cases: int,
     soft: bool,
-    place: Placement,
+    place: Placement | None = None,
     stop: StopFlag | None = None,
 ) -> Validation | None:
     """Run `eval_step` over `batches` (of `eval_batches`); padding counts nowhere. None if it was `stop`ped.
@@ -55,10 +55,11 @@ def validate(
         batches: images and masks, in the order of `names`.
         names: of the images, for captions.
         cases: how many images to keep for `sheet`, spread evenly over all.
-        place: on the mesh of `eval_step`. The batches are this process's share, the result is of all.
+        place: on the mesh of `eval_step`, where it has one. The batches are this process's share, the result is of all.
         soft: masks are grey values in place of class indices.
         stop: becomes true when the program is asked to stop; a validation may take longer than it is then given.
     """
+    place = place or Placement()
     losses, scores, overlaps, kept = [], [], [], []
     chosen = set(np.linspace(0, len(names) - 1, min(cases, len(names))).round().astype(int).tolist())
     for batch in batches:

@@ -1,0 +1,23 @@
+"""One folder with data, compiled programs and the run of a single process on a single device."""
+
+import os
+from pathlib import Path
+
+import pytest
+from together import CONFIG, Site, ends
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    path = tmp_path_factory.mktemp("distributed")
+    (path / "tiny.toml").write_text(CONFIG)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment |= {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONUNBUFFERED": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(path / "cache"),
+    }
+    site = Site(path, environment)
+    [(code, _, err)] = ends([site.train(site.alone)])
+    assert (code, err) == (0, "")
+    return site
