@@ -1,7 +1,7 @@
 """The session's settings, restored afterwards, and the error budget at its end."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,21 @@ def settings(pytestconfig: pytest.Config) -> Iterator[None]:
 def budget(pytestconfig: pytest.Config) -> Budget:
     """Holds a comparison to its tolerance and notes what was measured."""
     return pytestconfig.stash[_BUDGET]
+
+
+@pytest.fixture
+def caught(budget: Budget, request: pytest.FixtureRequest) -> Callable[..., str]:
+    """Run a comparison that must fail, with a budget of its own, and note which check caught it."""
+
+    def run(comparison: Callable[..., None], *arguments: Any) -> str:
+        with pytest.raises(AssertionError) as failure:
+            comparison(Budget(), *arguments)
+        message = str(failure.value)
+        name = request.node.name.removeprefix("test_").replace("_", " ")
+        budget.controls[name] = message.splitlines()[0]
+        return message
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 
 from parity_tests.budget import Budget
 from parity_tests.case import Arrays, Case, Objective, make_images, make_masks, make_objective
@@ -29,7 +30,9 @@ NETWORKS = (
 
 
 @cache
-def outcome(case: Case, compute: str | None = None, train: bool = True, remat: bool = False) -> Arrays:
+def outcome(
+    case: Case, compute: str | None = None, train: bool = True, remat: bool = False, mesh: Mesh | None = None
+) -> Arrays:
     """Logits, and in training loss, gradients and new buffers; `compute` is the dtype of the convolutions."""
     imported = from_public(state_of(case), "the twin")
     dtype = jnp.dtype(case.dtype)
@@ -41,6 +44,7 @@ def outcome(case: Case, compute: str | None = None, train: bool = True, remat: b
             remat=remat,
             param_dtype=dtype,
             dtype=None if compute is None else jnp.dtype(compute),
+            mesh=mesh,
             rngs=nnx.Rngs(0),
         )
 

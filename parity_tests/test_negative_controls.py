@@ -53,21 +53,6 @@ SMALL = Case(shape=(2, 8, 8))
 MOMENTS = ("mu", "nu")
 
 
-@pytest.fixture
-def caught(budget: Budget, request: pytest.FixtureRequest) -> Callable[..., str]:
-    """Run a comparison that must fail, with a budget of its own, and note which check caught it."""
-
-    def run(comparison: Callable[..., None], *arguments: Any) -> str:
-        with pytest.raises(AssertionError) as failure:
-            comparison(Budget(), *arguments)
-        message = str(failure.value)
-        name = request.node.name.removeprefix("test_").replace("_", " ")
-        budget.controls[name] = message.splitlines()[0]
-        return message
-
-    return run
-
-
 def both(case: Case, model: PDRUNet, twin: Twin, *, train: bool, loss: Any = None, their_loss: Any = None) -> Any:
     images, masks = make_images(case), make_masks(case) if train else None
     got = jax_pass(model, images, train=train, masks=masks, loss=loss)
