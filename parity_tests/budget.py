@@ -103,7 +103,7 @@ TOLERANCES: dict[tuple[int, str], tuple[float, float]] = {
     (10, "accumulation: logits"): (2e-16, 1e-7),
     (10, "accumulation: gradients"): (6e-15, 1.3e-6),
     (10, "sharding: logits"): (3e-15, NOT_HELD),
-    (10, "sharding: gradients"): (2.5e-14, NOT_HELD),
+    (10, "sharding: gradients"): (5.5e-14, NOT_HELD),
     (10, "sharding: buffers"): (1.2e-15, NOT_HELD),
 }
 """Level and comparison: tolerance in float64 and in float32, about twice what was measured on CPUs."""

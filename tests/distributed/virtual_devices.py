@@ -42,6 +42,7 @@ class Run:
         return config_io.from_dict(settings, "test")
 
 
+HALF = Run(steps=3, precision="bfloat16")
 ROWS = Run(accumulate=2, steps=3, size=(64, 16), validated=True)
 
 RUNS = {
@@ -49,7 +50,8 @@ RUNS = {
     "fused on 8": Run(mesh=(8, 1)),
     "plain": Run("plain"),
     "plain on 8": Run("plain", mesh=(8, 1)),
-    "bfloat16 on 8": Run(mesh=(8, 1), steps=3, precision="bfloat16"),
+    "bfloat16": HALF,
+    "bfloat16 on 8": dataclasses.replace(HALF, mesh=(8, 1)),
     "rows": ROWS,
     "rows, rematerialised on 4 x 2": dataclasses.replace(ROWS, remat=True, mesh=(4, 2)),
 }
