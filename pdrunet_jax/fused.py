@@ -112,9 +112,11 @@ def convolution_gradients(
         dilation: spacing of the kernel's taps in pixels.
     """
     around = rows_around(g, dilation)
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    d_x = _convolve(around, flipped, dilation, ((0, 0), (dilation, dilation)))
-    return d_x, filter_gradient(x, around, dilation).astype(kernel.dtype)
+    d_kernel = filter_gradient(x, around, dilation).astype(kernel.dtype)
+    # A zero that depends on the one gradient makes the other wait for it. Left to itself, XLA on CPUs goes on from the
+    # input's gradient through layers further up, while `x` and `around` still wait for the kernel's, in memory.
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3) + 0 * d_kernel.ravel()[0]
+    return _convolve(around, flipped, dilation, ((0, 0), (dilation, dilation))), d_kernel
 
 
 def filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) -> jax.Array:
