@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
 
 
 def _run(options: Options, stop: StopFlag) -> int | None:
-    shard, table = _share(options)
+    shard, table = _share(options, stop)
     size = _size(options.size)
     if (options.tile is not None and options.tile < 1) or options.halo < 0:
         raise UserError(f"--tile {options.tile} --halo {options.halo}: at least 1 and 0 pixels")
@@ -147,9 +147,9 @@ def _run(options: Options, stop: StopFlag) -> int | None:
     return None
 
 
-def _share(options: Options) -> tuple[tuple[int, int], str]:
+def _share(options: Options, stop: StopFlag) -> tuple[tuple[int, int], str]:
     """Which part of the images is meant, counted from 1, and of how many; and the name of its table."""
-    among = place_among(options.distributed, options.detect)
+    among = place_among(options.distributed, options.detect, stop)
     if among is None and options.shard is None:
         return (1, 1), "areas.csv"
     if among is not None and options.shard is not None:

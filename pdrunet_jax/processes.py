@@ -21,8 +21,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from pdrunet_jax import cli
 from pdrunet_jax.distributed_options import Distributed
 from pdrunet_jax.errors import RunError, UserError
+from pdrunet_jax.stopping import StopFlag
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as dead, and all others end."""
@@ -128,11 +130,12 @@ class Group:
 
 
 @contextlib.contextmanager
-def join(options: Distributed, detect: bool) -> Iterator[Group]:
+def join(options: Distributed, detect: bool, stop: StopFlag | None = None) -> Iterator[Group]:
     """The group of processes that `options` describe, from when all are there until all are done.
 
     An error that leaves the block in one process ends all of them: this one with its own message and exit code, the
-    others with that message and 1. That does not return: an orderly end would wait for processes that are stuck.
+    others with that message and 1. That does not return: an orderly end would wait for processes that are stuck. Nor
+    does a request to `stop` while the others are waited for.
 
     Raises:
         UserError: the options make no sense, or JAX knows no cluster here.
@@ -140,7 +143,7 @@ def join(options: Distributed, detect: bool) -> Iterator[Group]:
     if not options.wanted(detect):
         yield Group()
         return
-    group = _connect(options)
+    group = _connect(options, stop)
     threading.Thread(target=_end_with_others, args=(group,), daemon=True).start()
     try:
         yield group
@@ -152,55 +155,62 @@ def join(options: Distributed, detect: bool) -> Iterator[Group]:
     jax.distributed.shutdown()
 
 
-def _connect(options: Distributed) -> Group:
+def _connect(options: Distributed, stop: StopFlag | None = None) -> Group:
     """Meet the other processes."""
     import jax
+    from jax._src import distributed
 
-    who = "" if options.index is None else f"process {options.index} of {options.processes}: "
+    errors: list[Exception] = []
 
-    def give_up() -> None:
-        text = f"{who}the processes did not find each other within {options.timeout} s: "
-        if options.coordinator is None or options.index == 0:
-            text += "not all of them were started, or they do not reach the first one"
-        elif problem := _unreachable(options.coordinator):
-            text += f"--distributed.coordinator {options.coordinator} does not answer ({problem})"
-        else:
-            text += f"{options.coordinator} answers, but not all {options.processes} processes were started"
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        os._exit(UserError.exit_code)
+    def meet() -> None:
+        try:
+            jax.distributed.initialize(
+                options.coordinator,
+                options.processes,
+                options.index,
+                initialization_timeout=options.timeout + 60,  # JAX ends the process then, without a word that helps
+                heartbeat_timeout_seconds=HEARTBEAT,
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            errors.append(error)
 
-    # JAX ends the process when its own time is over, without a word that would help.
-    timer = threading.Timer(options.timeout, give_up)
-    timer.daemon = True
-    timer.start()
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopFlag`
-    try:
-        jax.distributed.initialize(
-            options.coordinator,
-            options.processes,
-            options.index,
-            initialization_timeout=options.timeout + 60,
-            heartbeat_timeout_seconds=HEARTBEAT,
-        )
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    who = "" if options.index is None else f"process {options.index} of {options.processes}: "
+    meeting = threading.Thread(target=meet, daemon=True)  # not in the main thread, which alone receives signals
+    end = time.monotonic() + options.timeout
+    meeting.start()
+    while meeting.is_alive():
+        meeting.join(0.05)
+        if stop:
+            os._exit(cli.STOPPED)  # nothing was begun
+        if meeting.is_alive() and time.monotonic() > end:
+            print(f"error: {who}{_nobody(options)}", file=sys.stderr, flush=True)
+            os._exit(UserError.exit_code)
+    if errors:
+        reason = str(errors[0]).splitlines()[0]
         if options.coordinator is None:
             raise UserError(
                 f"--distributed: JAX finds no cluster here ({reason}). On SLURM start it with srun; elsewhere give "
                 "--distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
-            ) from None
+            )
         raise UserError(
             f"{who}--distributed.coordinator {options.coordinator} cannot be opened ({reason}); is the port in use?"
-        ) from None
-    finally:
-        timer.cancel()
-    from jax._src import distributed
-
+        )
     # As JAX has them: its public names would start the devices, before precision and flags are set.
     return Group(distributed.global_state.process_id, distributed.global_state.num_processes)
 
 
-def place_among(options: Distributed, detect: bool) -> tuple[int, int] | None:
+def _nobody(options: Distributed) -> str:
+    """Why the processes have not met in time."""
+    text = f"the processes did not find each other within {options.timeout} s: "
+    if options.coordinator is None or options.index == 0:
+        return text + "not all of them were started, or they do not reach the first one"
+    if problem := _unreachable(options.coordinator):
+        return f"{text}--distributed.coordinator {options.coordinator} does not answer ({problem})"
+    return f"{text}{options.coordinator} answers, but not all {options.processes} processes were started"
+
+
+def place_among(options: Distributed, detect: bool, stop: StopFlag | None = None) -> tuple[int, int] | None:
     """Which process this is, and of how many, for work that they share without meeting again; None if it is alone.
 
     Raises `UserError` as `join`.
@@ -209,7 +219,7 @@ def place_among(options: Distributed, detect: bool) -> tuple[int, int] | None:
         return None
     if options.index is not None and options.processes is not None:
         return options.index, options.processes
-    group = _connect(options)
+    group = _connect(options, stop)
     import jax
 
     jax.distributed.shutdown()
@@ -237,9 +247,7 @@ def _end_with_others(group: Group) -> None:
     with contextlib.suppress(Exception):
         _client().key_value_set(f"{_TOLD}/{group.index}", "")
     where = f"process {failure['index']} of {group.count} on {failure['host']}"
-    print(
-        f"error: process {group.index} ends because {where} failed: {failure['message']}", file=sys.stderr, flush=True
-    )
+    print(f"error: process {group.index} ends: {where} failed: {failure['message']}", file=sys.stderr, flush=True)
     os._exit(RunError.exit_code)
 
 

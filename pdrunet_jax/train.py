@@ -37,7 +37,7 @@ def main() -> int:
         distributed = arguments.distributed.wanted(arguments.detect)
         if not distributed:  # before JAX is loaded, which takes longer than this answer may
             RunFolder(arguments.run_folder).require_free()
-        with join(arguments.distributed, arguments.detect) as group:
+        with join(arguments.distributed, arguments.detect, stop) as group:
             return _run(arguments, group, stop)
 
 
@@ -67,6 +67,7 @@ def _run(arguments: "TrainOptions", group: Group, stop: StopFlag) -> int:
             f"{dataset.root} has no validation images, which choose the best weights: raise --data.val-fraction, "
             "or give some patients the split val"
         )
+    group.wait()  # nothing is written before all have found the same
     run = RunFolder(arguments.run_folder)
     if group.first and config.train.weights is not None and not run.config.exists():
         from pdrunet_jax.loading import load_same

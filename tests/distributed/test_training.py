@@ -1,14 +1,16 @@
 """Training by several processes and devices: the run of one, whatever happens to them."""
 
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from together import (
-    BATCH,
     LONG,
     SAVE_EVERY,
     STEPS,
@@ -115,11 +117,28 @@ def test_a_process_with_other_settings_ends_all_with_the_difference(site: Site) 
     assert not run.exists()
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_trained_on_by_fewer_and_the_first_line_says_so(site: Site) -> None:
-    run = site.path / "on-3"
-    [(code, out, err)] = ends([site.train(run, "--train.steps", 1, devices=3)])
-    assert (code, err) == (0, "")
-    assert out.splitlines()[0].endswith(f"float64, 2 of 3 devices: more do not divide train.batch_size {BATCH}")
+def test_of_devices_that_do_not_divide_the_batch_fewer_are_used_and_it_is_said() -> None:
+    code = (
+        "from pdrunet_jax.placement import choose_devices as c; print(c(8, 32)[1], c(7, 32)[1], c(9, 32)[1], sep='|')"
+    )
+    flags = "--xla_force_host_platform_device_count=3"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "XLA_FLAGS": flags}
+    )
+    assert result.stdout.strip().split("|") == [
+        "2 of 3 devices: more do not divide train.batch_size 8",
+        "1 of 3 devices: no other number divides train.batch_size 7",
+        "3 devices",
+    ]
+
+
+def test_a_signal_ends_the_waiting_for_the_other_processes(site: Site) -> None:
+    options = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.processes", 2]
+    process = site.train(site.path / "waiting", *options, "--distributed.index", 0)
+    time.sleep(6)  # until it waits; an earlier signal ends it likewise
+    process.send_signal(signal.SIGTERM)
+    [(code, out, err)] = ends([process], timeout=60)
+    assert (code, out, err) == (75, "", "")
 
 
 def test_a_coordinator_that_does_not_answer_is_named(site: Site) -> None:
