@@ -112,11 +112,14 @@ def convolution_gradients(
         dilation: spacing of the kernel's taps in pixels.
     """
     around = rows_around(g, dilation)
-    d_kernel = filter_gradient(x, around, dilation).astype(kernel.dtype)
+    d_kernel = filter_gradient(x, around, dilation)
     # A zero that depends on the one gradient makes the other wait for it. Left to itself, XLA on CPUs goes on from the
-    # input's gradient through layers further up, while `x` and `around` still wait for the kernel's, in memory.
-    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3) + 0 * d_kernel.ravel()[0]
-    return _convolve(around, flipped, dilation, ((0, 0), (dilation, dilation))), d_kernel
+    # input's gradient through layers further up, while `x` and `around` still wait for the kernel's, in memory. It does
+    # not wait for the other parts of a mesh.
+    zero = 0 * d_kernel.ravel()[0].astype(kernel.dtype)
+    flipped = jnp.flip(kernel, (0, 1)).swapaxes(2, 3) + zero
+    d_x = _convolve(around, flipped, dilation, ((0, 0), (dilation, dilation)))
+    return d_x, shards.total(d_kernel).astype(kernel.dtype)
 
 
 def filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) -> jax.Array:
@@ -128,20 +131,20 @@ def filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) -> jax.A
         dilation: spacing of the kernel's taps in pixels.
 
     Returns:
-        (3, 3, C, K), of all parts of a mesh together, accumulated in at least float32.
+        (3, 3, C, K), of this part of a mesh alone, accumulated in at least float32.
     """
     height, width = x.shape[1:3]
     channels = min(x.shape[-1], around.shape[-1])
     if channels >= (FEW_CHANNELS if height * width >= LARGE_IMAGE else MANY_CHANNELS):
-        return shards.total(product_filter_gradient(x, around, dilation))
+        return product_filter_gradient(x, around, dilation)
     kernel = shards.own(jnp.zeros((3, 3, x.shape[-1], around.shape[-1]), x.dtype))
     g = around[:, dilation:-dilation]
     gradient: jax.Array = jax.vjp(lambda kernel: convolve(x, kernel, dilation), kernel)[1](g)[0]
-    return shards.total(gradient)
+    return gradient
 
 
 def product_filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) -> jax.Array:
-    """The filter gradient as matrix products; arguments and result as for `filter_gradient`, but of this part alone.
+    """The filter gradient as matrix products; arguments and result as for `filter_gradient`.
 
     Three taps come from each product: three column shifts of a block of the input side by side (pixels, 3C) against
     the output's gradient (pixels, K), shifted by whole rows for the other two products.
