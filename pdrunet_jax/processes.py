@@ -30,6 +30,8 @@ HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as dead, and all others end."""
 LEAVING = 5
 """Seconds that a process which ends with an error gives the others to read why."""
+LAST = 3
+"""Seconds that the first process stays when all others know that they are to end."""
 _FOREVER = 7 * 24 * 3600 * 1000
 _PART = 1 << 20
 """Bytes that are sent at once: a message of the coordination service holds 4 MiB."""
@@ -248,6 +250,7 @@ def _end_with_others(group: Group) -> None:
         _client().key_value_set(f"{_TOLD}/{group.index}", "")
     where = f"process {failure['index']} of {group.count} on {failure['host']}"
     print(f"error: process {group.index} ends: {where} failed: {failure['message']}", file=sys.stderr, flush=True)
+    _let_others_leave(group)
     os._exit(RunError.exit_code)
 
 
@@ -274,7 +277,14 @@ def _end(group: Group, error: BaseException) -> NoReturn:
         end = time.monotonic() + LEAVING
         while len(client.key_value_dir_get(_TOLD)) < group.count - 1 and time.monotonic() < end:
             time.sleep(0.05)
+    _let_others_leave(group)
     os._exit(code)
+
+
+def _let_others_leave(group: Group) -> None:
+    """The first process runs the service that all are tied to, and goes last: JAX aborts whoever it leaves behind."""
+    if group.first and group.count > 1:
+        time.sleep(LAST)
 
 
 def _lost(error: BaseException) -> bool:
