@@ -5,6 +5,7 @@ validation then says of the first batch. And `PROGRAM`, the text of a compiled t
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,16 +46,18 @@ class Run:
 HALF = Run(steps=3, precision="bfloat16")
 ROWS = Run(accumulate=2, steps=3, size=(64, 16), validated=True)
 
+LONG = bool(os.environ.get("STRESS"))
+
 RUNS = {
     "fused": Run(),
     "fused on 8": Run(mesh=(8, 1)),
-    "plain": Run("plain"),
-    "plain on 8": Run("plain", mesh=(8, 1)),
     "bfloat16": HALF,
     "bfloat16 on 8": dataclasses.replace(HALF, mesh=(8, 1)),
     "rows": ROWS,
     "rows, rematerialised on 4 x 2": dataclasses.replace(ROWS, remat=True, mesh=(4, 2)),
 }
+if LONG:
+    RUNS |= {"plain": Run("plain"), "plain on 8": Run("plain", mesh=(8, 1))}
 
 
 def batches(steps: int, size: tuple[int, int], images: int = 16) -> list[dict[str, np.ndarray]]:
