@@ -140,7 +140,7 @@ def conv_norm_relu(
     if train and norm is not None:
         _check_pixels(pixels)
 
-    if path == "fused" and norm is not None:
+    if path == "fused" and norm is not None and not train:
         # In evaluation the normalisation is a fixed affine map: folded into kernel and bias it costs nothing.
         a = norm.scale[...] * lax.rsqrt(norm.running_var[...] + EPSILON)
         kernel = kernel * per_channel(a)
