@@ -15,7 +15,7 @@ from parity_tests.case import Arrays, Case, Objective, make_images, make_masks, 
 from parity_tests.cases import DTYPES, state_of
 from parity_tests.compare import compare_paths
 from parity_tests.jax_side import compiled, loss_of
-from pdrunet_jax import fused
+from pdrunet_jax import parts, winograd
 from pdrunet_jax.config import LossConfig
 from pdrunet_jax.losses import make_loss
 from pdrunet_jax.model import PDRUNet
@@ -79,9 +79,23 @@ def test_evaluation_in_parts_agrees_with_the_plain_path(
     dtype: str, budget: Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = NETWORKS[0].replace(dtype=dtype)
-    monkeypatch.setattr(fused, "PART_PIXELS", 256)  # less than a batch of any layout, more than a phase
+    monkeypatch.setattr(parts, "PART_PIXELS", 256)  # less than a batch of any layout, more than a phase
     got = outcome.__wrapped__(case.replace(path="fused"), train=False)
     compare_paths(budget, "convolution path", dtype, case, got, outcome(case, train=False), f"parts {case}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("norm", "strip"), [("batch", 64), ("batch", 512), ("none", 64)])
+def test_winograd_convolutions_agree_with_the_plain_path(
+    norm: str, strip: int, dtype: str, budget: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation, and in training where there is no normalisation; in strips of rows, and of several phases."""
+    case = Case(filters=winograd.MIN_CHANNELS, shape=(1, 64, 96), norm=norm, dtype=dtype)
+    monkeypatch.setattr(winograd, "MIN_PIXELS", 0)
+    monkeypatch.setattr(winograd, "STRIP_PIXELS", strip)
+    for train in (False, True) if norm == "none" else (False,):
+        got = outcome.__wrapped__(case.replace(path="fused"), train=train)
+        compare_paths(budget, "convolution path", dtype, case, got, outcome(case, train=train), f"Winograd {case}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

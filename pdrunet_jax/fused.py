@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pdrunet_jax import shards
+from pdrunet_jax import shards, winograd
+from pdrunet_jax.parts import largest_divisor
 
 EPSILON = 1e-5
 """BatchNorm's addition to the variance, as in PyTorch."""
@@ -22,11 +23,11 @@ LARGE_IMAGE, FEW_CHANNELS, MANY_CHANNELS = 128 * 128, 8, 32
 """Where the filter gradient as a product beats XLA's own, measured on a quiet 2-core AVX-512 CPU: with many channels
 everywhere, with fewer on images from this number of pixels (a phase counts as one), with very few nowhere."""
 
-PART_PIXELS = 32_768
-"""Pixels of one part of `by_parts`, at most: two layers of 40 channels then pass through the caches, not the memory."""
-
 SUM_GROUPS = 256
 """Groups, at most, that `channel_sum` adds up one by one."""
+
+SUM_SLICES = 8
+"""Slices, at most, that `channel_sum_of` adds up before it takes their `channel_sum`."""
 
 
 def convolve(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
@@ -64,11 +65,6 @@ def per_channel(v: jax.Array) -> jax.Array:
     return v.reshape(1, 1, 1, -1)
 
 
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` that is at most `most`; 1 where there is none."""
-    return max((count for count in range(1, min(number, most) + 1) if number % count == 0), default=1)
-
-
 def channel_sum(x: jax.Array) -> jax.Array:
     """The sum of (N, H, W, C) over all pixels, (C,)."""
     if jax.default_backend() != "cpu":
@@ -80,6 +76,21 @@ def channel_sum(x: jax.Array) -> jax.Array:
     ones = jnp.ones((groups, pixels // groups), x.dtype)
     parts = lax.dot_general(ones, x.reshape(groups, -1, c), (((1,), (1,)), ((0,), (0,))))
     return shards.total(parts.sum(0))
+
+
+def channel_sum_of(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """The sum over all pixels of an elementwise `function` of arrays (N, H, W, C), (C,)."""
+    if jax.default_backend() != "cpu":
+        return channel_sum(function(*arrays))
+    # The function's values would be written to memory and read again by `channel_sum`. XLA writes an eighth of that if
+    # their sum is that of a few slices, which it computes in one pass.
+    c = arrays[0].shape[-1]
+    slices = largest_divisor(arrays[0].size // c, SUM_SLICES)
+    parts = [array.reshape(slices, 1, 1, -1, c) for array in arrays]
+    total = function(*(part[0] for part in parts))
+    for i in range(1, slices):
+        total = total + function(*(part[i] for part in parts))
+    return channel_sum(total)
 
 
 def pixel_count(x: jax.Array) -> int:
@@ -94,7 +105,7 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     pixels = pixel_count(x)
     mean = channel_sum(x) / pixels
-    return mean, channel_sum(jnp.square(x - per_channel(mean))) / pixels
+    return mean, channel_sum_of(lambda x: jnp.square(x - per_channel(mean)), x) / pixels
 
 
 def convolution_gradients(
@@ -172,32 +183,23 @@ def product_filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) 
     return total.reshape(3, 3, c, k)
 
 
-def by_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`function` of `x` (N, H, W, C), which treats images one by one, taken in parts of at most `PART_PIXELS` pixels.
-
-    What one part leaves in the caches is there for its next layer; a whole batch would be fetched from memory by each.
-    With phases (see `pdrunet_jax.phases`) even a single image has parts.
-    """
-    n, h, w, _ = x.shape
-    count = largest_divisor(n, PART_PIXELS // (h * w))
-    if count == n:
-        return function(x)
-    parts = lax.map(function, x.reshape(n // count, count, *x.shape[1:]))
-    return parts.reshape(n, *parts.shape[2:])
-
-
 def _convolution(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
+    if dilation == 1 and winograd.pays(x, kernel):
+        return winograd.convolve(x, kernel)
     return convolve(x, kernel, dilation)
 
 
 convolution = jax.custom_vjp(_convolution, nondiff_argnums=(2,))
-convolution.__doc__ = "`convolve` whose filter gradient is a matrix product; for layers without normalisation."
+convolution.__doc__ = """`convolve`, Winograd's way where that is faster, with the gradients of `convolution_gradients`.
+
+For layers without normalisation: those of a block in training have a gradient of their own.
+"""
 
 
 def _convolution_forward(
     x: jax.Array, kernel: jax.Array, dilation: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return convolve(x, kernel, dilation), (x, kernel)
+    return _convolution(x, kernel, dilation), (x, kernel)
 
 
 def _convolution_backward(

@@ -14,7 +14,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from pdrunet_jax.fused import by_parts
 from pdrunet_jax.layers import (
     BatchNorm,
     Conv,
@@ -28,6 +27,7 @@ from pdrunet_jax.layers import (
     keep_masks,
 )
 from pdrunet_jax.mesh import check_images, spread
+from pdrunet_jax.parts import by_parts
 from pdrunet_jax.phases import Activation, relay
 from pdrunet_jax.remat import recomputed
 

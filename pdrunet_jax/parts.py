@@ -1,0 +1,42 @@
+"""Cutting an activation into parts that stay in the caches from one operation to the next."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PART_PIXELS = 32_768
+"""Pixels of one part of `by_parts`, at most: two layers of 40 channels then pass through the caches, not the memory."""
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` that is at most `most`; 1 where there is none."""
+    return max((count for count in range(1, min(number, most) + 1) if number % count == 0), default=1)
+
+
+def by_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: int | None = None) -> jax.Array:
+    """`function` of `x` (N, H, W, C), which treats images one by one, taken in parts of at most `pixels` pixels.
+
+    What one part leaves in the caches is there for its next layer; a whole batch would be fetched from memory by each.
+    With phases (see `pdrunet_jax.phases`) even a single image has parts. `pixels` is `PART_PIXELS` when None.
+    """
+    n, h, w, _ = x.shape
+    count = largest_divisor(n, (PART_PIXELS if pixels is None else pixels) // (h * w))
+    if count == n:
+        return function(x)
+    parts = x.reshape(n // count, count, *x.shape[1:])
+    results = collected(lambda i: function(lax.dynamic_index_in_dim(parts, i, keepdims=False)), n // count, x)
+    return results.reshape(n, *results.shape[2:])
+
+
+def collected(function: Callable[[jax.Array], jax.Array], count: int, x: jax.Array) -> jax.Array:
+    """`jax.lax.map` of `function` over 0 to `count` - 1, for a function of `x`: (count, ...).
+
+    `jax.lax.map` collects results in an array of zeros; XLA sets these up for all loops of a program before the first
+    begins, and keeps them all in memory. Here they begin as a value of `x`, and so not before it is known: one from its
+    middle, because what is put around it is known early.
+    """
+    part = jax.eval_shape(function, 0)
+    start = jnp.full((count, *part.shape), x.ravel()[x.size // 2].astype(part.dtype))
+    return lax.fori_loop(0, count, lambda i, all: lax.dynamic_update_index_in_dim(all, function(i), i, 0), start)
