@@ -16,6 +16,7 @@ from jax import lax
 from pdrunet_jax.fused import (
     EPSILON,
     channel_sum,
+    channel_sum_of,
     convolution_gradients,
     convolve,
     moments,
@@ -122,13 +123,12 @@ def _layer_gradient(
 ) -> tuple[jax.Array, Weights]:
     """Gradients of a layer's input and weights from that of what enters its ReLU, zero where the ReLU was shut."""
     pixels = pixel_count(d_y)
-    centred = saved.centred()
     d_shift = channel_sum(d_y)
-    d_scale = channel_sum(d_y * centred) * saved.inv
+    d_scale = channel_sum_of(lambda d_y, z: d_y * saved._replace(z=z).centred(), d_y, saved.z) * saved.inv
     a = saved.inv * weights.scale
     # d z = a (d_y - mean(d_y) - z_hat mean(d_y z_hat)), Ioffe and Szegedy (2015), as two multiply-adds an element.
     c1, c0 = a * saved.inv * d_scale / pixels, a * d_shift / pixels
-    d_z = (per_channel(a) * d_y - per_channel(c1) * centred - per_channel(c0)).astype(x.dtype)
+    d_z = (per_channel(a) * d_y - per_channel(c1) * saved.centred() - per_channel(c0)).astype(x.dtype)
     d_x, d_kernel = convolution_gradients(x, weights.kernel, d_z, dilation)
     return d_x, Weights(d_kernel, d_scale, d_shift)
 

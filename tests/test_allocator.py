@@ -44,6 +44,29 @@ def test_a_repeated_program_takes_no_new_pages() -> None:
     assert faults < before / 10
 
 
+def test_the_heap_asks_for_huge_pages_now_and_after_giving_back() -> None:
+    """The kernel marks memory that wants huge pages with "hg", whether or not it has any to give."""
+    program = r"""
+import re
+from pathlib import Path
+from pdrunet_jax import allocator
+if not allocator.keep_freed_memory() or not allocator._may_reserve():
+    print("skip")
+for _ in range(2):
+    block = bytearray(64 << 20)
+    heap = [part for part in re.split(r"\n(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text()) if "[heap]" in part]
+    largest = max(heap, key=lambda part: int(re.search(r"Rss: +([0-9]+)", part)[1]))
+    print(int(re.search(r"Rss: +([0-9]+)", largest)[1]) > 60 << 10 and " hg" in largest)
+    del block
+    allocator.give_back()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    if "skip" in done.stdout:
+        pytest.skip("not glibc, or addresses are limited")
+    assert done.stdout.split() == ["True", "True"]
+
+
 def test_settings_of_the_environment_stay() -> None:
     kept, _ = run("keep", MALLOC_ARENA_MAX="4")
     assert not kept

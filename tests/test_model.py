@@ -9,6 +9,7 @@ from flax import nnx
 
 from pdrunet_jax.fused import (
     channel_sum,
+    channel_sum_of,
     convolution_gradients,
     convolve,
     filter_gradient,
@@ -109,6 +110,9 @@ def test_moments_survive_a_large_mean() -> None:
 def test_channel_sums_are_sums(shape: tuple[int, ...]) -> None:
     x = jax.random.normal(jax.random.key(0), shape)
     np.testing.assert_allclose(channel_sum(x), np.asarray(x, np.float64).sum((0, 1, 2)), rtol=1e-5, atol=1e-4)
+    got = channel_sum_of(lambda x, y: jnp.square(x - 3) * y, x, x)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(got, (np.square(exact - 3) * exact).sum((0, 1, 2)), rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_drops_its_share_and_only_in_training() -> None:
