@@ -26,8 +26,8 @@ everywhere, with fewer on images from this number of pixels (a phase counts as o
 SUM_GROUPS = 256
 """Groups, at most, that `channel_sum` adds up one by one."""
 
-SUM_SLICES = 8
-"""Slices, at most, that `channel_sum_of` adds up before it takes their `channel_sum`."""
+SUM_SLICES, SLICED_PIXELS = 8, 4096
+"""Slices, at most, that `channel_sum_of` adds up before it takes their `channel_sum`, and pixels from which it does."""
 
 
 def convolve(x: jax.Array, kernel: jax.Array, dilation: int = 1) -> jax.Array:
@@ -80,12 +80,13 @@ def channel_sum(x: jax.Array) -> jax.Array:
 
 def channel_sum_of(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     """The sum over all pixels of an elementwise `function` of arrays (N, H, W, C), (C,)."""
-    if jax.default_backend() != "cpu":
+    c = arrays[0].shape[-1]
+    pixels = arrays[0].size // c
+    if jax.default_backend() != "cpu" or pixels < SLICED_PIXELS:
         return channel_sum(function(*arrays))
     # The function's values would be written to memory and read again by `channel_sum`. XLA writes an eighth of that if
     # their sum is that of a few slices, which it computes in one pass.
-    c = arrays[0].shape[-1]
-    slices = largest_divisor(arrays[0].size // c, SUM_SLICES)
+    slices = largest_divisor(pixels, SUM_SLICES)
     parts = [array.reshape(slices, 1, 1, -1, c) for array in arrays]
     total = function(*(part[0] for part in parts))
     for i in range(1, slices):

@@ -27,7 +27,7 @@ from pdrunet_jax.layers import (
     keep_masks,
 )
 from pdrunet_jax.mesh import check_images, spread
-from pdrunet_jax.parts import by_parts
+from pdrunet_jax.parts import by_parts, materialised
 from pdrunet_jax.phases import Activation, relay
 from pdrunet_jax.remat import recomputed
 
@@ -263,6 +263,10 @@ class PDRUNet(nnx.Module):
         def block(name: str, x: Activation) -> Activation:
             layers: Block = getattr(self, name)
             if self.remat and train and tap is None:
+                if self.mesh is None and name != "std_block":
+                    # Otherwise XLA keeps two activations a block: this one, and what it computes it from again.
+                    x = x.for_dilation(layers.dilation)
+                    x = x.with_values(materialised(x.values))
                 return layers.rematerialised(x, path=self.path, train=train)
             if self.path == "fused" and not train and tap is None:
                 return layers.by_parts(x, path=self.path)

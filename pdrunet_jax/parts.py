@@ -9,6 +9,9 @@ from jax import lax
 PART_PIXELS = 32_768
 """Pixels of one part of `by_parts`, at most: two layers of 40 channels then pass through the caches, not the memory."""
 
+LARGE = 3e38
+"""Close to the largest number of float32. A larger one would change nothing but the time."""
+
 
 def largest_divisor(number: int, most: int) -> int:
     """The largest divisor of `number` that is at most `most`; 1 where there is none."""
@@ -40,3 +43,26 @@ def collected(function: Callable[[jax.Array], jax.Array], count: int, x: jax.Arr
     part = jax.eval_shape(function, 0)
     start = jnp.full((count, *part.shape), x.ravel()[x.size // 2].astype(part.dtype))
     return lax.fori_loop(0, count, lambda i, all: lax.dynamic_update_index_in_dim(all, function(i), i, 0), start)
+
+
+def _materialised(x: jax.Array) -> jax.Array:
+    # What XLA computes again of bfloat16 it leaves in float32 on the way; memory would round it.
+    if jax.default_backend() != "cpu" or x.dtype.itemsize < 4:
+        return x
+    first = x.ravel()[0]
+    _, x = lax.while_loop(
+        lambda carry: carry[0] < jnp.where(first > LARGE, 2, 1),
+        lambda carry: (carry[0] + 1, lax.dynamic_update_slice(carry[1], first.reshape(1, 1, 1, 1), (0, 0, 0, 0))),
+        (0, x),
+    )
+    return x
+
+
+materialised = jax.custom_vjp(_materialised)
+materialised.__doc__ = """`x` (N, H, W, C), which those who use it read from memory.
+
+XLA on CPUs may have each of them compute it again from what it is made of, a transposition included, and keep that in
+memory until the last has done so, beside `x` itself. It drops `jax.lax.optimization_barrier` and does not look through
+a loop of which it cannot say how often it runs: once, to write an element that is there already.
+"""
+materialised.defvjp(lambda x: (_materialised(x), None), lambda _, gradient: (gradient,))
