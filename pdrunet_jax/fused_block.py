@@ -125,6 +125,8 @@ def _layer_gradient(
     pixels = pixel_count(d_y)
     d_shift = channel_sum(d_y)
     d_scale = channel_sum_of(lambda d_y, z: d_y * saved._replace(z=z).centred(), d_y, saved.z) * saved.inv
+    # Depends on a sum of the gradient, so that XLA does not keep what it has computed of this before.
+    saved = saved._replace(mean=saved.mean + 0 * d_shift)
     a = saved.inv * weights.scale
     # d z = a (d_y - mean(d_y) - z_hat mean(d_y z_hat)), Ioffe and Szegedy (2015), as two multiply-adds an element.
     c1, c0 = a * saved.inv * d_scale / pixels, a * d_shift / pixels

@@ -18,7 +18,8 @@ Path = Literal["plain", "polyphase", "fused"]
 """How a 3x3 convolution is carried out; parity level 10 holds them to one another.
 
 plain: XLA's dilated convolution. polyphase: dense convolutions on phases. fused: polyphase, with the gradient of
-`pdrunet_jax.fused_block` in training and the normalisation folded into the kernel in evaluation.
+`pdrunet_jax.fused_block` in training, and in evaluation with the normalisation folded into the kernel and, where it
+pays, convolutions by `pdrunet_jax.winograd`.
 """
 
 PATHS: tuple[Path, ...] = ("plain", "polyphase", "fused")
