@@ -25,7 +25,7 @@ types: .venv/installed-dev
 unit: .venv/installed-dev
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 parity: .venv/installed-dev
-	$(BIN)/python -m pytest parity_tests -n 2 --dist loadgroup
+	$(BIN)/python -m pytest parity_tests -n 2 --dist loadfile --no-loadscope-reorder
 stress: .venv/installed-dev
 	STRESS=1 $(BIN)/python -m pytest tests/faults tests/data tests/distributed -n 2 --dist loadfile --timeout 3600
 bench: .venv/installed-dev

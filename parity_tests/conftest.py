@@ -38,20 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# What shares computed passes runs in one process, where several run (`-n 2 --dist loadgroup`).
-GROUPS = {
-    "network": ("level3", "level5", "level6"),
-    "training": ("level7", "level8", "level9", "level10", "negative_controls"),
-}
-
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves a GPU's memory to the other processes
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for group, names in GROUPS.items():
-            if any(name in item.path.name for name in names):
-                item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -93,7 +93,7 @@ def test_winograd_convolutions_agree_with_the_plain_path(
     case = Case(filters=winograd.MIN_CHANNELS, shape=(1, 64, 96), norm=norm, dtype=dtype)
     monkeypatch.setattr(winograd, "MIN_PIXELS", 0)
     monkeypatch.setattr(winograd, "STRIP_PIXELS", strip)
-    for train in (False, True) if norm == "none" else (False,):
+    for train in (False, True) if norm == "none" and dtype == "float64" else (False,):
         got = outcome.__wrapped__(case.replace(path="fused"), train=train)
         compare_paths(budget, "convolution path", dtype, case, got, outcome(case, train=train), f"Winograd {case}")
 

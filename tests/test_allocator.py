@@ -11,12 +11,12 @@ import resource, sys
 from pdrunet_jax.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
 import jax, jax.numpy as jnp
-program = jax.jit(lambda x: (jnp.sort(x) + jnp.cumsum(jnp.sort(-x))).sum())
-x = jnp.ones(4_000_000)
+program = jax.jit(lambda x, w: ((x @ w) @ (x @ w).T).sum())  # temporaries of 16 and 4 MB
+x, w = jnp.ones((2000, 64)), jnp.ones((64, 512))
 faults = []
 for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    program(x).block_until_ready()
+    program(x, w).block_until_ready()
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(kept, sorted(faults[4:])[4])
 """
