@@ -1,6 +1,6 @@
 """python -m benchmarks: every figure of docs/performance.md, one benchmark after the other, and the plots.
 
-Half an hour on two cores; nothing else should run meanwhile. On a machine with a GPU it measures there: bfloat16 and
+An hour on two cores; nothing else should run meanwhile. On a machine with a GPU it measures there: bfloat16 and
 float32, with PyTorch compiled, at the batches that memory allows.
 """
 
