@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class Options:
     """Repetitions a turn."""
     one_by_one: bool = False
     """Each contender alone, all its turns at once: for sizes of which memory does not hold two at a time."""
+    stored: bool = False
+    """Load programs that earlier runs have stored; without it every contender compiles, as at a user's first start."""
     output: Path | None = None
     """JSON file of the results."""
 
@@ -51,10 +54,13 @@ class Options:
 class Contender:
     """A worker process and what it has measured."""
 
-    def __init__(self, framework: str, variant: str, work: Work) -> None:
+    def __init__(self, framework: str, variant: str, work: Work, *, stored: bool) -> None:
         self.name = f"{framework} {variant}"
         # Left alone, JAX would take most of a GPU's memory from the others.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._store = tempfile.TemporaryDirectory(prefix="benchmark")
+        if not stored:
+            environment |= dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), self._store.name)
         command = [sys.executable, "-m", "benchmarks.worker", framework, variant, json.dumps(dataclasses.asdict(work))]
         self._process = subprocess.Popen(
             command,
@@ -105,6 +111,7 @@ class Contender:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         self._process.wait()
+        self._store.cleanup()
 
     def result(self) -> dict[str, Any]:
         """Medians and everything else that is known."""
@@ -126,7 +133,7 @@ def measure(work: Work, options: Options) -> list[dict[str, Any]]:
 def _compete(sides: Sequence[tuple[str, str]], work: Work, options: Options) -> list[dict[str, Any]]:
     contenders = []
     for framework, variant in sides:  # one after the other: compiling takes all cores
-        contender = Contender(framework, variant, work)
+        contender = Contender(framework, variant, work, stored=options.stored)
         contender.start()
         contenders.append(contender)
     for _ in range(options.rounds):
