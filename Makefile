@@ -1,7 +1,7 @@
 # make demo   train on synthetic bone X-rays, end with test scores and a report
 # make test   lint, types, tests and parity tests
 # make stress the long form of the fault tests: 200 kills, 50 signals, full disks, damage, fuzzing (half an hour)
-# make bench  every figure of docs/performance.md, on a machine that does nothing else (an hour)
+# make bench  every figure of docs/performance.md, on a machine that does nothing else (an hour and a half)
 # make venv   only the environment
 # Everything is plain pip underneath: see README.md.
 
