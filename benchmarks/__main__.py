@@ -1,7 +1,7 @@
 """python -m benchmarks: every figure of docs/performance.md, one benchmark after the other, and the plots.
 
-An hour and a half on two cores; nothing else should run meanwhile. On a machine with a GPU it measures there: bfloat16 and
-float32, with PyTorch compiled, at the batches that memory allows.
+An hour and a half on two cores; nothing else should run meanwhile. On a machine with a GPU it measures there:
+bfloat16 and float32, with PyTorch compiled, at the batches that memory allows.
 """
 
 import dataclasses
