@@ -41,7 +41,8 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = library.mallopt
     arenas = _ARENAS_A_CORE * len(os.sched_getaffinity(0))
-    # Without mappings, a block too large for a thread's own arena (64 MiB) comes from the main one, which can grow.
+    # Without mappings, large blocks come from the main thread's arena, where programs that run in turn take their
+    # memory (`compiling.dispatch_in_turn`). Other threads' arenas hold 64 MiB, and glibc maps what is larger anew.
     kept = all([mallopt(_ARENA_MAX, arenas), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])
     if kept:
         _ask_for_huge_pages(library)

@@ -10,9 +10,11 @@ PROGRAM = """
 import resource, sys
 from pdrunet_jax.allocator import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+from pdrunet_jax.compiling import dispatch_in_turn
+dispatch_in_turn()
 import jax, jax.numpy as jnp
-program = jax.jit(lambda x, w: ((x @ w) @ (x @ w).T).sum())  # temporaries of 16 and 4 MB
-x, w = jnp.ones((2000, 64)), jnp.ones((64, 512))
+program = jax.jit(lambda x, w: (x @ w).T @ (x @ w))  # temporaries of 80 MB: more than glibc keeps by itself
+x, w = jnp.ones((80_000, 8)), jnp.ones((8, 128))
 faults = []
 for _ in range(12):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
