@@ -5,7 +5,6 @@ patient. Beside `pdrunet_jax.intervals.interval` stands the percentile interval 
 which is what most programs have.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import tyro
 from scipy import special
 
-from benchmarks import machine
+from benchmarks import machine, output
 from pdrunet_jax.intervals import RESAMPLES, interval
 
 PATIENTS = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100)
@@ -118,19 +117,17 @@ def table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    """The command."""
+    options = tyro.cli(Options, prog="python -m benchmarks.coverage")
     figures = {
         name: {str(count): coverage(draw, count, options.datasets) for count in options.patients}
         for name, draw in POPULATIONS.items()
     }
     print(table(figures))
-    if options.output:
-        settings: dict[str, Any] = {**asdict(options), "resamples": RESAMPLES}
-        del settings["output"]
-        result = {"benchmark": "coverage", "settings": settings, "machine": machine.facts(), "populations": figures}
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(options.output)
+    settings: dict[str, Any] = {**asdict(options), "resamples": RESAMPLES}
+    del settings["output"]
+    result = {"benchmark": "coverage", "settings": settings, "machine": machine.facts(), "populations": figures}
+    output.write(result, options.output)
 
 
 if __name__ == "__main__":

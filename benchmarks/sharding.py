@@ -5,7 +5,6 @@ is in the compiled program. Speed on such devices would say nothing, as they sha
 """
 
 import dataclasses
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 import tyro
 
-from benchmarks import machine
+from benchmarks import machine, output
 from benchmarks.collectives import KINDS, collectives
 from pdrunet_jax.config import Config
 from pdrunet_jax.mesh import DATA, make_mesh, place_batch, replicate
@@ -105,10 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"| {one['largest_gather_elements'] / one['activation_elements']:.1%} |",
                 flush=True,
             )
-    if options.output is not None:
-        stated = {name: value for name, value in dataclasses.asdict(options).items() if name != "output"}
-        text = json.dumps({"machine": machine.facts(), "options": stated, "results": results}, indent=1)
-        options.output.write_text(text + "\n", encoding="utf-8")
+    stated = {name: value for name, value in dataclasses.asdict(options).items() if name != "output"}
+    output.write({"machine": machine.facts(), "options": stated, "results": results}, options.output)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ the line of metrics.jsonl that the step writes, at which the process is killed.
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import machine
+from benchmarks import machine, output
 
 IMPORTS = ("pdrunet_jax", "jax", "torch", "pdrunet_jax.train")
 
@@ -85,9 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"import {module:20} {seconds:6.2f} s")
     for cache, seconds in result["first_step_s"].items():
         print(f"first step, {cache} cache     {seconds:6.2f} s")
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output.write(result, options.output)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import machine
+from benchmarks import machine, output
 from benchmarks.contenders import Work
 
 JAX = ("auto", "plain", "polyphase", "naive")
@@ -190,10 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             runs.append({"work": dataclasses.asdict(work), "results": results})
             print(table(results, work, limits), flush=True)
             print()
-            if options.output:
-                content = {"machine": machine.facts(), "limits": limits, "runs": runs}
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            output.write({"machine": machine.facts(), "limits": limits, "runs": runs}, options.output)
 
 
 if __name__ == "__main__":

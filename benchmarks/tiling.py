@@ -4,7 +4,6 @@ Each figure is of a process of its own, whose highest resident memory counts, wi
 """
 
 import dataclasses
-import json
 import resource
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks import machine
+from benchmarks import machine, output
 from pdrunet_jax.allocator import keep_freed_memory
 from pdrunet_jax.data.phantom import draw
 
@@ -84,9 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{row['largest_logit']:.3g}, {row['difference']:.1e} from the whole",
                 flush=True,
             )
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output.write(result, options.output)
 
 
 if __name__ == "__main__":

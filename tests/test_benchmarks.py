@@ -1,0 +1,33 @@
+"""What `python -m benchmarks` starts: commands that exist, with options that they have, each with a file of its own."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import tyro
+
+from benchmarks import output
+from benchmarks.__main__ import cpu, gpu
+
+PLANS = {"cpu": cpu(), "gpu": gpu()}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_planned_commands_are_understood_and_keep_files_of_their_own(plan: list[list[str]]) -> None:
+    kept = []
+    for name, *arguments in plan:
+        module = importlib.import_module(name)
+        if not arguments:
+            assert callable(module.main)
+            continue
+        options = tyro.cli(module.Options, args=arguments)
+        kept.append(options.output)
+    assert len(kept) == len(set(kept)) == len(plan) - 1
+    assert all(file.parent == Path("benchmarks/results") and file.suffix == ".json" for file in kept)
+
+
+def test_results_are_kept_in_the_file_that_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "result.json"
+    output.write({"a": 1}, file)
+    output.write({"a": 2}, file)
+    assert file.read_text(encoding="utf-8") == '{\n "a": 2\n}\n'
