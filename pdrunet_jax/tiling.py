@@ -1,4 +1,4 @@
-"""Images larger than memory, computed tile by tile with exactly the logits of the whole image.
+"""Images larger than memory, computed tile by tile, with the logits of the whole image up to rounding.
 
 The network never changes the resolution, and a logit depends on no pixel farther than `RADIUS` from it. A tile is
 therefore read with a halo of that width, whose own logits are thrown away. At the image's true border there is no halo:
