@@ -20,7 +20,7 @@ from parity_tests.test_level10_paths import outcome
 from pdrunet_jax import fused, fused_block, shards
 from pdrunet_jax.mesh import make_mesh
 
-LARGE = Case(shape=(1, 256, 64))
+LARGE = Case(shape=(1, 256, 96))
 SMALL = Case(shape=(2, 64, 32))
 
 

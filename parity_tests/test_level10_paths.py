@@ -26,6 +26,7 @@ NETWORKS = (
     Case(filters=8, shape=(2, 64, 32)),
     Case(filters=8, shape=(1, 24, 40), shortcut="conv1", outputs=2, in_channels=3),
     Case(filters=8, shape=(2, 32, 32), norm="none"),
+    Case(filters=4, shape=(1, 96, 32)),  # as many phases as the largest dilation
 )
 
 

@@ -21,7 +21,7 @@ from pdrunet_jax.layers import PATHS
 from pdrunet_jax.model import BLOCKS
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
-SIZES = {"plain": ((97, 61), (20, 12)), "polyphase": ((32, 64), (20, 12)), "fused": ((32, 64), (20, 12))}
+SIZES = {"plain": ((97, 61), (20, 12)), "polyphase": ((32, 96), (20, 12)), "fused": ((32, 96), (20, 12))}
 
 
 def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:

@@ -137,8 +137,11 @@ def test_relay_puts_each_pixel_into_its_phase(source: int, target: int) -> None:
     assert (relay(phases, target, 1) == x).all()
 
 
-@pytest.mark.parametrize(("size", "layout"), [((256, 256), 32), ((96, 80), 16), ((97, 61), 1), ((512, 20), 4)])
-def test_the_finest_layout_divides_both_sides(size: tuple[int, int], layout: int) -> None:
+LAYOUTS = {(256, 256): 32, (96, 80): 16, (97, 61): 1, (512, 20): 4, (96, 32): 32, (64, 64): 16, (32, 16): 8, (2, 2): 1}
+
+
+@pytest.mark.parametrize(("size", "layout"), LAYOUTS.items())
+def test_the_finest_layout_divides_both_sides_into_phases_of_a_few_pixels(size: tuple[int, int], layout: int) -> None:
     assert finest_layout(*size) == layout
 
 
