@@ -43,7 +43,7 @@ def relay(x: jax.Array, source: int, target: int) -> jax.Array:
 def finest_layout(height: int, width: int) -> int:
     """The most phases a side, up to `MAX_DILATION`, that (height, width) is split into: a power of two.
 
-    One that divides both, and leaves phases of `MIN_SIDE` pixels or more.
+    One that divides both, and leaves phases whose longer side has `MIN_SIDE` pixels or more.
     """
     layout = math.gcd(height, width, MAX_DILATION)
     while layout > 1 and max(height, width) < MIN_SIDE * layout:
