@@ -51,11 +51,11 @@ def jax_side(variant: str, work: Work) -> Sides:
     import jax.numpy as jnp
     from flax import nnx
 
-    from pdrunet_jax import startup
-    from pdrunet_jax.compiling import compiler_options, keep_compiled_programs
     from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-    from pdrunet_jax.scaling import unit_range
-    from pdrunet_jax.step import build_model, create_state, train_step
+    from pdrunet_jax.model.pixels import unit_range
+    from pdrunet_jax.runtime import devices as startup
+    from pdrunet_jax.runtime.compile import compiler_options, keep_compiled_programs
+    from pdrunet_jax.train.step import build_model, create_state, train_step
 
     conv: Any = {"naive": "plain", "remat": "auto"}.get(variant, variant)
     precision: Any = work.precision

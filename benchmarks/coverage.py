@@ -15,7 +15,7 @@ import tyro
 from scipy import special
 
 from benchmarks import machine, output
-from pdrunet_jax.intervals import RESAMPLES, interval
+from pdrunet_jax.evaluate.intervals import RESAMPLES, interval
 
 PATIENTS = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100)
 LARGE = 400_000

@@ -77,7 +77,7 @@ def augmentation(work: Work) -> Callable[[dict[str, Any]], None]:
 
     from pdrunet_jax.config import AugmentConfig
     from pdrunet_jax.data.augment import augment, sample_keys
-    from pdrunet_jax.scaling import unit_range
+    from pdrunet_jax.model.pixels import unit_range
 
     settings = AugmentConfig(
         flip_horizontal=0.5, flip_vertical=0.5, rotate=DEGREES, scale=ZOOM, translate=SHIFT, gamma=GAMMA

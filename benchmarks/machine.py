@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pdrunet_jax.runfolder import git_revision
+from pdrunet_jax.runtime.run_folder import git_revision
 
 FLOPS_PER_PIXEL = 0.721e6
 """Multiply-adds, counted as two, of the forward pass at 40 filters; a training step takes three times that."""

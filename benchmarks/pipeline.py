@@ -98,7 +98,7 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
 
 def draw(root: Path, count: int, side: int) -> None:
     """Phantoms, all of them for training."""
-    from pdrunet_jax.data.phantom_files import Drawing, write_phantoms
+    from pdrunet_jax.data.phantoms.files import Drawing, write_phantoms
 
     write_phantoms(root, Drawing(count, size=side))
     rows = (root / "manifest.csv").read_text(encoding="utf-8").splitlines()

@@ -19,7 +19,7 @@ from typing import Literal
 import tyro
 
 from benchmarks.contenders import Work, jax_side
-from pdrunet_jax.allocator import keep_freed_memory
+from pdrunet_jax.runtime.malloc import keep_freed_memory
 
 CONTAINERS = ("while", "conditional", "call")
 """Operations made of others, which the trace has as well: counted, they would be there twice."""

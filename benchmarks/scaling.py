@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from pdrunet_jax.model import BLOCKS
+from pdrunet_jax.model.network import BLOCKS
 
 FILTERS = 40
 PARAMETERS = 363_521

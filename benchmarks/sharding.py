@@ -18,8 +18,8 @@ import tyro
 from benchmarks import machine, output
 from benchmarks.collectives import KINDS, collectives
 from pdrunet_jax.config import Config
-from pdrunet_jax.mesh import DATA, make_mesh, place_batch, replicate
-from pdrunet_jax.step import build_model, create_state, make_train_step
+from pdrunet_jax.runtime.devices import DATA, make_mesh, place_batch, replicate
+from pdrunet_jax.train.step import build_model, create_state, make_train_step
 
 MIB = 2**20
 

@@ -16,8 +16,8 @@ import numpy as np
 import tyro
 
 from benchmarks import machine, output
-from pdrunet_jax.allocator import keep_freed_memory
-from pdrunet_jax.data.phantom import draw
+from pdrunet_jax.data.phantoms.phantom import draw
+from pdrunet_jax.runtime.malloc import keep_freed_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,9 @@ def run(image: str, tile: int, weights: str | None, logits: str) -> None:
     keep_freed_memory()  # as every command does, before any library starts its threads
     from flax import nnx
 
-    from pdrunet_jax.inference import forward, forward_in_tiles
-    from pdrunet_jax.loading import load_model
-    from pdrunet_jax.model import PDRUNet
+    from pdrunet_jax.model.load import load_model
+    from pdrunet_jax.model.network import PDRUNet
+    from pdrunet_jax.predict.inference import forward, forward_in_tiles
 
     model = PDRUNet(rngs=nnx.Rngs(0)) if weights is None else load_model(weights)
     pixels = np.load(image)

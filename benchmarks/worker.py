@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.contenders import SIDES, Work, resident, resident_peak
-from pdrunet_jax.allocator import give_back, keep_freed_memory
+from pdrunet_jax.runtime.malloc import give_back, keep_freed_memory
 
 
 def timed(function: Callable[[], None], count: int) -> list[float]:
@@ -35,7 +35,7 @@ def main() -> None:
     else:
         import jax
 
-        from pdrunet_jax.compiling import dispatch_in_turn
+        from pdrunet_jax.runtime.compile import dispatch_in_turn
 
         dispatch_in_turn()  # as every command does
         jax.devices()

@@ -9,8 +9,8 @@ import jax
 import pytest
 import torch
 
-from parity_tests import report, torch_side
-from parity_tests.budget import Budget
+from parity_tests.support import report, torch_side
+from parity_tests.support.budget import Budget
 
 REPORT = Path(__file__).parent / "report" / "parity_report.json"
 

@@ -13,11 +13,11 @@ import torch
 from flax import nnx
 from PIL import Image
 
-from parity_tests import jax_training
-from parity_tests.budget import TOLERANCES, Budget, standard
-from parity_tests.case import Arrays, Case, make_images, make_masks
-from parity_tests.cases import DTYPES, state_of
-from parity_tests.compare import (
+from parity_tests.support import jax_training
+from parity_tests.support.budget import TOLERANCES, Budget, standard
+from parity_tests.support.case import Arrays, Case, make_images, make_masks
+from parity_tests.support.cases import DTYPES, state_of
+from parity_tests.support.compare import (
     compare_buffers,
     compare_gradients,
     compare_initialisation,
@@ -27,22 +27,20 @@ from parity_tests.compare import (
     compare_updates,
     largest,
 )
-from parity_tests.jax_side import jax_pass, make_flax
-from parity_tests.jax_training import Training
-from parity_tests.test_level1_conversion import differences
-from parity_tests.test_level2_initialisation import initial_model, initial_twin
-from parity_tests.test_level2_layers import compare_batch_norm
-from parity_tests.test_level4_losses import compare_loss, make_data
-from parity_tests.test_level7_optimizers import updates_in_jax, updates_in_torch
-from parity_tests.test_level8_trajectory import SMALL as SMALL_TRAINING
-from parity_tests.test_level8_trajectory import in_jax, in_torch
-from parity_tests.test_level9_resume import HALF
-from parity_tests.test_level10_paths import outcome
-from parity_tests.torch_side import make_twin, nchw, state_arrays, twin_pass
-from pdrunet_jax import layers
+from parity_tests.support.jax_side import jax_pass, make_flax
+from parity_tests.support.jax_training import Training
+from parity_tests.support.torch_side import make_twin, nchw, state_arrays, twin_pass
+from parity_tests.test_conversion import differences
+from parity_tests.test_execution_paths import outcome
+from parity_tests.test_layers import compare_batch_norm, initial_model, initial_twin
+from parity_tests.test_losses import compare_loss, make_data
+from parity_tests.test_optimizers import updates_in_jax, updates_in_torch
+from parity_tests.test_training import HALF, in_jax, in_torch
+from parity_tests.test_training import SMALL as SMALL_TRAINING
 from pdrunet_jax.config import OptimConfig
-from pdrunet_jax.model import PDRUNet
-from pdrunet_jax.optim import make_optimizer
+from pdrunet_jax.model import layers
+from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.train.optim import make_optimizer
 from pdrunet_torch_ref import PDRUNet as Twin
 
 LOOSE = ("float32",)

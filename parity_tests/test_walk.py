@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests import walk
-from parity_tests.case import Case
-from parity_tests.cases import state_of
-from pdrunet_jax import layers
-from pdrunet_jax.errors import RunError
-from pdrunet_jax.weights import write_safetensors
+from parity_tests.support import walk
+from parity_tests.support.case import Case
+from parity_tests.support.cases import state_of
+from pdrunet_jax.model import layers
+from pdrunet_jax.model.files import write_safetensors
+from pdrunet_jax.runtime.errors import RunError
 
 
 @pytest.fixture

@@ -11,13 +11,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pdrunet_jax.inference import Prediction, predict
-    from pdrunet_jax.loading import load_model
-    from pdrunet_jax.model import PDRUNet
+    from pdrunet_jax.model.load import load_model
+    from pdrunet_jax.model.network import PDRUNet
+    from pdrunet_jax.predict.inference import Prediction, predict
 
 __all__ = ["PDRUNet", "Prediction", "load_model", "predict"]
 
-_MODULES = {"PDRUNet": "model", "Prediction": "inference", "load_model": "loading", "predict": "inference"}
+_MODULES = {
+    "PDRUNet": "model.network",
+    "Prediction": "predict.inference",
+    "load_model": "model.load",
+    "predict": "predict.inference",
+}
 
 
 def __getattr__(name: str) -> Any:

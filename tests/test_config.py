@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from pdrunet_jax import config_io, options
+from pdrunet_jax import config as config_io
 from pdrunet_jax.config import Config
-from pdrunet_jax.errors import UserError
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.train import options
+from tests.support import ROOT
 
-SHIPPED = sorted(path.stem for path in (Path(__file__).parents[1] / "configs").glob("*.toml"))
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 
 def test_the_four_configurations_are_shipped() -> None:
@@ -18,7 +20,7 @@ def test_the_four_configurations_are_shipped() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_configuration_opens_with_its_command_and_loads(name: str, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # so that it is the shipped copy, not ./configs
-    path = Path(__file__).parents[1] / "configs" / f"{name}.toml"
+    path = ROOT / "configs" / f"{name}.toml"
     assert path.read_text().startswith(f"# python -m pdrunet_jax.train --config {name}")
     assert config_io.load(name) == config_io.parse(path.read_text(), name)
 

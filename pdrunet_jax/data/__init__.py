@@ -3,7 +3,7 @@
 from pdrunet_jax.data.dataset import Dataset, Inspection, ensure_phantoms, inspect_dataset, open_dataset
 from pdrunet_jax.data.images import read_image, read_spacing, resize_image
 from pdrunet_jax.data.masks import IGNORE, MaskCoding, read_mask, resize_mask
-from pdrunet_jax.data.partition import Sample
+from pdrunet_jax.data.split import Sample
 
 __all__ = [
     "IGNORE",

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pdrunet_jax import pictures
+from pdrunet_jax.data import overlay as pictures
 from pdrunet_jax.data.dataset import Dataset, Inspection
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.masks import read_mask
-from pdrunet_jax.data.partition import Sample
 from pdrunet_jax.data.scan import class_shares, foreground_share
-from pdrunet_jax.errors import UserError
-from pdrunet_jax.files import atomic_write, writing
+from pdrunet_jax.data.split import Sample
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import atomic_write, writing
 
 COLUMNS = 4
 SIDE = 180

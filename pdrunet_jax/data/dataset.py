@@ -1,8 +1,12 @@
-"""A dataset folder, opened and checked: images, masks, patients, splits, and what the masks mean."""
+"""A dataset folder, opened and checked: images, masks, patients, splits, and what the masks mean.
+
+What `data check` says of a dataset without a problem.
+"""
 
 import hashlib
 import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,13 +14,12 @@ from typing import Any
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Cache, keeps
-from pdrunet_jax.data.coding import UndeclaredError, resolve
-from pdrunet_jax.data.description import read_description
-from pdrunet_jax.data.layouts import Pair, find_pairs, some
-from pdrunet_jax.data.masks import MaskCoding, classify
-from pdrunet_jax.data.partition import Sample, partition
-from pdrunet_jax.data.scan import Scanned, foreground_share, scan
-from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.data.folder import Pair, find_pairs, read_description, some
+from pdrunet_jax.data.masks import MaskCoding, UndeclaredError, classify, resolve
+from pdrunet_jax.data.scan import Scanned, class_shares, foreground_share, scan
+from pdrunet_jax.data.split import Sample, partition, split_counts
+from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.processes import Group
 
 _HOW_TO_GET_DATA = """\
 MURA's radiographs are free of charge after registration: https://stanfordmlgroup.github.io/competitions/mura/
@@ -145,7 +148,7 @@ def ensure_phantoms(config: DataConfig) -> None:
     """Draw `config.phantoms` synthetic X-rays into `config.root` if that is missing or empty. Raises `UserError`."""
     root = Path(config.root)
     if config.phantoms and _vacant(root):
-        from pdrunet_jax.data.phantom_files import Drawing, write_phantoms
+        from pdrunet_jax.data.phantoms.files import Drawing, write_phantoms
 
         write_phantoms(root, Drawing(config.phantoms, config.split_seed, max(config.height_width)))
 
@@ -172,3 +175,46 @@ def _empty_masks(pairs: Sequence[Pair], scanned: Sequence[Scanned], coding: Mask
         if item.codes and not foreground_share(item.codes, coding)
     ]
     return [f"warning: {len(empty)} empty masks: {some(empty)}"] if empty and coding.classes else []
+
+
+def require_same_data(group: Group, dataset: Dataset) -> None:
+    """Raise `UserError` if the dataset that this process sees is not the first one's."""
+    group.require_same(
+        dataset.fingerprint(),
+        f"--data.root {dataset.root} holds other data than that of the first process: images, masks or splits differ. "
+        "Give all processes the same files; the folder may be another one on each machine.",
+    )
+
+
+def report_lines(inspection: Inspection) -> list[str]:
+    """Counts, sizes, modes, classes with their shares, patients, splits, duplicates, notes: one line each."""
+    dataset, scanned = inspection.dataset, inspection.scanned
+    heights, widths = zip(*(item.size for item in scanned), strict=True)
+    shares = [class_shares(item.codes, dataset.coding) for item in scanned]
+    means = [sum(column) / len(shares) for column in zip(*shares, strict=True)]
+    ignored = sum(bool(item.codes.keys() & set(dataset.coding.ignore)) for item in scanned)
+    modes = Counter(item.mode for item in scanned)
+    splits = split_counts(dataset.samples)
+    return [
+        f"{dataset.name} at {dataset.root} ({inspection.layout})",
+        f"images    {len(scanned)}, {min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high",
+        f"modes     {', '.join(f'{count} {mode}' for mode, count in modes.most_common())}",
+        *(
+            f"class {index}   {name}: {share:.1%} of the pixels, in {sum(row[index] > 0 for row in shares)} masks"
+            for index, (name, share) in enumerate(zip(("background", *dataset.class_names), means, strict=True))
+        ),
+        f"patients  {len({sample.patient for sample in dataset.samples})}",
+        f"splits    {splits}",
+        f"twins     {_twins(inspection)}",
+        *([f"ignored   {ignored} masks have pixels that are left out"] if ignored else []),
+        *(f"note      {note}" for note in dataset.notes if note != splits),
+    ]
+
+
+def _twins(inspection: Inspection) -> str:
+    """How many images have the very pixels of another; in two splits there are none, for that is an error."""
+    same: dict[str, int] = defaultdict(int)
+    for item in inspection.scanned:
+        same[item.pixels] += 1
+    count = sum(number for number in same.values() if number > 1)
+    return f"{count or 'no'} images have the same pixels as another{', in the same split' if count else ''}"

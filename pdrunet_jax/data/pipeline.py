@@ -12,8 +12,8 @@ from pdrunet_jax.data.cache import Resized, keeps
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask, read_soft_mask, resize_mask, resize_soft_mask
-from pdrunet_jax.data.partition import Sample, split_counts
-from pdrunet_jax.errors import UserError
+from pdrunet_jax.data.split import Sample, split_counts
+from pdrunet_jax.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Share = tuple[int, int]

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from pdrunet_jax.data.folder import Pair
 from pdrunet_jax.data.images import decode_image, read_bytes, resize_image
-from pdrunet_jax.data.layouts import Pair
 from pdrunet_jax.data.masks import MaskCoding, decode_codes
-from pdrunet_jax.errors import DataError
+from pdrunet_jax.runtime.errors import DataError
 
 _MOST_VALUES = 4096
 """More different codes than any mask has: a photograph, or a drawing saved with losses."""

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import noise, save, shapes
+
+from tests.support.small_data import noise, save, shapes
 
 
 @pytest.fixture

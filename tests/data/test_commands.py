@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import config, shapes
 
 from pdrunet_jax.data.dataset import open_dataset
-from pdrunet_jax.pictures import colour_of
+from pdrunet_jax.data.overlay import colour_of
+from tests.support.small_data import config, shapes
 
 Folder = Callable[..., Path]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import SIZE, config, noise, save, shapes
 
 from pdrunet_jax.data.dataset import open_dataset
-from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
+from tests.support.small_data import SIZE, config, noise, save, shapes
 
 Folder = Callable[..., Path]
 

@@ -9,12 +9,11 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.uid import JPEGLSLossless
-from seen_data import deep_png
-from small_data import SIZE, noise, save, write_dicom
 
-from pdrunet_jax.data.images import read_image, read_spacing, resize_image
-from pdrunet_jax.data.plain_png import decode_plain_png
-from pdrunet_jax.errors import DataError
+from pdrunet_jax.data.images import decode_plain_png, read_image, read_spacing, resize_image
+from pdrunet_jax.runtime.errors import DataError
+from tests.support.seen_data import deep_png
+from tests.support.small_data import SIZE, noise, save, write_dicom
 
 RGB = np.stack([noise(1), noise(2), noise(3)], axis=-1)
 

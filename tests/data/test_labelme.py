@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from labelme_files import annotate, box, png, shape
 from PIL import Image, ImageDraw
-from small_data import SIZE, config, noise, save
 
-from pdrunet_jax.data.contours import outlines
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image
-from pdrunet_jax.data.labelme import import_labelme
-from pdrunet_jax.data.labelme_shapes import image_location, rasterise, read_annotation
-from pdrunet_jax.data.labelme_write import write_labelme
+from pdrunet_jax.data.importers.labelme import import_labelme
+from pdrunet_jax.data.labelme.contours import outlines
+from pdrunet_jax.data.labelme.read import image_location, rasterise, read_annotation
+from pdrunet_jax.data.labelme.write import write_labelme
 from pdrunet_jax.data.masks import read_mask
-from pdrunet_jax.data.phantom import draw
-from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.data.phantoms.phantom import draw
+from pdrunet_jax.runtime.errors import DataError, UserError
+from tests.support.labelme_files import annotate, box, png, shape
+from tests.support.small_data import SIZE, config, noise, save
 
 HEIGHT, WIDTH = SIZE
 JSON = st.recursive(

@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from seen_data import deep_png
-from small_data import SIZE, config, save, shapes
 
-from pdrunet_jax.config_io import from_dict
-from pdrunet_jax.data.coding import declare
+from pdrunet_jax.config import from_dict
 from pdrunet_jax.data.dataset import Dataset, open_dataset
-from pdrunet_jax.data.masks import IGNORE, read_mask, read_soft_mask, resize_mask
-from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.data.masks import IGNORE, declare, read_mask, read_soft_mask, resize_mask
+from pdrunet_jax.runtime.errors import DataError, UserError
+from tests.support.seen_data import deep_png
+from tests.support.small_data import SIZE, config, save, shapes
 
 Folder = Callable[..., Path]
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]

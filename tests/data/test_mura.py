@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from labelme_files import annotate, box, shape
 from PIL import Image
-from small_data import SIZE, config, noise, save, shapes
 
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image
+from pdrunet_jax.data.importers.mura import import_mura
 from pdrunet_jax.data.masks import read_mask
-from pdrunet_jax.data.mura import import_mura
-from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
+from tests.support.labelme_files import annotate, box, shape
+from tests.support.small_data import SIZE, config, noise, save, shapes
 
 HUMERUS = ("XR_HUMERUS",)
 PATHS = [

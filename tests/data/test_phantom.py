@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from pdrunet_jax.baseline import threshold_dice
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image, read_spacing
-from pdrunet_jax.data.labelme import import_labelme
+from pdrunet_jax.data.importers.labelme import import_labelme
 from pdrunet_jax.data.masks import read_mask
-from pdrunet_jax.data.phantom import Difficulty, Phantom, draw
-from pdrunet_jax.data.phantom_anatomy import BONES
-from pdrunet_jax.data.phantom_files import Drawing, write_phantoms
-from pdrunet_jax.errors import UserError
+from pdrunet_jax.data.phantoms.anatomy import BONES
+from pdrunet_jax.data.phantoms.files import Drawing, write_phantoms
+from pdrunet_jax.data.phantoms.phantom import Difficulty, Phantom, draw
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.train.final import threshold_dice
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_an_empty_folder_is_filled_and_a_full_one_is_left_alone(tmp_path: Path) 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_drawing_leaves_no_dataset(tmp_path: Path, how: signal.Signals) -> None:
     root = tmp_path / "phantoms"
-    script = "import signal, sys, pathlib\nfrom pdrunet_jax.data.phantom_files import Drawing, write_phantoms\n"
+    script = "import signal, sys, pathlib\nfrom pdrunet_jax.data.phantoms.files import Drawing, write_phantoms\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
     script += "write_phantoms(pathlib.Path(sys.argv[1]), Drawing(10**6, size=32))"
     with subprocess.Popen([sys.executable, "-c", script, str(root)], stderr=subprocess.DEVNULL) as process:

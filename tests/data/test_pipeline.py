@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_data import config, shapes
 
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask, resize_mask
 from pdrunet_jax.data.pipeline import Batch, epoch_order, eval_batches, train_batches
-from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
+from tests.support import ROOT
+from tests.support.small_data import config, shapes
 
 Folder = Callable[..., Path]
 
@@ -206,7 +207,7 @@ def test_the_benchmark_compares_every_variant(tmp_path: Path) -> None:
     options = ["--images", "8", "--source", "64", "--size", "32", "--batch-size", "4", "--epochs", "2", "--rounds", "1"]
     path = tmp_path / "kept" / "pipeline.json"
     command = [sys.executable, "-m", "benchmarks.pipeline", *options, "--output", str(path)]
-    home = Path(__file__).parents[2]
+    home = ROOT
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, cwd=home)
     assert done.returncode == 0, done.stderr
     result = json.loads(path.read_text())

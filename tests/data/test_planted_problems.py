@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from PIL import Image
-from seen_data import deep_png
-from small_data import SIZE, noise, save, shapes, write_dicom
+
+from tests.support.seen_data import deep_png
+from tests.support.small_data import SIZE, noise, save, shapes, write_dicom
 
 IMAGES = 1000
 Row = dict[str, str]

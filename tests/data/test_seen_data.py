@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from seen_data import CASES, Seen
-from tiny import brightness_model, save_model
 
-from pdrunet_jax import train
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.data.masks import read_mask
-from pdrunet_jax.data.partition import Sample
-from pdrunet_jax.evaluate import main as evaluate
-from pdrunet_jax.options import parse
-from pdrunet_jax.predict import main as predict
+from pdrunet_jax.data.split import Sample
+from pdrunet_jax.evaluate.__main__ import main as evaluate
+from pdrunet_jax.predict.__main__ import main as predict
+from pdrunet_jax.train.__main__ import main
+from pdrunet_jax.train.options import parse
+from tests.support.seen_data import CASES, Seen
+from tests.support.tiny import brightness_model, save_model
 
 CONFIG = """
 [data]
@@ -107,7 +107,7 @@ def test_every_form_trains(written: tuple[Path, Seen], tmp_path: Path, monkeypat
     root, seen = written
     arguments = ["--config", "fast.toml", "--data.root", str(root), "--workdir", str(tmp_path / "run"), *seen.options]
     monkeypatch.setattr(sys, "argv", ["train", *arguments])
-    assert train.main() == 0
+    assert main() == 0
     dataset = open_dataset(settings(root, seen))
     split = "test" if dataset.of("test") else "val"
     assert_scored_against_the_truth(tmp_path / "run" / "evaluation" / split, dataset, seen, split)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import config, noise, save, shapes
 
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.split import assign
-from pdrunet_jax.errors import DataError, UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
+from tests.support.small_data import config, noise, save, shapes
 
 Folder = Callable[..., Path]
 

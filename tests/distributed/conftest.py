@@ -1,10 +1,11 @@
 """One folder with data, compiled programs and the run of a single process on a single device."""
 
 import os
-from pathlib import Path
 
 import pytest
-from together import CONFIG, Site, ends
+
+from tests.support import ROOT
+from tests.support.together import CONFIG, Site, ends
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +14,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     (path / "tiny.toml").write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(path / "cache"),
     }

@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from virtual_devices import LONG, PROGRAM, PROGRAM_ROWS, PROGRAM_SIZE, RUNS
 
 from benchmarks.collectives import collectives
-from pdrunet_jax.errors import UserError
-from pdrunet_jax.mesh import check_images, data_share, make_mesh, place_batch
-from pdrunet_jax.model import BLOCKS
+from pdrunet_jax.model.network import BLOCKS
+from pdrunet_jax.model.sharding import check_images
+from pdrunet_jax.runtime.devices import data_share, make_mesh, place_batch
+from pdrunet_jax.runtime.errors import UserError
+from tests.support import ROOT
+from tests.support.virtual_devices import LONG, PROGRAM, PROGRAM_ROWS, PROGRAM_SIZE, RUNS
 
 FILTERS = 40
 
@@ -26,7 +28,7 @@ DEAD = ("['first']['bias'].value", "['second']['bias'].value", "['running_mean']
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("devices")
-    root = Path(__file__).parents[2]
+    root = ROOT
     command = [sys.executable, Path(__file__).with_name("virtual_devices.py"), folder]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root)})
     runs = {name: dict(np.load(folder / f"{name}.npz")) for name in RUNS}

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import brightness_model, save_model
-from together import Site, ends, save_squares
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.pipeline import eval_batches, train_batches
-from pdrunet_jax.distributed_options import Distributed
-from pdrunet_jax.errors import UserError
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.processes import Distributed
+from tests.support import ROOT
+from tests.support.tiny import brightness_model, save_model
+from tests.support.together import Site, ends, save_squares
 
 
 def test_the_shares_of_a_batch_are_the_batch_whatever_their_number(tmp_path: Path) -> None:
@@ -92,9 +93,9 @@ def test_a_state_saved_on_4_devices_comes_back_bit_for_bit_on_1_2_and_8(tmp_path
     code = """
 import sys, jax, numpy as np
 from pathlib import Path
-from pdrunet_jax.checkpoint import Checkpoints
-from pdrunet_jax.mesh import make_mesh
-from pdrunet_jax.placement import Placement
+from pdrunet_jax.runtime.checkpoint import Checkpoints
+from pdrunet_jax.runtime.devices import make_mesh
+from pdrunet_jax.runtime.devices import Placement
 values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 values[0, :3] = -0.0, np.nan, np.float32(1e-42)
 state = {"w": values, "step": np.int32(7)}
@@ -108,7 +109,7 @@ for count in (1, 2, 8):
 """
     environment = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(ROOT),
     }
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], check=True, env=environment)
 

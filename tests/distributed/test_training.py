@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from together import (
+
+from tests.support.together import (
     LONG,
     SAVE_EVERY,
     STEPS,
@@ -119,7 +120,7 @@ def test_a_process_with_other_settings_ends_all_with_the_difference(site: Site) 
 
 def test_of_devices_that_do_not_divide_the_batch_fewer_are_used_and_it_is_said() -> None:
     code = (
-        "from pdrunet_jax.placement import choose_devices as c; print(c(8, 32)[1], c(7, 32)[1], c(9, 32)[1], sep='|')"
+        "from pdrunet_jax.train.run import choose_devices as c; print(c(8, 32)[1], c(7, 32)[1], c(9, 32)[1], sep='|')"
     )
     flags = "--xla_force_host_platform_device_count=3"
     result = subprocess.run(

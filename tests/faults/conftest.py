@@ -1,10 +1,11 @@
 """One folder with data, compiled programs and an undisturbed run for all faults."""
 
 import os
-from pathlib import Path
 
 import pytest
-from live import CONFIG, Place
+
+from tests.support import ROOT
+from tests.support.live import CONFIG, Place
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +14,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     (path / "tiny.toml").write_text(CONFIG)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live import LONG, SAVE_EVERY, STEPS, Place, assert_same_run, record, resumed_at
 
-from pdrunet_jax.checkpoint import Checkpoints
-from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.integrity import DIGEST
-from pdrunet_jax.loading import load_model
-from pdrunet_jax.verify import verify
+from pdrunet_jax.model.load import load_model
+from pdrunet_jax.runtime.checkpoint import Checkpoints
+from pdrunet_jax.runtime.digest import DIGEST
+from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.train.verify import verify
+from tests.support.live import LONG, SAVE_EVERY, STEPS, Place, assert_same_run, record, resumed_at
 
 OLDER, NEWEST = 3, 6
 META = Path("meta/metadata")

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from live import LONG, Place, assert_same_run, record
+
+from tests.support.live import LONG, Place, assert_same_run, record
 
 NAMED = {
     "checkpoint": "checkpoints/",

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from live import LONG, Place, assert_same_run, lines_of, resumed_at
 
-from pdrunet_jax import config_io
-from pdrunet_jax.loading import load_model
-from pdrunet_jax.step import MOST_IN_ROW, build_model, create_state, make_train_step
+from pdrunet_jax import config as config_io
+from pdrunet_jax.model.load import load_model
+from pdrunet_jax.train.step import MOST_IN_ROW, build_model, create_state, make_train_step
+from tests.support.live import LONG, Place, assert_same_run, lines_of, resumed_at
 
 WINDOW = 4
 

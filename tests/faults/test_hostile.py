@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import hostile_files as hostile
 import pytest
-from live import Place, record
 
-from pdrunet_jax import evaluate
-from pdrunet_jax.errors import RunError, UserError
-from pdrunet_jax.tracking import MetricsLog
+from pdrunet_jax.evaluate import __main__ as evaluate
+from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.train.tracking import MetricsLog
+from tests.support import hostile_files as hostile
+from tests.support.live import Place, record
 
 FILES: dict[str, Callable[[Path, Path], hostile.Action]] = {
     "a .pth that runs code": hostile.pickled_pth,

@@ -5,7 +5,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from live import LONG, SAVE_EVERY, STEPS, Place, assert_same_run, done, read_until, record, resumed_at, stream
+
+from tests.support.live import (
+    LONG,
+    SAVE_EVERY,
+    STEPS,
+    Place,
+    assert_same_run,
+    done,
+    read_until,
+    record,
+    resumed_at,
+    stream,
+)
 
 KILLS = 200 if LONG else 10
 LANES = 2

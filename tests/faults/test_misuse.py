@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live import Place
 from PIL import Image
+
+from tests.support.live import Place
 
 
 def bad_image(data: Path) -> None:

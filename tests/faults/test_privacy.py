@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from live import Place
 from PIL import Image
-from tiny import run_command
+
+from tests.support.live import Place
+from tests.support.tiny import run_command
 
 SECRETS = {
     "WANDB_API_KEY": "canary0wandb" + "a" * 28,

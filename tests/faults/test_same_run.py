@@ -9,10 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live import EVAL_EVERY, LONG, STEPS, Place, assert_same_run, content, lines_of, read_until, resumed_at
 from PIL import Image
 
-from pdrunet_jax.runfolder import RunFolder
+from pdrunet_jax.runtime.run_folder import RunFolder
+from tests.support.live import (
+    EVAL_EVERY,
+    LONG,
+    STEPS,
+    Place,
+    assert_same_run,
+    content,
+    lines_of,
+    read_until,
+    resumed_at,
+)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 16] if LONG else [1])

@@ -8,10 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live import EVAL_EVERY, LONG, Place, assert_same_run, read_until, record, resumed_at, steps_in, stream
 
-from pdrunet_jax.stopping import StopFlag
-from pdrunet_jax.validation import validate
+from pdrunet_jax.runtime.stop import StopFlag
+from pdrunet_jax.train.validate import validate
+from tests.support.live import (
+    EVAL_EVERY,
+    LONG,
+    Place,
+    assert_same_run,
+    read_until,
+    record,
+    resumed_at,
+    steps_in,
+    stream,
+)
 
 STOPS = 50 if LONG else 4
 LANES = 2

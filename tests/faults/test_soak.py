@@ -5,9 +5,9 @@ import random
 from pathlib import Path
 
 import numpy as np
-from live import LONG, record
 
-from pdrunet_jax.checkpoint import Checkpoints, checkpoint_faults
+from pdrunet_jax.runtime.checkpoint import Checkpoints, checkpoint_faults
+from tests.support.live import LONG, record
 
 SAVES = 500 if LONG else 15
 LATEST, BEST = 2, 3

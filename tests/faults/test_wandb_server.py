@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_wandb import serve
-from live import LONG, Place, assert_same_run, lines_of, record
+
+from tests.support.fake_wandb import serve
+from tests.support.live import LONG, Place, assert_same_run, lines_of, record
 
 STEPS = 12
 OPTIONS = ("--tracking.wandb", "online", "--train.steps", str(STEPS), "--train.save-every", "6")

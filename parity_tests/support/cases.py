@@ -1,0 +1,72 @@
+"""The networks that levels 3, 5 and 6 are held on, and their passes, computed once."""
+
+import itertools
+from functools import cache
+
+from parity_tests.support import jax_side, torch_side
+from parity_tests.support.case import Arrays, Case, Pass, make_images, make_masks, make_objective
+from parity_tests.support.torch_side import on_torch
+
+DTYPES = ("float64", "float32")
+
+ODD = (1, 97, 61)
+SMALL = (3, 20, 12)  # both sides are smaller than the largest dilation, 32, and one than 16
+
+_COMPILED = (
+    Case(),
+    Case(outputs=2, shortcut="conv1"),
+    Case(outputs=5, norm="none", in_channels=3),
+    Case(norm="none", shortcut="conv1", shape=SMALL),
+    Case(outputs=2, in_channels=3, shape=ODD),
+    Case(outputs=5, shortcut="conv1", in_channels=3, shape=SMALL),
+    Case(filters=40, shape=(1, 12, 20)),
+    Case(path="polyphase"),
+    Case(path="fused"),
+    Case(path="fused", shortcut="conv1", outputs=2, in_channels=3),
+    Case(path="fused", norm="none", shape=SMALL),
+)
+
+CASES = tuple(case.replace(dtype=dtype) for case in _COMPILED for dtype in DTYPES)
+"""Compiled as one program, as in use: a choice of the options, the public code's width, and each execution path."""
+
+_COMBINATIONS = (
+    Case(shortcut=shortcut, norm=norm, in_channels=channels, outputs=outputs, shape=shape)
+    for shape, shortcut, norm, channels, outputs in itertools.product(
+        (ODD, SMALL), ("input", "conv1"), ("batch", "none"), (1, 3), (1, 2, 5)
+    )
+)
+
+SWEEP = tuple(case for case in _COMBINATIONS if case not in CASES)
+"""All other combinations of the options, on odd and on small sizes; operation by operation, each compiled once for all.
+"""
+
+
+def state_of(case: Case) -> Arrays:
+    """The twin's arrays for this case, under the public names."""
+    return torch_side.state_arrays(torch_side.make_twin(case))
+
+
+@cache
+def eval_passes(case: Case) -> tuple[Pass, Pass]:
+    """A pass in evaluation mode in JAX and in PyTorch."""
+    arrays, images = state_of(case), make_images(case)
+    got = jax_side.jax_pass(jax_side.make_flax(arrays, case), images, train=False, how=_how(case))
+    return got, on_torch(torch_side.network_pass, case, arrays, [(images, None)], False)
+
+
+@cache
+def train_passes(case: Case) -> tuple[Pass, Pass]:
+    """A pass in training mode with injected dropout masks, its default loss and all gradients, in both."""
+    arrays, images, masks, objective = state_of(case), make_images(case), make_masks(case), make_objective(case)
+    model = jax_side.make_flax(arrays, case)
+    loss = jax_side.loss_of(objective)
+    got = jax_side.jax_pass(model, images, train=True, masks=masks, loss=loss, how=_how(case))
+    return got, on_torch(torch_side.network_pass, case, arrays, [(images, masks)], True, objective)
+
+
+def _how(case: Case) -> jax_side.How:
+    if case in SWEEP:
+        return "op by op"
+    # As in production where that is quick to compile, on each of the paths; see `jax_side.compiled`.
+    ordinary = case.dtype == "float32" and case.shape == Case.shape and case.outputs == 1
+    return "optimised" if ordinary and case.path != "polyphase" else "compiled"

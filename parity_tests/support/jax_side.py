@@ -1,0 +1,101 @@
+"""The Flax model on the twin's weights, and one pass of it, named as the twin's."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from parity_tests.support.case import Arrays, Case, Objective, Pass
+from pdrunet_jax.config import LossConfig
+from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.weights import from_public, to_public
+from pdrunet_jax.runtime.compile import compiler_options
+from pdrunet_jax.train.losses import make_loss
+
+How = Literal["optimised", "compiled", "op by op"]
+"""One program as in production; one program without the compiler's last optimisations; or no program, each operation
+compiled for all cases of one shape."""
+
+
+def make_flax(arrays: Arrays, case: Case) -> PDRUNet:
+    """The Flax model with the twin's arrays, by way of `weights.from_public`."""
+    imported = from_public(arrays, "the twin")
+    dtype = jnp.dtype(case.dtype)
+
+    def build() -> PDRUNet:
+        return PDRUNet(**case.options, conv=case.path, param_dtype=dtype, rngs=nnx.Rngs(0))
+
+    graph = nnx.graphdef(nnx.eval_shape(build))
+    return nnx.merge(graph, *(jax.tree.map(jnp.asarray, state) for state in (imported.params, imported.stats)))
+
+
+def loss_of(objective: Objective) -> Callable[[jax.Array], jax.Array]:
+    """The loss as the training step has it."""
+    config = LossConfig(name=objective.name, class_weights=objective.class_weights)
+    loss = make_loss(config, objective.outputs)
+    target, valid = jnp.asarray(objective.target), jnp.asarray(objective.valid)
+    return lambda logits: loss(logits, target, valid)
+
+
+def jax_pass(
+    model: PDRUNet,
+    images: np.ndarray,
+    *,
+    train: bool,
+    masks: Sequence[np.ndarray] | None = None,
+    loss: Any = None,
+    how: How = "compiled",
+) -> Pass:
+    """One pass; the running statistics in `model` move on as the twin's do."""
+    return make_jax_pass(model, train=train, loss=loss, how=how)(images, masks)
+
+
+def make_jax_pass(
+    model: PDRUNet, *, train: bool, loss: Any = None, how: How = "compiled"
+) -> Callable[[np.ndarray, Sequence[np.ndarray] | None], Pass]:
+    """`jax_pass` to be repeated on images of one shape: it is compiled once."""
+    graph = nnx.graphdef(model)
+
+    def forward(params: Any, stats: Any, images: jax.Array, keep: Any) -> Any:
+        inner = nnx.merge(graph, params, stats, copy=True)
+        activations: dict[str, jax.Array] = {}
+        logits = inner(images, train=train, dropout_masks=keep, tap=activations.__setitem__)
+        value = jnp.zeros(()) if loss is None else loss(logits)
+        return value, (logits, activations, nnx.state(inner, nnx.BatchStat))
+
+    def without_gradient(params: Any, *rest: Any) -> Any:
+        return forward(params, *rest), params
+
+    function = jax.value_and_grad(forward, has_aux=True) if loss is not None else without_gradient
+    program = function if how == "op by op" else compiled(function, optimised=how == "optimised")
+
+    def run(images: np.ndarray, masks: Sequence[np.ndarray] | None = None) -> Pass:
+        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+        (value, (logits, activations, stats)), gradients = program(params, stats, jnp.asarray(images), masks)
+        nnx.update(model, stats)
+        named = to_public(gradients, stats, dead_block=False)
+        result = Pass(*jax.tree.map(np.asarray, (activations, logits)), {})
+        if loss is not None:
+            result.loss = float(value)
+            result.gradients = {name: array for name, array in named.items() if not _buffer(name)}
+        result.buffers = {name: array for name, array in named.items() if _buffer(name)}
+        return result
+
+    return run
+
+
+def compiled(function: Callable[..., Any], *, optimised: bool = False) -> Any:
+    """`jax.jit`, as in production or without the compiler's last optimisations.
+
+    On CPUs, XLA spends up to 40 s on a float64 network and 6 s on a float32 one, nearly all of it on code generation;
+    left out, the program is the same and takes a second or two.
+    """
+    quick = not optimised and jax.default_backend() == "cpu"
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if quick else compiler_options())
+
+
+def _buffer(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))

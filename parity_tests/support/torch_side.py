@@ -1,0 +1,210 @@
+"""Everything that PyTorch computes here: NumPy in, NumPy out, in NHWC order.
+
+On a GPU both frameworks take all memory that they can get, and each brings CUDA libraries of its own, so PyTorch then
+runs in a process of its own: `on_torch(function, ...)` calls a function of this file there, or here on a CPU.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from parity_tests.support.case import Arrays, Case, Objective, Pass
+from pdrunet_torch_ref import PDRUNet as Twin
+from pdrunet_torch_ref import training
+from pdrunet_torch_ref.model import Dropout, dropout_masks, tapped
+
+T = TypeVar("T")
+
+_device = torch.device("cpu")
+_pool: ProcessPoolExecutor | None = None
+
+
+def own_process() -> str:
+    """From now on compute in another process, on a GPU where PyTorch sees one; returns the device's name."""
+    global _pool
+    if _pool is None:
+        _pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
+    return _pool.submit(_device_name).result()
+
+
+def device() -> torch.device:
+    """Where this process computes."""
+    return _device
+
+
+def end_process() -> None:
+    """Let the other process go; what follows is computed here."""
+    global _pool
+    if _pool is not None:
+        _pool.shutdown()
+        _pool = None
+
+
+def on_torch(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)`, with a function of this file, where PyTorch runs."""
+    return function(*arguments) if _pool is None else _pool.submit(function, *arguments).result()
+
+
+def exact() -> None:
+    """PyTorch's most exact and repeatable mode: no TF32, and sums whose order does not depend on the machine."""
+    torch.use_deterministic_algorithms(True, warn_only=_device.type != "cpu")
+    torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+
+
+def _start() -> None:
+    global _device
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it to be deterministic
+    _device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    exact()
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if _device.type == "cuda" else "CPU"
+
+
+def make_twin(case: Case, seed: int = 0) -> Twin:
+    """The twin with random weights, and affine parameters and statistics that are far from their initial ones."""
+    torch.manual_seed(seed)
+    twin = Twin(**case.options).double()  # drawn in float64 for every dtype, so that all have the same weights
+    for module in twin.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            module.num_batches_tracked.fill_(3)
+    return twin.to(getattr(torch, case.dtype))
+
+
+def twin_of(case: Case, arrays: Arrays) -> Twin:
+    """The twin with these arrays, on the device."""
+    twin = Twin(**case.options).to(getattr(torch, case.dtype))
+    twin.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
+    return twin.to(_device)
+
+
+def state_arrays(twin: torch.nn.Module) -> Arrays:
+    """The twin's state dict as NumPy arrays, copied."""
+    return {name: numpy(value) for name, value in twin.state_dict().items()}
+
+
+def numpy(tensor: Tensor) -> np.ndarray:
+    """A copy of a tensor on the host."""
+    return tensor.detach().cpu().numpy().copy()
+
+
+def nchw(array: np.ndarray) -> Tensor:
+    """A tensor in PyTorch's order of axes."""
+    return torch.from_numpy(np.array(np.moveaxis(array, -1, 1), order="C")).to(_device)
+
+
+def nhwc(tensor: Tensor) -> np.ndarray:
+    """An array in Flax's order of axes."""
+    return np.moveaxis(numpy(tensor), 1, -1).copy()
+
+
+def place(array: np.ndarray) -> Tensor:
+    """A target, or its valid pixels, as PyTorch's losses take them."""
+    copy = array.astype(np.int64) if array.dtype.kind == "i" else np.array(array, order="C")
+    return torch.from_numpy(copy).to(_device)
+
+
+def loss_of(objective: Objective) -> Callable[[Tensor], Tensor]:
+    """The twin's loss; "torch bce" and "torch ce" are straight calls of PyTorch."""
+    target, valid = place(objective.target), place(objective.valid)
+    if objective.name == "torch bce":
+        return lambda logits: F.binary_cross_entropy_with_logits(logits[:, 0], target)
+    if objective.name == "torch ce":
+        return lambda logits: F.cross_entropy(logits, target, ignore_index=255)
+    loss = training.make_loss(objective.name, objective.outputs, class_weights=objective.class_weights)
+    return lambda logits: loss(logits, target, valid)
+
+
+def twin_pass(
+    twin: Twin,
+    images: np.ndarray,
+    *,
+    train: bool,
+    masks: Sequence[np.ndarray] | None = None,
+    loss: Callable[[Tensor], Tensor] | None = None,
+) -> Pass:
+    """One pass of the twin; `loss(logits)` adds its value and the gradient of every parameter."""
+    activations: Arrays = {}
+    twin.train(train)
+    twin.zero_grad(set_to_none=True)
+    keep = None if masks is None else [nchw(mask) for mask in masks]
+    with dropout_masks(twin, keep), tapped(twin, lambda name, value: activations.__setitem__(name, nhwc(value))):
+        logits = twin(nchw(images))
+    result = Pass(activations, nhwc(logits), {})
+    if loss is not None:
+        value = loss(logits)
+        value.backward()
+        result.loss = float(value.detach())
+        result.gradients = {name: numpy(p.grad) for name, p in twin.named_parameters() if p.grad is not None}
+    result.buffers = {name: numpy(value) for name, value in twin.named_buffers() if not name.startswith("e5.")}
+    return result
+
+
+def network_pass(
+    case: Case,
+    arrays: Arrays,
+    inputs: Sequence[tuple[np.ndarray, Sequence[np.ndarray] | None]],
+    train: bool,
+    objective: Objective | None = None,
+) -> Pass:
+    """Passes of the twin with `arrays` on images and dropout masks, one after the other; returns the last."""
+    twin = twin_of(case, arrays)
+    loss = None if objective is None else loss_of(objective)
+    return [twin_pass(twin, images, train=train, masks=masks, loss=loss) for images, masks in inputs][-1]
+
+
+def convolutions(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, dilations: Sequence[int]) -> dict[int, Any]:
+    """relu(conv2d(x)) at each dilation; the kernel is OIHW."""
+    weight, offset = place(kernel), place(bias)
+    return {d: nhwc(torch.relu(F.conv2d(nchw(x), weight, offset, padding=d, dilation=d))) for d in dilations}
+
+
+def batch_norm(x: np.ndarray, mean: float, deviation: float, train: bool) -> Arrays:
+    """relu(BatchNorm2d(x)) with random affine parameters and these running statistics; all arrays before and after."""
+    channels = x.shape[-1]
+    layer = torch.nn.BatchNorm2d(channels, dtype=torch.from_numpy(x).dtype).train(train)
+    torch.manual_seed(0)
+    torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+    torch.nn.init.normal_(layer.bias)
+    layer.running_mean.fill_(mean)
+    layer.running_var.fill_(deviation**2)
+    before = state_arrays(layer)
+    layer.to(_device)
+    output = nhwc(torch.relu(layer(nchw(x))))
+    return {**before, "output": output, **{f"new_{name}": array for name, array in state_arrays(layer).items()}}
+
+
+def blocks(case: Case, arrays: Arrays, inputs: Arrays, train: bool) -> Arrays:
+    """Each block by public name on an input of its own."""
+    twin = twin_of(case, arrays).train(train)
+    return {name: nhwc(twin.get_submodule(name)(nchw(x))) for name, x in inputs.items()}
+
+
+def dropped(x: np.ndarray, keep: np.ndarray, rate: float) -> np.ndarray:
+    """The twin's dropout in training."""
+    layer = Dropout(rate).train()
+    layer.keep = nchw(keep)
+    return nhwc(layer(nchw(x)))
+
+
+def loss_and_gradient(logits: np.ndarray, objective: Objective) -> tuple[np.ndarray, np.ndarray]:
+    """Value and gradient to the logits (N, H, W, K)."""
+    tensor = nchw(logits).requires_grad_()
+    value = loss_of(objective)(tensor)
+    value.backward()
+    assert tensor.grad is not None
+    return numpy(value), nhwc(tensor.grad)

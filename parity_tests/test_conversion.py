@@ -1,0 +1,131 @@
+"""Level 1: the table of names is a bijection, and conversion changes no bit."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from parity_tests.support.budget import Budget
+from parity_tests.support.case import Arrays, Case
+from parity_tests.support.cases import DTYPES
+from parity_tests.support.compare import largest, same_names
+from parity_tests.support.jax_side import make_flax
+from parity_tests.support.torch_side import make_twin, state_arrays
+from pdrunet_jax.model.files import read_weights, write_pth, write_safetensors
+from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.weights import dead_entries, from_public, table, to_public
+from pdrunet_torch_ref import PDRUNet as Twin
+
+CASES = [
+    Case(shortcut=shortcut, norm=norm, in_channels=channels, outputs=outputs, filters=5)
+    for shortcut in ("input", "conv1")
+    for norm in ("batch", "none")
+    for channels in (1, 3)
+    for outputs in (1, 2, 5)
+]
+
+
+def live(arrays: Arrays) -> Arrays:
+    return {name: array for name, array in arrays.items() if not name.startswith("e5.")}
+
+
+def differences(got: Arrays, want: Arrays) -> dict[str, float]:
+    same_names(got, want, "arrays")
+    return {name: largest(got[name], array) for name, array in want.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_table_is_a_bijection_between_the_two_networks(case: Case, budget: Budget) -> None:
+    rows = table(case.in_channels, case.outputs, case.filters, case.norm)
+    assert len({row.public for row in rows}) == len({row.path for row in rows}) == len(rows)
+
+    state = state_arrays(Twin(**case.options))
+    dead = {row.public: row.shape for row in dead_entries(case.filters, case.norm)}
+    assert {name: array.shape for name, array in state.items()} == {row.public: row.shape for row in rows} | dead
+    assert [name for name in state if name not in dead] == [row.public for row in rows], "the order differs"
+
+    model = nnx.eval_shape(lambda: PDRUNet(**case.options, rngs=nnx.Rngs(0)))
+    for kind in (nnx.Param, nnx.BatchStat):
+        paths = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
+        wanted = {row.path: row.shape for row in rows if row.variable is kind}
+        hwio = {
+            path: tuple(shape[i] for i in (2, 3, 1, 0)) if len(shape) == 4 else shape for path, shape in wanted.items()
+        }
+        assert paths == hwio
+    imported = from_public(state, "the twin")
+    assert imported.options.items() <= case.options.items()
+    budget.hold(1, "names, shapes, dtypes", "float64", dict.fromkeys(state, 0.0), str(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES[::5], ids=str)
+def test_torch_to_jax_to_torch_is_bit_equal(case: Case, dtype: str, budget: Budget) -> None:
+    case = case.replace(dtype=dtype)
+    before = state_arrays(make_twin(case))
+    imported = from_public(before, "the twin")
+    back = to_public(imported.params, imported.stats)
+    other = Twin(**case.options).to(getattr(torch, dtype))
+    other.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()}, strict=True)
+    budget.hold(1, "torch -> JAX -> torch", dtype, differences(live(state_arrays(other)), live(before)), str(case))
+    assert all(not array.any() for name, array in back.items() if name.startswith("e5."))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES[3::10], ids=str)
+def test_jax_to_torch_to_jax_is_bit_equal(case: Case, dtype: str, budget: Budget) -> None:
+    case = case.replace(dtype=dtype)
+    model = PDRUNet(**case.options, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(7))
+    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    twin = Twin(**case.options).to(getattr(torch, dtype))
+    arrays = to_public(params, stats)
+    twin.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=True)
+    imported = from_public(state_arrays(twin), "the twin")
+    errors = {}
+    for before, after in ((params, imported.params), (stats, imported.stats)):
+        assert jax.tree.structure(before) == jax.tree.structure(after)
+        flat = dict(nnx.to_flat_state(after))
+        errors |= {".".join(path): largest(flat[path][...], leaf[...]) for path, leaf in nnx.to_flat_state(before)}
+    budget.hold(1, "JAX -> torch -> JAX", dtype, errors, str(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_files_carry_every_bit(suffix: str, dtype: str, tmp_path: Path, budget: Budget) -> None:
+    before = state_arrays(make_twin(Case(dtype=dtype)))
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        write_safetensors(path, before, {})
+    else:
+        write_pth(path, before)
+    after = read_weights(path).arrays
+    budget.hold(1, "torch -> JAX -> torch", dtype, differences(after, before), suffix)
+
+
+def test_parameter_counts_are_those_of_the_public_code() -> None:
+    def count(arrays: Arrays) -> int:
+        return sum(array.size for name, array in arrays.items() if not name.endswith(BUFFERS))
+
+    public = state_arrays(Twin())
+    assert count(public) == 392_561
+    assert count(live(public)) == 363_521
+    assert count(public) - count(live(public)) == 29_040
+    assert count(live(state_arrays(Twin(outputs=2)))) == 363_562
+    assert count(live(state_arrays(Twin(outputs=2, norm="none")))) == 361_482
+    model = nnx.eval_shape(lambda: PDRUNet(rngs=nnx.Rngs(0)))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 363_521
+
+
+def test_the_count_of_batches_survives_the_change_of_its_type() -> None:
+    model = make_flax(state_arrays(make_twin(Case())), Case())
+    assert model.e1.bnorm1.num_batches_tracked[...].dtype == jnp.int32
+    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    count = to_public(params, stats)["e1.bnorm1.num_batches_tracked"]
+    assert (count, count.dtype, count.shape) == (3, np.int64, ())
+
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

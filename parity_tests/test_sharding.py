@@ -1,0 +1,47 @@
+"""Level 10: the network split over a device mesh, against the plain one on one device."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.support.budget import Budget
+from parity_tests.support.case import Arrays
+from parity_tests.support.compare import compare_paths
+from parity_tests.support.sharded import SPLITS
+from parity_tests.test_execution_paths import outcome
+
+INTACT = [name for name, split in SPLITS.items() if split.broken is None]
+
+
+@pytest.fixture(scope="module")
+def split_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
+    folder = tmp_path_factory.mktemp("sharded")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-m", "parity_tests.support.sharded", folder], check=True, env=environment)
+    return {name: dict(np.load(folder / f"{name}.npz")) for name in SPLITS}
+
+
+def compare(budget: Budget, name: str, outcomes: dict[str, Arrays]) -> None:
+    split = SPLITS[name]
+    want = outcome(split.case.replace(path="plain"))
+    compare_paths(budget, "sharding", "float64", split.case, outcomes[name], want, f"{name}: {split.case}")
+
+
+@pytest.mark.parametrize("name", INTACT)
+def test_split_over_devices_the_network_is_the_plain_one(
+    name: str, split_outcomes: dict[str, Arrays], budget: Budget
+) -> None:
+    compare(budget, name, split_outcomes)
+
+
+def test_neighbours_taken_for_zeros(split_outcomes: dict[str, Arrays], caught: Callable[..., str]) -> None:
+    assert "level 10, sharding: logits" in caught(compare, "neighbours taken for zeros", split_outcomes)
+
+
+def test_variances_of_the_parts_averaged(split_outcomes: dict[str, Arrays], caught: Callable[..., str]) -> None:
+    assert "level 10, sharding: logits" in caught(compare, "variances of the parts", split_outcomes)

@@ -1,0 +1,1 @@
+"""`python -m pdrunet_jax.convert`: weights and trainings between PyTorch and JAX."""

@@ -1,0 +1,321 @@
+"""What a dataset folder says of itself: dataset.toml, or nnU-Net's dataset.json.
+
+Which image belongs to which mask: a manifest, or one of three folder layouts, always by name.
+"""
+
+import csv
+import difflib
+import io
+import json
+import os
+import posixpath
+import re
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from pdrunet_jax.config import DataConfig
+from pdrunet_jax.data.images import SUFFIXES
+from pdrunet_jax.data.masks import MaskCoding, declare
+from pdrunet_jax.runtime.errors import UserError
+
+DESCRIPTION = "dataset.toml"
+NNUNET = "dataset.json"
+
+_KEYS = ("name", "classes", "ignore", "threshold", "spacing", "licence")
+
+
+@dataclass(frozen=True)
+class Description:
+    """The declarations of a dataset folder; what is left out is None or empty."""
+
+    name: str | None = None
+    classes: Mapping[str, Any] = field(default_factory=dict)
+    ignore: Any = None
+    threshold: int | None = None
+    spacing: tuple[float, float] | None = None
+    """(row, column) in mm."""
+    source: str = DESCRIPTION
+    """The file that declares the classes."""
+
+    def coding(self, config: DataConfig) -> MaskCoding:
+        """The mask coding with what `config` overrides. Raises `UserError`."""
+        classes = config.classes or self.classes
+        ignore = self.ignore if config.ignore is None else config.ignore
+        source = "data.classes" if config.classes else f"{self.source}: classes"
+        return declare(classes, ignore, config.threshold or self.threshold, source)
+
+
+def read_description(root: Path) -> Description:
+    """What `root` declares: dataset.toml, or dataset.json beside imagesTr/. Raises `UserError` that names the file."""
+    path = root / DESCRIPTION
+    if path.is_file():
+        return _from_toml(path)
+    if (root / NNUNET).is_file() and (root / "imagesTr").is_dir():
+        return _from_nnunet(root / NNUNET)
+    return Description()
+
+
+def _from_toml(path: Path) -> Description:
+    try:
+        values = tomllib.loads(_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # a number of thousands of digits, too
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    for key in values:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KEYS)}"
+            raise UserError(f"{path}: unknown key {key!r}; {hint}")
+    if not isinstance(values.get("classes", {}), dict):
+        raise UserError(f"{path}: classes is a table of names and values, such as {{ bone = 255 }}")
+    threshold = values.get("threshold")
+    if threshold is not None and (type(threshold) is not int or not 0 < threshold < 256):
+        raise UserError(f"{path}: threshold = {threshold!r} is no grey value from 1 to 255")
+    name = values.get("name")
+    return Description(
+        None if name is None else str(name),
+        values.get("classes", {}),
+        values.get("ignore"),
+        threshold,
+        _spacing(values.get("spacing"), path),
+    )
+
+
+def _from_nnunet(path: Path) -> Description:
+    """`labels` of either version: names to values, or values to names; the label "ignore" is what it says."""
+    try:
+        values = json.loads(_text(path))
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    labels = values.get("labels", {}) if isinstance(values, dict) else None
+    if not isinstance(labels, dict):
+        raise UserError(f"{path}: labels is no object of names and values")
+    if labels and all(isinstance(name, str) and value.isdecimal() for value, name in labels.items()):
+        labels = {name: int(value) if len(value) < 10 else value for value, name in labels.items()}
+    ignore = labels.pop("ignore", None)
+    name = values.get("name")
+    return Description(str(name) if isinstance(name, str) else None, labels, ignore, source=NNUNET)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _spacing(value: Any, path: Path) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value, value]
+    if len(values) != 2 or not all(type(item) in (int, float) and 0 < item < 1e6 for item in values):
+        raise UserError(f"{path}: spacing = {value!r} is neither a number of mm nor [rows, columns]")
+    return float(values[0]), float(values[1])
+
+
+MANIFEST = "manifest.csv"
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""The splits and the names under which they are found."""
+
+_MASK_SUFFIXES = ("_mask", "_seg", "_label")
+_JUNK_FOLDERS = frozenset({"__MACOSX"})
+_JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image with its mask; `id` is the image's path below the root, POSIX (or absolute, where it lies elsewhere)."""
+
+    id: str
+    image: Path
+    mask_id: str
+    mask: Path
+    patient: str | None = None
+    split: str | None = None
+
+
+@dataclass
+class Found:
+    """What a dataset folder offers, with everything that is wrong with it."""
+
+    layout: str = ""
+    pairs: list[Pair] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_pairs(root: Path) -> Found:
+    """Pair the images and masks below `root`; `layout` is empty where none was recognised."""
+    if (root / MANIFEST).is_file():
+        return _from_manifest(root)
+    folders = {
+        split: folder
+        for split, names in SPLITS.items()
+        for folder in names
+        if (root / folder / "images").is_dir() or (root / folder / "masks").is_dir()
+    }
+    found = Found()
+    if folders:
+        found.layout = "{train,val,test}/{images,masks}"
+        for split, folder in folders.items():
+            _pair_folders(root, f"{folder}/images", f"{folder}/masks", found, split=split)
+    elif (root / "images").is_dir() or (root / "masks").is_dir():
+        found.layout = "images/ and masks/"
+        _pair_folders(root, "images", "masks", found)
+    elif (root / "imagesTr").is_dir():
+        found.layout = "nnU-Net imagesTr/labelsTr"
+        tested = (root / "imagesTs").is_dir() and (root / "labelsTs").is_dir()
+        _pair_folders(root, "imagesTr", "labelsTr", found, split="train" if tested else None, nnunet=True)
+        if tested:
+            _pair_folders(root, "imagesTs", "labelsTs", found, split="test", nnunet=True)
+    return found
+
+
+def canonical_split(name: str) -> str | None:
+    """The split that goes by `name`; None for other words."""
+    return next((split for split, names in SPLITS.items() if name.strip().lower() in names), None)
+
+
+def read_manifest(root: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Column names and rows of the manifest. Raises `ValueError` with the reason if it is no such table."""
+    try:
+        text = (root / MANIFEST).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restval="")
+    try:
+        rows = [{key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
+    columns = list(reader.fieldnames or [])
+    missing = [column for column in ("image", "mask") if column not in columns]
+    if missing:
+        raise ValueError(f"no column {' and '.join(missing)}; columns are {', '.join(columns) or 'absent'}")
+    return columns, rows
+
+
+def _from_manifest(root: Path) -> Found:
+    found = Found(layout=MANIFEST)
+    try:
+        columns, rows = read_manifest(root)
+    except ValueError as error:
+        found.problems.append(f"{MANIFEST}: {error}")
+        return found
+    seen: dict[str, int] = {}
+    outside = 0
+    for line, row in enumerate(rows, start=2):
+        where = f"{MANIFEST} line {line}"
+        paths = {}
+        for kind in ("image", "mask"):
+            reason = _refused(row[kind], absolute=kind == "image")
+            if reason:
+                found.problems.append(f"{where}: {kind} {row[kind] or 'path'} {reason}")
+            else:
+                paths[kind] = posixpath.normpath(row[kind].replace("\\", "/"))
+                if not os.path.isfile(root / paths[kind]):  # unlike Path.is_file, for any text
+                    found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
+                    del paths[kind]
+        split = canonical_split(row.get("split", "")) if "split" in columns else None
+        if "split" in columns and split is None:
+            found.problems.append(f'{where}: split "{row["split"]}" is none of train, val and test')
+        if "patient" in columns and not row["patient"]:
+            found.problems.append(f"{where}: the patient is left out; give one, or drop the column")
+        if len(paths) < 2:
+            continue
+        image = paths["image"]
+        if image in seen:
+            found.problems.append(f"{where}: image {image} is listed in line {seen[image]} already")
+            continue
+        seen[image] = line
+        outside += PurePosixPath(image).is_absolute()
+        mask = paths["mask"]
+        found.pairs.append(Pair(image, root / image, mask, root / mask, row.get("patient") or None, split))
+    if outside:
+        found.notes.append(f"{outside} images of {MANIFEST} lie outside the dataset folder (absolute paths)")
+    return found
+
+
+def _refused(path: str, *, absolute: bool) -> str | None:
+    """Why a manifest's path is not followed; None if it is."""
+    if not path:
+        return "is left out"
+    if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or path.startswith("\\"):
+        return None if absolute else "is absolute; masks lie inside the dataset folder"
+    if posixpath.normpath(path.replace("\\", "/")).split("/")[0] == "..":
+        return "leads out of the dataset folder; refused"
+    return None
+
+
+def _pair_folders(
+    root: Path, image_folder: str, mask_folder: str, found: Found, *, split: str | None = None, nnunet: bool = False
+) -> None:
+    for folder in (image_folder, mask_folder):
+        if not (root / folder).is_dir():
+            found.problems.append(f"{folder}/ is missing")
+            return
+    images, masks = _by_key(root, image_folder, found), _by_key(root, mask_folder, found)
+    taken: dict[str, str] = {}
+    for key, image_ids in sorted(images.items()):
+        if len(image_ids) > 1:
+            found.problems.append(f"{', '.join(image_ids)}: several images of one name")
+            continue
+        stem = re.sub(r"_\d{4}$", "", key) if nnunet else key
+        if nnunet and re.search(r"_\d{4}$", key) and not key.endswith("_0000"):
+            found.problems.append(f"{image_ids[0]}: a second channel; images of one file each are read")
+            continue
+        matches = [mask for suffix in ("", *_MASK_SUFFIXES) for mask in masks.get(stem + suffix, [])]
+        if not matches:
+            found.problems.append(f"{image_ids[0]}: no mask named {mask_folder}/{stem}.*, {_variants(stem)}")
+        elif len(matches) > 1:
+            found.problems.append(f"{image_ids[0]}: several masks: {', '.join(matches)}")
+        elif matches[0] in taken:
+            found.problems.append(f"{matches[0]}: a mask of several images: {taken[matches[0]]}, {image_ids[0]}")
+        else:
+            found.pairs.append(Pair(image_ids[0], root / image_ids[0], matches[0], root / matches[0], None, split))
+        taken.update(dict.fromkeys(matches, image_ids[0]))
+    for mask_ids in masks.values():
+        found.problems += [f"{mask}: a mask without an image" for mask in mask_ids if mask not in taken]
+
+
+def _variants(stem: str) -> str:
+    return " or ".join(f"{PurePosixPath(stem).name}{suffix}.*" for suffix in _MASK_SUFFIXES)
+
+
+def _by_key(root: Path, folder: str, found: Found) -> dict[str, list[str]]:
+    """Image files below `folder` by their path in it without the extension."""
+    result: dict[str, list[str]] = defaultdict(list)
+    others = []
+    for path in files_below(root / folder):
+        relative = path.relative_to(root).as_posix()
+        if path.suffix.lower() in SUFFIXES:
+            result[path.relative_to(root / folder).with_suffix("").as_posix()].append(relative)
+        else:
+            others.append(relative)
+    if others:
+        found.notes.append(f"passed over, by their extension no images: {some(others)}")
+    return result
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Files below `folder` in the order of their names, without what operating systems leave behind."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.name.startswith(".") or path.name.lower() in _JUNK_FILES or path.name in _JUNK_FOLDERS:
+            continue
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of `names` and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

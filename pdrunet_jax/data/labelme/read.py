@@ -1,0 +1,299 @@
+"""One LabelMe file: what it says, checked, and its shapes drawn as LabelMe itself draws them."""
+
+import base64
+import binascii
+import io
+import json
+import math
+import os
+import posixpath
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from pdrunet_jax.data.images import open_upright, read_bytes
+from pdrunet_jax.runtime.errors import DataError
+
+IGNORE_LABEL = "__ignore__"
+"""LabelMe's own name for regions that are to be left out."""
+
+_AREAS = {
+    "polygon": range(3, 1 << 62),
+    "rectangle": (2, 4),
+    "circle": (2,),
+    "mask": (2,),
+    "oriented_rectangle": (4,),
+    "rotation": (4,),
+}
+"""Shapes that have an area, and how many points each may have."""
+
+_NO_AREA = ("line", "linestrip", "point", "points")
+
+_MOST_BYTES = 256 << 20
+_MOST_POINTS = 200_000
+"""In one file. More is no work of a hand, and would keep the drawing busy for minutes."""
+
+_BOX_SHARE = 0.9
+"""A rectangle that holds this share of the same label's outline is a box around it: people draw boxes too tight."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape with an area."""
+
+    label: str
+    kind: str
+    points: tuple[tuple[float, float], ...]
+    """(x, y) in pixels, from the upper left corner of the image."""
+    mask: str | None = None
+    """Base64 of the PNG of a `mask` shape."""
+
+    def bounds(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom."""
+        if self.kind == "circle":
+            (x, y), radius = self.points[0], math.dist(*self.points)
+            return x - radius, y - radius, x + radius, y + radius
+        xs, ys = zip(*self.points, strict=True)
+        return min(xs), min(ys), max(xs), max(ys)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a LabelMe file says; nothing in it has been followed or decoded yet."""
+
+    name: str
+    """The file, as messages call it."""
+    image_path: str
+    shapes: tuple[Shape, ...]
+    """In the order in which they are drawn."""
+    skipped: tuple[tuple[str, str], ...] = ()
+    """(kind, label) of the shapes without an area."""
+    size: tuple[int | None, int | None] = (None, None)
+    """Height and width of the image, where the file states them."""
+    image_data: str | None = None
+    """Base64 of the embedded image file."""
+
+    def check_size(self, height: int, width: int, what: str) -> None:
+        """Raise `DataError` if the file was drawn on an image of another size than `what`."""
+        stated = tuple(theirs or ours for theirs, ours in zip(self.size, (height, width), strict=True))
+        if stated != (height, width):
+            raise _wrong(self.name, f"drawn on {stated[1]}x{stated[0]} pixels, but {what} has {width}x{height}")
+
+    def embedded(self) -> tuple[bytes, tuple[int, int]]:
+        """The embedded image file, and its (height, width), which is that of the annotation. Raises `DataError`."""
+        if self.image_data is None:
+            raise _wrong(self.name, "no image is embedded")
+        data = _decode_base64(self.image_data, self.name, "imageData")
+        image = open_upright(data, f"{self.name}: imageData")
+        self.check_size(image.height, image.width, "its imageData")
+        return data, (image.height, image.width)
+
+
+def read_annotation(path: Path, name: str) -> Annotation | None:
+    """Parse a LabelMe file of any version from 3; None for JSON of another kind. Raises `DataError` that says `name`.
+
+    Every problem of the file is in the error.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _wrong(name, error.strerror or str(error)) from None
+    if size > _MOST_BYTES:
+        raise _wrong(name, f"{size >> 20} MiB; at most {_MOST_BYTES >> 20} are read")
+    try:
+        content = json.loads(read_bytes(path, name).decode("utf-8-sig"))
+    except RecursionError:
+        raise _wrong(name, "nested too deeply to be a LabelMe file") from None
+    except ValueError as error:  # JSON, UTF-8, or a number of thousands of digits
+        raise _wrong(name, f"not valid JSON ({error})") from None
+    if not isinstance(content, dict) or not content.keys() & {"shapes", "imagePath"}:
+        return None
+    problems: list[str] = []
+    shapes, skipped = _read_shapes(content.get("shapes"), problems)
+    sides = tuple(_side(content.get(key), key, problems) for key in ("imageHeight", "imageWidth"))
+    image_path = content.get("imagePath")
+    if not isinstance(image_path, str) or not image_path.strip():
+        problems.append("imagePath is missing")
+    image_data = content.get("imageData")
+    if problems:
+        raise DataError("unreadable annotation", [f"{name}: {problem}" for problem in problems])
+    return Annotation(
+        name,
+        str(image_path),
+        tuple(shapes),
+        tuple(skipped),
+        (sides[0], sides[1]),
+        image_data if isinstance(image_data, str) and image_data else None,
+    )
+
+
+def image_location(annotation: Annotation, folder: Path, root: Path) -> str:
+    """Where `imagePath`, seen from the annotation's `folder`, leads: POSIX and relative to `root`.
+
+    The path is judged by its words alone: nothing is opened. Raises `DataError` if it leads out of `root`.
+    """
+    path = annotation.image_path
+    if PureWindowsPath(path).drive or _unwritable(path):
+        raise _wrong(annotation.name, f"imagePath {path!r} leads out of the annotations' folder; refused")
+    base = os.path.abspath(root)
+    target = os.path.normpath(os.path.join(os.path.abspath(folder), path.replace("\\", "/")))
+    if os.path.commonpath([base, target]) != base or target == base:
+        raise _wrong(annotation.name, f"imagePath {path!r} leads out of the annotations' folder; refused")
+    return posixpath.join(*Path(target).relative_to(base).parts)
+
+
+def without_boxes(shapes: Sequence[Shape]) -> list[Shape]:
+    """The shapes less the rectangles that are drawn around another shape of the same label."""
+    regions = [shape for shape in shapes if shape.kind != "rectangle"]
+    return [
+        shape
+        for shape in shapes
+        if shape.kind != "rectangle"
+        or not any(other.label == shape.label and _held(other, shape) >= _BOX_SHARE for other in regions)
+    ]
+
+
+def rasterise(
+    shapes: Sequence[Shape], index_of: Mapping[str, int], size: tuple[int, int], name: str
+) -> NDArray[np.uint8]:
+    """(H, W) uint8: `index_of` the label of the last shape over each pixel, 0 where there is none.
+
+    Pixel for pixel what LabelMe's own export draws. Raises `DataError` with every shape that cannot be drawn.
+    """
+    height, width = size
+    image = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(image)
+    problems = []
+    for number, shape in enumerate(shapes, start=1):
+        index = index_of[shape.label]
+        left, top, right, bottom = shape.bounds()
+        if left < -width or top < -height or right > 2 * width or bottom > 2 * height:
+            far = f"reaches to ({left:.6g}, {top:.6g}) and ({right:.6g}, {bottom:.6g})"
+            problems.append(f"{name}: shape {number} ({shape.label}) {far}, far outside of {width}x{height} pixels")
+        elif shape.kind == "mask":
+            try:
+                _draw_mask(image, shape, index, f"{name}: shape {number} ({shape.label})")
+            except DataError as error:
+                problems += error.problems
+        elif shape.kind == "rectangle":
+            draw.rectangle((left, top, right, bottom), fill=index)
+        elif shape.kind == "circle":
+            draw.ellipse((left, top, right, bottom), fill=index)
+        else:
+            draw.polygon(shape.points, fill=index)
+    if problems:
+        raise DataError("unreadable annotation", problems)
+    return np.array(image)
+
+
+def _read_shapes(values: Any, problems: list[str]) -> tuple[list[Shape], list[tuple[str, str]]]:
+    shapes: list[Shape] = []
+    skipped: list[tuple[str, str]] = []
+    if not isinstance(values, list):
+        problems.append(f"shapes is {'missing' if values is None else 'no list'}")
+        return shapes, skipped
+    total = 0
+    for number, value in enumerate(values, start=1):
+        try:
+            label, kind, points = _read_shape(value)
+            total += len(points)
+            if kind in _NO_AREA:
+                skipped.append((kind, label))
+                continue
+            mask = value.get("mask") if kind == "mask" else None
+            if kind == "mask" and not isinstance(mask, str):
+                raise ValueError("a mask shape without its mask")
+            shapes.append(Shape(label, kind, points, mask))
+        except ValueError as error:
+            problems.append(f"shape {number}: {error}")
+    if total > _MOST_POINTS:
+        problems.append(f"{total:,} points; at most {_MOST_POINTS:,} are drawn")
+    return shapes, skipped
+
+
+def _read_shape(value: Any) -> tuple[str, str, tuple[tuple[float, float], ...]]:
+    """Label, kind and points. Raises `ValueError` that says what is wrong."""
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    label = value.get("label")
+    if not isinstance(label, str) or not label.strip() or _unwritable(label.strip()):
+        raise ValueError(f"label {_short(label)} is no text")
+    kind = value.get("shape_type") or "polygon"  # version 3 knew nothing else
+    if kind not in _NO_AREA and (not isinstance(kind, str) or kind not in _AREAS):
+        raise ValueError(f"shape_type {_short(kind)} is unknown")
+    points = value.get("points")
+    if not isinstance(points, list) or not all(_is_point(point) for point in points):
+        raise ValueError(f"({label.strip()}) points are no list of pairs of finite numbers")
+    if kind in _AREAS and len(points) not in _AREAS[kind]:
+        raise ValueError(f"({label.strip()}) a {kind} of {len(points)} points")
+    return label.strip(), kind, tuple((float(x), float(y)) for x, y in points)
+
+
+def _is_point(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(number, int | float) and not isinstance(number, bool) for number in value)
+        and all(abs(number) < 1e9 for number in value)  # neither NaN nor infinity is
+    )
+
+
+def _side(value: Any, key: str, problems: list[str]) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9 or value != int(value):
+        problems.append(f"{key} = {_short(value)} is no number of pixels")
+        return None
+    return int(value)
+
+
+def _held(inner: Shape, outer: Shape) -> float:
+    """The share of `inner`'s bounds that lies in `outer`'s."""
+    left, top, right, bottom = inner.bounds()
+    other = outer.bounds()
+    width = max(0.0, min(right, other[2]) - max(left, other[0]))
+    height = max(0.0, min(bottom, other[3]) - max(top, other[1]))
+    area = (right - left) * (bottom - top)
+    return width * height / area if area > 0 else 0.0
+
+
+def _draw_mask(image: Image.Image, shape: Shape, index: int, name: str) -> None:
+    data = _decode_base64(shape.mask or "", name, "mask")
+    left, top, right, bottom = (math.floor(value + 0.5) for value in shape.bounds())
+    width, height = right - left + 1, bottom - top + 1
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as header:  # the size, before anything is decoded
+            stored = header.size
+    except Exception:  # Pillow's readers raise nearly every type on damaged files
+        raise _wrong(name, "its mask is no PNG") from None
+    if abs(stored[0] - width) > 1 or abs(stored[1] - height) > 1:  # corners may have been rounded apart
+        raise _wrong(name, f"its mask has {stored[0]}x{stored[1]} pixels, but its corners leave {width}x{height}")
+    patch = np.asarray(open_upright(data, f"{name}: its mask").convert("L")) > 0
+    image.paste(index, (left, top), Image.fromarray(patch))
+
+
+def _decode_base64(text: str, name: str, what: str) -> bytes:
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise _wrong(name, f"{what} is no valid base64") from None
+
+
+def _unwritable(text: str) -> bool:
+    """Whether there are control characters, or halves of characters, that no file and no log can hold."""
+    return re.search("[\x00-\x1f\x7f\ud800-\udfff]", text) is not None
+
+
+def _short(value: Any) -> str:
+    text = f"a {type(value).__name__}" if isinstance(value, list | dict) else repr(value)
+    return text if len(text) < 60 else f"{text[:50]}..."
+
+
+def _wrong(name: str, problem: str) -> DataError:
+    return DataError("unreadable annotation", [f"{name}: {problem}"])

@@ -1,0 +1,191 @@
+"""Pictures of masks over images, with NumPy and Pillow alone; colours that colour-blind readers can tell apart."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.runtime.files import atomic_write
+
+COLOURS = (
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (240, 228, 66),
+    (0, 114, 178),
+    (213, 94, 0),
+)
+"""Of class 1, 2, ...: the palette of Okabe and Ito, in an order that reads well on grey; repeated beyond seven."""
+MISSED = (230, 159, 0)
+"""True, not predicted: orange."""
+EXTRA = (86, 180, 233)
+"""Predicted, not true: blue."""
+CONFUSED = (204, 121, 167)
+"""The wrong one of two foreground classes: pink."""
+IGNORED = (120, 120, 120)
+
+PANELS = ("image", "truth", "prediction", "difference")
+LEGEND = (("missed", MISSED), ("extra", EXTRA), ("wrong class", CONFUSED))
+
+_BACKGROUND = (18, 18, 18)
+_TEXT = (225, 225, 225)
+_GAP = 6
+_LINE = 22
+
+
+def grey_or_rgb(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, C) or (H, W) pixels in [0, 255] as (H, W, 3) uint8; one channel becomes grey, more than three are cut."""
+    image = pixels[..., None] if pixels.ndim == 2 else pixels
+    image = np.clip(np.round(image.astype(np.float32)), 0, 255).astype(np.uint8)
+    return np.repeat(image[..., :1], 3, axis=-1) if image.shape[-1] < 3 else np.ascontiguousarray(image[..., :3])
+
+
+def overlay(pixels: np.ndarray, mask: np.ndarray, tint: float = 0.3) -> np.ndarray:
+    """The image with every class tinted in its colour and outlined.
+
+    Args:
+        pixels: (H, W, C) or (H, W) in [0, 255].
+        mask: (H, W) class indices; ignored pixels are tinted grey.
+        tint: Weight of the colour inside, 0 to 1.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = grey_or_rgb(pixels).astype(np.float32)
+    # An outline of one pixel is lost when a large radiograph is scaled to a screen.
+    width = max(1, round(min(mask.shape) / 300))
+    for index in np.unique(mask):
+        if index == 0:
+            continue
+        region = mask == index
+        colour = np.array(IGNORED if index == IGNORE else colour_of(int(index)), np.float32)
+        picture[region] += tint * (colour - picture[region])
+        picture[outline(region, width)] = colour
+    return np.round(picture).astype(np.uint8)
+
+
+def difference(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """The dimmed image with errors in full colour: missed orange, extra blue, the wrong class pink, ignored grey.
+
+    Args and result as for `overlay`; where both agree on a class, its outline is drawn thin in white.
+    """
+    picture = grey_or_rgb(pixels).astype(np.float32) * 0.6
+    counted = truth != IGNORE
+    for region, colour in (
+        (counted & (truth > 0) & (prediction == 0), MISSED),
+        (counted & (truth == 0) & (prediction > 0), EXTRA),
+        (counted & (truth > 0) & (prediction > 0) & (truth != prediction), CONFUSED),
+    ):
+        picture[region] = 0.15 * picture[region] + 0.85 * np.array(colour, np.float32)
+    picture[~counted] = 0.5 * picture[~counted] + 0.5 * np.array(IGNORED, np.float32)
+    agreed = outline(counted & (truth > 0) & (truth == prediction), 1)
+    picture[agreed] = 0.4 * picture[agreed] + 0.6 * 255
+    return np.round(picture).astype(np.uint8)
+
+
+def panels(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray, side: int = 256) -> list[Image.Image]:
+    """The four pictures of one case, in the order of `PANELS`, with a longest side of `side` pixels.
+
+    They are scaled before anything is drawn, so that outlines keep their width: masks by nearest neighbour.
+    """
+    height, width = truth.shape
+    scale = side / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    image = np.asarray(Image.fromarray(grey_or_rgb(pixels)).resize(size, Image.Resampling.BILINEAR))
+    true, predicted = (
+        np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
+        for mask in (truth, prediction)
+    )
+    drawn = (image, overlay(image, true), overlay(image, predicted), difference(image, true, predicted))
+    return [Image.fromarray(picture) for picture in drawn]
+
+
+def sample_sheet(
+    images: Sequence[np.ndarray],
+    truths: Sequence[np.ndarray],
+    predictions: Sequence[np.ndarray],
+    captions: Sequence[str],
+    side: int = 256,
+) -> Image.Image:
+    """A sheet with one case in each row: image, truth, prediction and their difference, and a legend below.
+
+    Args:
+        images: (H, W, C) or (H, W) in [0, 255], each of any size.
+        truths: (H, W) class indices, of the image's size.
+        predictions: (H, W) class indices, of the image's size.
+        captions: A line above each row.
+        side: Longest side of a panel in pixels.
+
+    Raises:
+        ValueError: there is no case, or not the same number of each.
+    """
+    cases = list(zip(images, truths, predictions, captions, strict=True))
+    if not cases:
+        raise ValueError("a sheet needs at least one case")
+    rows = [(caption, panels(image, truth, prediction, side)) for image, truth, prediction, caption in cases]
+    column = max(row[0].width for _, row in rows)
+    width = _GAP + len(PANELS) * (column + _GAP)
+    height = 2 * _LINE + sum(_LINE + row[0].height + _GAP for _, row in rows)
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    for number, name in enumerate(PANELS):
+        draw.text((_GAP + number * (column + _GAP), 3), name, _TEXT, font)
+    top = _LINE
+    for caption, row in rows:
+        draw.text((_GAP, top + 3), _fitted(caption, width - 2 * _GAP, font), _TEXT, font)
+        top += _LINE
+        for number, panel in enumerate(row):
+            sheet.paste(panel, (_GAP + number * (column + _GAP), top))
+        top += row[0].height + _GAP
+    left = _GAP
+    for name, colour in LEGEND:
+        draw.rectangle((left, top + 4, left + 12, top + 16), fill=colour)
+        draw.text((left + 18, top + 2), name, _TEXT, font)
+        left += 34 + int(font.getlength(name))
+    return sheet
+
+
+def index_mask(mask: np.ndarray, classes: int) -> Image.Image:
+    """Class indices (H, W) as a palette image: NumPy reads the indices back, a viewer shows colours.
+
+    A single foreground class is white on black, so that a reader that converts to grey gets 0 and 255.
+    """
+    image = Image.fromarray(mask.astype(np.uint8))
+    colours = [(255, 255, 255)] if classes == 1 else [colour_of(index) for index in range(1, classes + 1)]
+    image.putpalette([value for colour in [(0, 0, 0), *colours] for value in colour])
+    return image
+
+
+def colour_of(index: int) -> tuple[int, int, int]:
+    """The colour of class `index`, 1 or more."""
+    return COLOURS[(index - 1) % len(COLOURS)]
+
+
+def outline(region: np.ndarray, width: int) -> np.ndarray:
+    """The inner boundary of a boolean region (H, W), `width` pixels wide; the picture's edge is no boundary."""
+    inside = region
+    for _ in range(width):
+        padded = np.pad(inside, 1, mode="edge")
+        inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return np.asarray(region & ~inside)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG so that a reader never meets half a picture; raises `OSError` if the disk refuses."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    atomic_write(path, file.getvalue())
+
+
+def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """`text`, its beginning replaced by an ellipsis where it is too long: the end of a path says most."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"...{text}") > width:
+        text = text[1:]
+    return f"...{text}"

@@ -1,0 +1,1 @@
+"""Synthetic X-rays of long bones with exact masks."""

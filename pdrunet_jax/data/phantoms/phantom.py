@@ -1,0 +1,52 @@
+"""Synthetic X-rays of long bones with exact masks, drawn from a seed: practice data that anyone may have.
+
+Everything depends on the seed and the picture's index alone, so pictures can be drawn in any order, in any number.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdrunet_jax.data.phantoms.anatomy import draw_limb
+from pdrunet_jax.data.phantoms.radiograph import LEVELS, radiograph
+
+Difficulty = Literal["easy", "standard", "hard"]
+
+_LIMB, _PICTURE = 0, 1  # independent streams of random numbers; phantom_files has the third
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """A synthetic radiograph."""
+
+    image: NDArray[np.uint8]
+    """(H, W), 0 to 255."""
+    bones: NDArray[np.uint8]
+    """(H, W): 0, or 1 + the place in `phantom_anatomy.BONES` of the bone there."""
+    brightness: NDArray[np.float32]
+    """(H, W) in [0, 1]: the image before it became 8 bits."""
+    patient: str
+
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """(H, W) class indices: 1 inside long bones, else 0."""
+        return (self.bones > 0).astype(np.uint8)
+
+
+def draw(index: int, *, seed: int = 0, size: int = 256, difficulty: Difficulty = "standard") -> Phantom:
+    """Phantom number `index` of `seed`, (size, size) pixels.
+
+    The same arguments give the same bits on the same kind of processor with the same NumPy and SciPy. Of every three
+    phantoms the first two are views of one patient's limb.
+    """
+    patient = index // 3 * 2 + (index % 3 == 2)
+    limb = draw_limb(generator(seed, _LIMB, patient))
+    grey, bones, brightness = radiograph(limb, generator(seed, _PICTURE, index), size, LEVELS[difficulty])
+    return Phantom(grey, bones, brightness.astype(np.float32), f"p{patient:05d}")
+
+
+def generator(seed: int, stream: int, number: int) -> np.random.Generator:
+    """Random numbers that belong to `number` alone."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, stream, number))))

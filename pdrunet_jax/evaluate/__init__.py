@@ -1,0 +1,1 @@
+"""`python -m pdrunet_jax.evaluate`: scores, confidence intervals, comparison, report."""

@@ -1,0 +1,1 @@
+"""`python -m pdrunet_jax.export`: ONNX and StableHLO."""

@@ -1,0 +1,106 @@
+"""An exported model held against the model that it was made of, on images."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from pdrunet_jax.data.images import read_image, resize_image
+from pdrunet_jax.data.phantoms.phantom import draw
+from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.predict.inference import forward, network_input, predict
+from pdrunet_jax.predict.threshold import classify
+
+TOLERANCE = 1e-4
+"""The most by which probabilities may differ, and logits up to ±`LARGE_LOGIT`; larger ones in proportion."""
+
+LARGE_LOGIT = 10.0
+"""From here on the rounding of float32 alone makes logits differ by more than a fixed bound could allow."""
+
+PHANTOMS = ((320, 256), (176, 208))
+"""(height, width) of the synthetic X-rays that are taken where no images are given."""
+
+Run = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+"""From images (N, H, W, C), uint8, to "mask", "probability" and "logits"."""
+
+
+class Agreement(NamedTuple):
+    """How far an exported model is from its original."""
+
+    logits: float
+    """Largest difference."""
+    largest_logit: float
+    """Largest absolute value of the model's logits."""
+    probability: float
+    """Largest difference, at the images' own sizes."""
+    differing: int
+    """Pixels with another class."""
+    undecided: int
+    """Pixels whose class is not the one that the exported model's own probability says."""
+    pixels: int
+    images: int
+    sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def good(self) -> bool:
+        """Everything is as it should be, but for rounding."""
+        bound = TOLERANCE * max(1.0, self.largest_logit / LARGE_LOGIT)
+        return self.logits <= bound and self.probability <= TOLERANCE and self.undecided == 0  # false for NaN, too
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{height} x {width}" for height, width in self.sizes)
+        return (
+            f"{self.images} images of {sizes} pixels: largest difference of logits {self.logits:.1e} (they reach "
+            f"{self.largest_logit:.3g}), of probabilities {self.probability:.1e}; {self.differing} of "
+            f"{self.pixels:,} mask pixels differ ({self.differing / self.pixels:.4%})"
+        )
+
+
+def check_images(paths: Sequence[Path], channels: int) -> list[np.ndarray]:
+    """Images (H, W, channels), uint8: from `paths`, or synthetic X-rays. Raises `UserError` that names a bad file."""
+    if paths:
+        return [np.clip(np.rint(read_image(path, channels)), 0, 255).astype(np.uint8) for path in paths]
+    drawn = [draw(number, size=max(size)).image[: size[0], : size[1]] for number, size in enumerate(PHANTOMS)]
+    return [np.repeat(image[..., None], channels, axis=-1) for image in drawn]
+
+
+def batches(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What is run: each image alone at its own size, and all of them, with a mirrored one, at another size."""
+    height, width = (max(1, side * 3 // 4) for side in images[0].shape[:2])
+    second = np.stack([resize_image(image, (height, width)) for image in (*images, images[0][:, ::-1])])
+    return [*(image[None] for image in images), second]
+
+
+def compare(
+    run: Run, model: PDRUNet, images: Sequence[np.ndarray], *, size: tuple[int, int], threshold: float
+) -> Agreement:
+    """Hold `run` against `predict` and the logits of `model`, which works at `size`, on `batches(images)`."""
+    logits = probability = largest = 0.0
+    differing = undecided = pixels = count = 0
+    sizes: list[tuple[int, int]] = []
+    for batch in batches(images):
+        got = run(batch)
+        for number, image in enumerate(batch):
+            with jax.default_matmul_precision("highest"):  # on GPUs JAX would multiply in a shorter format
+                want = predict(model, image, size=size, threshold=threshold)
+                want_logits = np.asarray(forward(model, network_input(image, size)[None]))[0]
+            logits = np.maximum(logits, np.abs(got["logits"][number] - want_logits).max())
+            largest = np.maximum(largest, np.abs(want_logits).max())
+            probability = np.maximum(probability, np.abs(got["probability"][number] - want.probability).max())
+            differing += int(np.sum(got["mask"][number] != want.mask))
+            undecided += int(np.sum(got["mask"][number] != classify(got["probability"][number], threshold)))
+            pixels += want.mask.size
+        count += len(batch)
+        sizes.append((batch.shape[1], batch.shape[2]))
+    return Agreement(
+        float(logits),
+        float(largest),
+        float(probability),
+        differing,
+        undecided,
+        pixels,
+        count,
+        tuple(dict.fromkeys(sizes)),
+    )

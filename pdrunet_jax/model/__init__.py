@@ -1,0 +1,1 @@
+"""The network: layers, wiring, weights and their files."""

@@ -1,0 +1,243 @@
+"""Trained weights from wherever they are: a run folder, a checkpoint in it, `.safetensors`, or a public `.pth`."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from pdrunet_jax import config as config_io
+from pdrunet_jax.model.files import read_weights
+from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.weights import from_public, to_public
+from pdrunet_jax.runtime.compile import dispatch_in_turn
+from pdrunet_jax.runtime.digest import CONTENT, content_digest
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.run_folder import RunFolder
+
+
+def restore_weights(
+    path: str | Path, which: Literal["best", "latest"] = "best"
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Weights of a checkpoint: parameters and statistics as nested dictionaries of NumPy arrays, and model options.
+
+    `path` is a checkpoint (`RUN/checkpoints/STEP`) or a run folder, of which the intact checkpoint with the best
+    validation Dice is taken, or the latest if `which` says so or none was validated; damaged ones are named on standard
+    error. The average of the weights is taken where the run kept one. The options are `[model]` of the run's
+    config.toml, then `extra["options"]` of the checkpoint. Raises `UserError` if there is no intact checkpoint.
+    """
+    from pdrunet_jax.runtime.checkpoint import _choose_intact, read_meta, read_state
+
+    folder = _choose_intact(Path(path), which)
+    state, meta = read_state(folder), read_meta(folder)
+    options: dict[str, Any] = {}
+    config = RunFolder(folder.parent.parent).config
+    if config.is_file():
+        options = config_io.to_dict(config_io.read(config))["model"]
+    params = state.get("ema") or state["params"]
+    options |= meta["extra"].get("options", {})
+    return params, state.get("stats", {}), options
+
+
+Which = Literal["best", "latest"]
+
+MODEL_OPTIONS = ("in_channels", "outputs", "filters", "shortcut", "norm", "dropout")
+"""Those options of `PDRUNet` that belong to the weights."""
+
+WIRING = ("in_channels", "outputs", "filters", "shortcut", "norm")
+"""Those of them that decide which arrays there are and what they mean."""
+
+PUBLIC_DEFAULTS = {"shortcut": "input", "dropout": 0.3}
+"""What the public code has and its files do not say."""
+
+
+class Loaded(NamedTuple):
+    """Weights with everything that their source says about them."""
+
+    options: dict[str, Any]
+    """`MODEL_OPTIONS`, all of them, and what training added: size, class_names, ..."""
+    params: nnx.State[Any, Any]
+    stats: nnx.State[Any, Any]
+    notes: tuple[str, ...]
+    """What was unwrapped, dropped, widened or assumed, a sentence each."""
+
+
+def load_model(
+    weights: str | Path,
+    *,
+    shortcut: str | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    conv: str = "auto",
+    which: Which = "best",
+) -> PDRUNet:
+    """The trained network, ready to be called on images (N, H, W, C) in [0, 1].
+
+    Where the source says the size it was trained at, the network has it as `size` (height, width), for `predict`.
+
+    Args:
+        weights: a run folder, a checkpoint in it, a `.safetensors`, or a `.pth` of the public code.
+        shortcut: "conv1" for a `.pth` of the paper's wiring, which a `.pth` cannot say; other sources say it.
+        dtype: arithmetic of the convolutions; that of the parameters when None.
+        param_dtype: of parameters and logits; None keeps the file's (float64 only where JAX has it enabled).
+        conv: execution path, as in `PDRUNet`.
+        which: "best" or "latest" of a run folder; what is damaged gives way to what is not, with a warning.
+
+    Raises:
+        UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named.
+    """
+    dispatch_in_turn()
+    loaded = load_weights(weights, shortcut=shortcut, which=which)
+    for note in loaded.notes:
+        logging.getLogger(__name__).info("%s: %s", weights, note)
+    chosen = _param_dtype(loaded.params, param_dtype)
+    options = {name: loaded.options[name] for name in MODEL_OPTIONS}
+
+    def build() -> PDRUNet:
+        return PDRUNet(**options, conv=conv, dtype=dtype, param_dtype=chosen, rngs=nnx.Rngs(0))
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jnp.asarray(array.astype(chosen) if array.dtype.kind == "f" else array)
+
+    graph = nnx.graphdef(nnx.eval_shape(build))  # shapes only: no initial weights are drawn
+    model: PDRUNet = nnx.merge(graph, jax.tree.map(place, loaded.params), jax.tree.map(place, loaded.stats))
+    if size := loaded.options.get("size"):
+        model.size = (int(size[0]), int(size[-1]))
+    return model
+
+
+def load_options(weights: str | Path, *, which: Which = "best") -> dict[str, Any]:
+    """What `weights` says about itself: the options of the model, and size, class_names and the like where known.
+
+    Raises as `load_model`.
+    """
+    return load_weights(weights, which=which).options
+
+
+def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Which = "best") -> Loaded:
+    """The arrays of `weights` (as in `load_model`) on the host, in the dtype they are stored in.
+
+    Raises as `load_model`.
+    """
+    path = Path(weights)
+    if which not in ("best", "latest"):
+        raise ValueError(f"which = {which!r}; it is best or latest")
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder")
+    best = path / "best.safetensors"
+    if path.is_file():
+        loaded = _from_file(path)
+    elif which == "best" and best.is_file():
+        loaded = _from_best(best)
+    else:
+        loaded = _from_checkpoint(path, which)
+    stated = loaded.options.get("shortcut")
+    if shortcut is not None and stated not in (None, shortcut):
+        raise UserError(f"{path} has shortcut = {stated!r}; leave the option {shortcut!r} out")
+    options = {**PUBLIC_DEFAULTS, **loaded.options, **({} if shortcut is None else {"shortcut": shortcut})}
+    notes = loaded.notes
+    if stated is None and shortcut is None:
+        notes += ("assumed shortcut = 'input', the public code's wiring, which the file does not state",)
+    return loaded._replace(options=options, notes=notes)
+
+
+def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
+    """As `load_weights`, for the network whose `WIRING` is given.
+
+    Raises as `load_model`, and `UserError` that names each option which differs.
+    """
+    loaded = load_weights(weights)
+    problems = [
+        f"--model.{name.replace('_', '-')} is {network[name]}, there it is {loaded.options[name]}"
+        for name in WIRING
+        if network[name] != loaded.options[name]
+    ]
+    if problems:
+        listing = "\n".join(f"  - {problem}" for problem in problems)
+        raise UserError(f"--train.weights {weights} is another network:\n{listing}")
+    return loaded
+
+
+def start_from(model: PDRUNet, weights: str | Path) -> None:
+    """Replace the arrays of `model` by those of `weights`, in its own dtype. Raises as `load_same`."""
+    loaded = load_same(weights, {name: getattr(model, name) for name in WIRING})
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    given = nnx.merge_state(loaded.params, loaded.stats)
+    nnx.update(model, jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state, given))
+
+
+def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
+    """Names of the foreground classes; numbered where the weights do not tell."""
+    count = max(model.outputs - 1, 1)
+    if names and len(names) == count:
+        return list(names)
+    return ["foreground"] if count == 1 else [f"class_{index}" for index in range(1, count + 1)]
+
+
+def _from_best(best: Path) -> Loaded:
+    """Of a run folder's best weights; where the file is damaged, the checkpoint that it was made of has them too."""
+    from pdrunet_jax.runtime.checkpoint import is_checkpoint
+
+    try:
+        return _from_file(best)
+    except UserError as error:
+        if not is_checkpoint(best.parent):
+            raise
+        print(f"warning: {error}; the best checkpoint is taken in its place", file=sys.stderr)
+        return _from_checkpoint(best.parent, "best")
+
+
+def _from_file(path: Path) -> Loaded:
+    try:
+        file = read_weights(path)
+    except RecursionError:
+        raise UserError(f"{path}: the options in its header are nested too deeply; refused") from None
+    stated = file.options.pop(CONTENT, None)
+    if stated is not None and stated != content_digest(file.arrays, file.options):
+        raise UserError(f"{path} is damaged: its arrays or options are not what was written")
+    imported = from_public(file.arrays, str(path))
+    _check_options(file.options, imported.options, path)
+    return Loaded({**file.options, **imported.options}, imported.params, imported.stats, file.notes + imported.notes)
+
+
+def _from_checkpoint(path: Path, which: Which) -> Loaded:
+    from pdrunet_jax.runtime.checkpoint import is_checkpoint
+
+    if not is_checkpoint(path):
+        raise UserError(f"{path} is no run folder: neither best.safetensors nor a checkpoint is in it")
+    params, stats, options = restore_weights(path, which)
+    # Through the public names and back: one place checks that every array is there and has its shape.
+    imported = from_public(to_public(params, stats, dead_block=False), str(path))
+    _check_options(options, imported.options, path)
+    return Loaded({**options, **imported.options}, imported.params, imported.stats, imported.notes)
+
+
+def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
+    """What the source says must be what its arrays show, or one of the two is not the model's."""
+    problems = [
+        f"{name} is stated as {stated[name]!r}, but the arrays show {value!r}"
+        for name, value in found.items()
+        if stated.get(name, value) != value
+    ]
+    if stated.get("shortcut", "input") not in ("input", "conv1"):
+        problems.append(f"shortcut is stated as {stated['shortcut']!r}; it is 'input' or 'conv1'")
+    rate = stated.get("dropout", 0.0)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+        problems.append(f"dropout is stated as {rate!r}; it is a number from 0 to below 1")
+    if problems:
+        raise UserError(f"{path} contradicts itself:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def _param_dtype(params: nnx.State[Any, Any], wanted: DTypeLike | None) -> np.dtype[Any]:
+    stored = next(iter(jax.tree.leaves(params))).dtype
+    chosen = jnp.dtype(stored if wanted is None else wanted)
+    possible = jax.dtypes.canonicalize_dtype(chosen)  # float32 for float64, unless JAX has 64 bits enabled
+    if wanted is not None and possible != chosen:
+        raise UserError(f"param_dtype = {chosen} needs JAX's 64-bit mode: set JAX_ENABLE_X64=1")
+    return possible

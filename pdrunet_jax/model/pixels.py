@@ -1,0 +1,46 @@
+"""Grey values as the network takes them."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+Array = jax.Array | np.ndarray
+
+
+def probabilities(logits: Array) -> Any:
+    """Probabilities of logits (N, H, W, K): the sigmoid for K = 1, else the softmax over K. Same shape."""
+    xp = _namespace(logits)
+    if logits.shape[-1] == 1:
+        return 0.5 * (xp.tanh(0.5 * logits) + 1.0)  # the sigmoid, in a form that no logit makes overflow
+    exponential = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
+    return exponential / xp.sum(exponential, axis=-1, keepdims=True)
+
+
+def decide(logits: Array) -> Any:
+    """Class indices (N, H, W), int32, of logits (N, H, W, K).
+
+    K = 1: 1 where the probability is above 0.5, that is the logit above 0. Else the likeliest of the K classes, of
+    which 0 is background; the lower index wins a tie.
+    """
+    xp = _namespace(logits)
+    if logits.shape[-1] == 1:
+        return (logits[..., 0] > 0).astype(xp.int32)
+    return xp.argmax(logits, axis=-1).astype(xp.int32)
+
+
+def _namespace(array: Array) -> Any:
+    """`numpy` or `jax.numpy`, whichever `array` belongs to (the array API standard's own question)."""
+    return array.__array_namespace__()
+
+
+def unit_range(pixels: jax.Array | np.ndarray, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """uint8 values of any shape divided by 255, correctly rounded to `dtype`, as NumPy and PyTorch divide.
+
+    Looked up, because XLA compiles a division by a constant into a product with its reciprocal, which is off by one
+    unit in the last place for about half of the values.
+    """
+    table = np.arange(256, dtype=dtype) / np.asarray(255, dtype)
+    return jnp.asarray(table)[pixels]

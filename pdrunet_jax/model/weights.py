@@ -1,0 +1,224 @@
+"""The one table of names between the public PyTorch code and the Flax model, and the conversion along it.
+
+Our attributes bear the public names, except that `bottleneck.0` is `bottleneck_0` here, that a convolution's `weight`
+(O, I, H, W) is a `kernel` (H, W, I, O), and that a normalisation's `weight` is a `scale`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from pdrunet_jax.model.network import BLOCKS, public_name
+from pdrunet_jax.runtime.errors import DataError
+
+DEAD_BLOCK = "e5"
+"""The public code builds this block and never calls it: its state dict has it, our model has not."""
+
+WRAPPERS = ("state_dict", "model_state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+HWIO = (2, 3, 1, 0)
+OIHW = (3, 2, 0, 1)
+"""Axes of a kernel from PyTorch's layout to Flax's, and back."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row: a key of the public state dict, and the same array's place in the Flax model."""
+
+    public: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    """In the public layout."""
+    variable: type[nnx.Variable[Any]]
+    """`nnx.Param`, or `nnx.BatchStat` for running statistics."""
+
+    @property
+    def parameter(self) -> bool:
+        """Is trained; everything else is a running statistic."""
+        return self.variable is nnx.Param
+
+    @property
+    def count(self) -> bool:
+        """Is the integer `num_batches_tracked`; everything else is floating point."""
+        return self.path[-1] == "num_batches_tracked"
+
+
+class Imported(NamedTuple):
+    """A public state dict as the Flax model takes it; the arrays are NumPy's and keep the file's dtype."""
+
+    options: dict[str, Any]
+    """What shapes and names tell: in_channels, outputs, filters, norm; keyword arguments of `PDRUNet`."""
+    params: nnx.State[Any, Any]
+    stats: nnx.State[Any, Any]
+    notes: tuple[str, ...]
+    """What was unwrapped, dropped or widened, a sentence each."""
+
+
+def table(in_channels: int, outputs: int, filters: int, norm: str) -> tuple[Entry, ...]:
+    """Every array of the model, in the order of the public state dict, which has `e5` besides."""
+    rows: list[Entry] = []
+    for name in BLOCKS:
+        rows += _block(public_name(name), name, in_channels if name == "std_block" else filters, filters, norm)
+    return (*rows, *_conv("final_conv", ("final_conv",), (outputs, filters, 1, 1)))
+
+
+def dead_entries(filters: int, norm: str) -> tuple[Entry, ...]:
+    """The rows of `e5`, which have no place in the Flax model."""
+    return tuple(_block(DEAD_BLOCK, DEAD_BLOCK, filters, filters, norm))
+
+
+def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
+    """Arrays under the public names as state of the Flax model.
+
+    Accepts the dictionaries that training scripts put around a state dict (`state_dict`, `model_state_dict`, `model`)
+    and the prefixes of PyTorch's wrappers (`module.`, `_orig_mod.`, `model.`), and says so in the notes.
+
+    Args:
+        arrays: NumPy arrays (or what `np.asarray` takes) by public name.
+        source: names the file in messages.
+
+    Raises:
+        DataError: names every missing, unused and misshapen key, every wrong dtype, and every array with NaN or
+            infinity.
+    """
+    arrays, notes = _unwrap(arrays)
+    values = {key: np.asarray(value) for key, value in arrays.items()}
+    half = [key for key, value in values.items() if value.dtype.name in ("float16", "bfloat16")]
+    values |= {key: values[key].astype(np.float32) for key in half}
+
+    norm = "batch" if any(".bnorm" in key for key in values) else "none"
+    options = _options(values.get("std_block.first.weight"), values.get("final_conv.weight"), norm)
+    rows, dead = table(**options), dead_entries(options["filters"], norm)
+    known = {row.public for row in (*rows, *dead)}
+    problems = [f"{row.public} {problem}" for row in rows if (problem := _problem(row, values.get(row.public)))]
+    problems += [f"{row.public} {_nonfinite(values[row.public])}" for row in rows if _nonfinite(values.get(row.public))]
+    problems += [f"{key} is unused: PDR-UNet has no such array" for key in values if key not in known]
+    dtypes = {values[row.public].dtype.name for row in rows if row.public in values and not row.count}
+    if not problems and len(dtypes) > 1:
+        problems.append(f"the arrays mix {' and '.join(sorted(dtypes))}; one of them is needed")
+    if problems:
+        raise DataError(f"{source} does not hold the weights of a PDR-UNet", problems)
+
+    if dropped := [row for row in dead if row.public in values]:
+        count = sum(values[row.public].size for row in dropped if row.parameter)
+        notes.append(f"dropped {DEAD_BLOCK}.*: {count:,} parameters of a block that the network never calls")
+    if half:
+        notes.append(f"widened {len(half)} arrays of half precision to float32")
+    states: dict[bool, Any] = {True: {}, False: {}}
+    for row in rows:
+        value = values[row.public]
+        value = np.transpose(value, HWIO) if value.ndim == 4 else value
+        states[row.parameter][row.path] = row.variable(np.array(value, np.int32 if row.count else None, order="C"))
+    params, stats = (nnx.from_flat_state(states[parameter]) for parameter in (True, False))
+    return Imported(options, params, stats, tuple(notes))
+
+
+def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block: bool = True) -> dict[str, np.ndarray]:
+    """State of the Flax model as arrays under the public names, in the public order, layout and dtype.
+
+    Args:
+        params: the `nnx.Param` part of the model's state, or nested dictionaries of its arrays.
+        stats: the `nnx.BatchStat` part; empty without normalisation.
+        dead_block: fill `e5` with zeros, so that the public code's strict loader accepts the result.
+
+    Raises:
+        DataError: names every missing, unused and misshapen array by its path in the model.
+    """
+    leaves = {path: np.asarray(value) for state in (params, stats) for path, value in _leaves(state)}
+    values = {path: np.transpose(array, OIHW) if array.ndim == 4 else array for path, array in leaves.items()}
+    norm = "batch" if any("bnorm1" in path for path in values) else "none"
+    options = _options(values.get(("std_block", "first", "kernel")), values.get(("final_conv", "kernel")), norm)
+    rows = table(**options)
+    known = {row.path for row in rows}
+    problems = [f"{'.'.join(row.path)} {problem}" for row in rows if (problem := _problem(row, values.get(row.path)))]
+    problems += [f"{'.'.join(path)} is unused: PDR-UNet has no such array" for path in values if path not in known]
+    if problems:
+        raise DataError("the state cannot be written as the weights of a PDR-UNet", problems)
+
+    dtype = values["final_conv", "kernel"].dtype
+    result: dict[str, np.ndarray] = {}
+    for row in rows:
+        if dead_block and row.path == ("bottleneck_0", "first", "kernel"):
+            for zero in dead_entries(options["filters"], norm):
+                result[zero.public] = np.zeros(zero.shape, np.int64 if zero.count else dtype)
+        value = values[row.path]
+        result[row.public] = np.array(value, np.int64 if row.count else value.dtype, order="C")
+    return result
+
+
+def _conv(public: str, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Entry]:
+    return [
+        Entry(f"{public}.weight", (*path, "kernel"), shape, nnx.Param),
+        Entry(f"{public}.bias", (*path, "bias"), shape[:1], nnx.Param),
+    ]
+
+
+def _block(public: str, name: str, inputs: int, filters: int, norm: str) -> list[Entry]:
+    rows = []
+    for conv, bnorm, channels in (("first", "bnorm1", inputs), ("second", "bnorm2", filters)):
+        rows += _conv(f"{public}.{conv}", (name, conv), (filters, channels, 3, 3))
+        if norm == "batch":
+            key, path = f"{public}.{bnorm}", (name, bnorm)
+            rows += [
+                Entry(f"{key}.weight", (*path, "scale"), (filters,), nnx.Param),
+                Entry(f"{key}.bias", (*path, "bias"), (filters,), nnx.Param),
+                Entry(f"{key}.running_mean", (*path, "running_mean"), (filters,), nnx.BatchStat),
+                Entry(f"{key}.running_var", (*path, "running_var"), (filters,), nnx.BatchStat),
+                Entry(f"{key}.num_batches_tracked", (*path, "num_batches_tracked"), (), nnx.BatchStat),
+            ]
+    return rows
+
+
+def _unwrap(arrays: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    notes = []
+    for wrapper in WRAPPERS:
+        if isinstance(inner := arrays.get(wrapper), Mapping):
+            others = sorted(str(key) for key in arrays.keys() - {wrapper})
+            notes.append(f"took the weights under {wrapper!r}" + (f", not {', '.join(others)}" if others else ""))
+            arrays = inner
+            break
+    while prefix := next((p for p in PREFIXES if arrays and all(str(key).startswith(p) for key in arrays)), None):
+        notes.append(f"removed the prefix {prefix!r} from every name")
+        arrays = {key.removeprefix(prefix): value for key, value in arrays.items()}
+    return {str(key): value for key, value in arrays.items()}, notes
+
+
+def _options(first: np.ndarray | None, last: np.ndarray | None, norm: str) -> dict[str, Any]:
+    """The model's options from its first and last kernel (O, I, H, W); the defaults where those are of no use."""
+    in_channels, outputs, filters = 1, 1, 40
+    if last is not None and last.ndim == 4:
+        outputs, filters = last.shape[:2]
+    if first is not None and first.ndim == 4:
+        filters, in_channels = first.shape[:2]
+    return {"in_channels": in_channels, "outputs": outputs, "filters": filters, "norm": norm}
+
+
+def _problem(row: Entry, array: np.ndarray | None) -> str | None:
+    """What is wrong with `array`, in the public layout, as the one that belongs in `row`."""
+    if array is None:
+        return f"is missing; its shape should be {row.shape}"
+    if array.shape != row.shape:
+        return f"has the shape {array.shape}; it should be {row.shape}"
+    if row.count:
+        return None if array.dtype.kind in "iu" else f"is {array.dtype}; it should be an integer"
+    return None if array.dtype in (np.float32, np.float64) else f"is {array.dtype}; it should be float32 or float64"
+
+
+def _nonfinite(array: np.ndarray | None) -> str | None:
+    if array is None or array.dtype.kind != "f" or bool(np.isfinite(array).all()):
+        return None
+    return "holds NaN or infinity: its training diverged"
+
+
+def _leaves(state: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in state.items():
+        if isinstance(value, nnx.Variable):
+            yield (*path, str(key)), value[...]
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, (*path, str(key)))
+        else:
+            yield (*path, str(key)), value

@@ -1,0 +1,1 @@
+"""Errors, files, checkpoints, devices and processes."""

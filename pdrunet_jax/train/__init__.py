@@ -1,0 +1,1 @@
+"""`python -m pdrunet_jax.train`: the training loop, its step, losses, optimizer and tracking."""

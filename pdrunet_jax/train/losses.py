@@ -1,0 +1,139 @@
+"""Losses on logits, binary and multi-class, that leave ignored pixels out.
+
+All take logits (N, H, W, K), a target and `valid` (N, H, W), bool. With K = 1 the target is the probability of the
+foreground, float (N, H, W) in [0, 1]; with K >= 2 it is the class index, int (N, H, W). All return a scalar in the
+dtype of the logits.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pdrunet_jax.config import LossConfig
+from pdrunet_jax.runtime.errors import UserError
+
+Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""loss(logits, target, valid) -> scalar."""
+
+
+def make_loss(config: LossConfig, outputs: int) -> Loss:
+    """The loss that `config` names, for `outputs` logits a pixel.
+
+    Raises:
+        UserError: the loss or its class weights do not fit the number of outputs.
+    """
+    binary = outputs == 1
+    name = config.name or ("bce_dice" if binary else "ce_dice")
+    allowed = ("bce", "dice", "bce_dice", "focal", "tversky") if binary else ("ce", "dice", "ce_dice", "tversky")
+    if name not in allowed:
+        raise UserError(
+            f"loss.name = {name} does not fit model.outputs = {outputs}; with that it is one of {', '.join(allowed)}"
+        )
+    classes = max(outputs, 2)
+    if config.class_weights and len(config.class_weights) != classes:
+        raise UserError(
+            f"loss.class_weights has {len(config.class_weights)} numbers; model.outputs = {outputs} needs {classes}, "
+            "background first"
+        )
+    weights = config.class_weights or (1.0,) * classes
+
+    def entropy(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+        return cross_entropy(logits, target, valid, weights)
+
+    def dice(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+        return soft_tversky(logits, target, valid, weights, alpha=0.5, smooth=config.smooth)
+
+    def both(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+        share = config.dice_weight
+        return share * dice(logits, target, valid) + (1 - share) * entropy(logits, target, valid)
+
+    def focal(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+        return focal_loss(logits, target, valid, weights, gamma=config.focal_gamma)
+
+    def tversky(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
+        return soft_tversky(logits, target, valid, weights, alpha=config.tversky_alpha, smooth=config.smooth)
+
+    losses = {
+        "bce": entropy,
+        "ce": entropy,
+        "dice": dice,
+        "bce_dice": both,
+        "ce_dice": both,
+        "focal": focal,
+        "tversky": tversky,
+    }
+    return losses[name]
+
+
+def cross_entropy(logits: jax.Array, target: jax.Array, valid: jax.Array, weights: tuple[float, ...]) -> jax.Array:
+    """Weighted cross-entropy, averaged over valid pixels with their weights (as in torch's `weight=`).
+
+    K = 1: torch's binary_cross_entropy_with_logits for equal weights; `weights` is (background, foreground).
+    K >= 2: torch's cross_entropy with `weight` and `ignore_index`.
+    """
+    if logits.shape[-1] == 1:
+        pixel = _binary_cross_entropy(logits[..., 0], target)
+        weight = weights[1] * target + weights[0] * (1 - target)
+    else:
+        index = jnp.where(valid, target, 0)
+        pixel = -jnp.take_along_axis(jax.nn.log_softmax(logits), index[..., None], -1)[..., 0]
+        weight = jnp.asarray(weights, logits.dtype)[index]
+    return _mean(pixel * weight, valid, weight)
+
+
+def focal_loss(
+    logits: jax.Array, target: jax.Array, valid: jax.Array, weights: tuple[float, ...], *, gamma: float
+) -> jax.Array:
+    """Focal loss for one output: mean of w (1 - p_t)^gamma CE (Lin et al., 2017, equation 5), p_t the truth's share."""
+    logit = logits[..., 0]
+    p = jax.nn.sigmoid(logit)
+    missing = p * (1 - target) + (1 - p) * target
+    weight = weights[1] * target + weights[0] * (1 - target)
+    # The power's gradient at 0 is infinite below gamma = 1; the smallest normal number keeps it finite.
+    modulation = jnp.maximum(missing, jnp.finfo(logit.dtype).tiny) ** gamma if gamma else 1.0
+    return _mean(weight * modulation * _binary_cross_entropy(logit, target), valid)
+
+
+def soft_tversky(
+    logits: jax.Array,
+    target: jax.Array,
+    valid: jax.Array,
+    weights: tuple[float, ...],
+    *,
+    alpha: float,
+    smooth: float,
+) -> jax.Array:
+    """1 - the soft Tversky index, per image and foreground class, then averaged with `weights`.
+
+    index = (TP + s/2) / (TP + alpha FP + (1 - alpha) FN + s/2) with TP, FP and FN summed over probabilities (Salehi et
+    al., 2017, equation 3); alpha = 1/2 makes it soft Dice, (2 TP + s) / (2 TP + FP + FN + s). Background counts in
+    cross-entropy, not here.
+    """
+    if logits.shape[-1] == 1:
+        p, t, weight = jax.nn.sigmoid(logits), target[..., None].astype(logits.dtype), weights[1:]
+    else:
+        p = jax.nn.softmax(logits)[..., 1:]
+        t = jax.nn.one_hot(jnp.where(valid, target, 0), logits.shape[-1], dtype=logits.dtype)[..., 1:]
+        weight = weights[1:]
+    if not sum(weight):
+        weight = (1.0,) * len(weight)
+    inside = valid[..., None].astype(logits.dtype)
+    true = (p * t * inside).sum((1, 2))
+    false_positive = (p * (1 - t) * inside).sum((1, 2))
+    false_negative = ((1 - p) * t * inside).sum((1, 2))
+    index = (true + smooth / 2) / (true + alpha * false_positive + (1 - alpha) * false_negative + smooth / 2)
+    share = jnp.asarray(weight, logits.dtype) / sum(weight)
+    return 1 - (index.mean(0) * share).sum()
+
+
+def _binary_cross_entropy(logit: jax.Array, target: jax.Array) -> jax.Array:
+    """-t log(sigmoid(x)) - (1 - t) log(1 - sigmoid(x)) for each pixel, without overflow."""
+    return jnp.maximum(logit, 0) - logit * target + jnp.log1p(jnp.exp(-jnp.abs(logit)))
+
+
+def _mean(values: jax.Array, valid: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+    """The mean of `values` over valid pixels, or their sum over the sum of `weight`; 0 where there are none."""
+    total = jnp.where(valid, values, 0).sum()
+    count = jnp.where(valid, 1 if weight is None else weight, 0).sum().astype(values.dtype)
+    return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)

@@ -1,0 +1,241 @@
+import csv
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pdrunet_jax.config import Config, DataConfig
+from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.evaluate import scores
+from pdrunet_jax.evaluate.__main__ import main
+from pdrunet_jax.evaluate.evaluation import evaluate_split, write_evaluation
+from pdrunet_jax.evaluate.scores import COLUMNS, METRICS, read_csv
+from pdrunet_jax.predict.postprocess import Cleaning
+from pdrunet_jax.runtime import cli
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.train.run import open_run
+from tests.support.tiny import brightness_model, run_command, save_dataset, save_image, save_model
+
+LINE = re.compile(
+    r"(train|val|test|all) dice \d\.\d{3} \(95% (\d\.\d{3}-\d\.\d{3}|nan-nan), \d+ images, \d+ patients\)"
+)
+
+
+def opened(root, size=(24, 32)):
+    config = DataConfig(root=str(root), size=size, threads=1)
+    return open_dataset(config), config
+
+
+def evaluated(root, split="test", **options):
+    dataset, config = opened(root)
+    return evaluate_split(brightness_model(), dataset, split, config, **options)
+
+
+def test_a_perfect_model_scores_one(tmp_path):
+    evaluation = evaluated(save_dataset(tmp_path))
+    assert [(row.dice, row.iou, row.precision, row.recall) for row in evaluation.rows] == [(1, 1, 1, 1)] * 3
+    assert [(row.pixels_true, row.pixels_predicted) for row in evaluation.rows] == [(144, 144)] * 3
+    assert evaluation.line == "test dice 1.000 (95% 1.000-1.000, 3 images, 2 patients)"
+
+
+def test_scores_of_a_known_error_are_those_on_paper(tmp_path):
+    """The truth of image 3 is 2 columns of 12 wider than what is bright."""
+    evaluation = evaluated(save_dataset(tmp_path, errors={3: 2}))
+    worst = evaluation.rows[0]
+    assert worst.dice == pytest.approx(2 * 144 / (2 * 144 + 24))
+    assert worst.recall == pytest.approx(144 / 168)
+    assert worst.precision == 1
+    assert evaluation.summary.macro["dice"].mean == pytest.approx((worst.dice + 2) / 3)
+
+
+def test_ignored_pixels_cost_nothing(tmp_path):
+    assert evaluated(save_dataset(tmp_path, errors={3: 2}, ignore=True)).rows[0].dice == 1
+
+
+def test_distances_of_a_known_error_are_those_on_paper(tmp_path):
+    """A square of 12 by 12 against 12 rows of 14: the right edge is 2 away, the rest of the boundary is shared."""
+    worst = evaluated(save_dataset(tmp_path, errors={3: 2}), tolerance=1).rows[0]
+    boundaries = 44 + 48
+    assert worst.hd95 == 2
+    edge = sum(min(2, row, 11 - row) for row in range(1, 11))  # of the square, to the nearest of three edges
+    assert worst.assd == pytest.approx((2 * (1 + 2) + 10 * 2 + edge) / boundaries)
+    assert worst.nsd == pytest.approx((boundaries - 12 - 8) / boundaries)
+    assert worst.specificity == 1
+    assert worst.area_error == pytest.approx(-24 / 168)
+
+
+def test_distances_are_in_mm_where_every_image_has_a_spacing(tmp_path):
+    root = save_dataset(tmp_path, errors={3: 2})
+    pixels = evaluated(root)
+    with (root / "dataset.toml").open("r+") as file:
+        text = file.read()
+        file.seek(0)
+        file.write(f"spacing = [0.5, 0.25]\n{text}")
+    mm = evaluated(root)
+    assert (pixels.summary.unit, mm.summary.unit) == ("pixels", "mm")
+    assert mm.rows[0].hd95 == 0.25 * pixels.rows[0].hd95 == 0.5
+    assert "images/3.png" in pixels.unit_note
+    assert "hd95 (mm)" in scores.table(mm.summary)
+    assert "nsd (within 2 pixels)" in scores.table(pixels.summary)
+
+
+def test_empty_masks_are_scored_as_asked_and_counted(tmp_path):
+    root = save_dataset(tmp_path)
+    empty = np.zeros((24, 32))
+    for number in (3, 4):
+        save_image(root / f"masks/{number}.png", empty)
+    image = empty + 20
+    image[0, 0] = 30
+    save_image(root / "images/3.png", image)
+    usual, strict = evaluated(root), evaluated(root, empty_dice=math.nan)
+    both, missed, right = usual.rows
+    assert (both.dice, missed.dice, missed.nsd, right.nsd) == (1, 0, 0, 1)
+    assert all(math.isnan(value) for value in (both.hd95, both.assd, both.nsd, both.area_error, missed.hd95))
+    assert math.isnan(strict.rows[0].dice)
+    assert usual.summary.empty == usual.summary.one_empty == {"square": 1}
+    dice = [evaluation.summary.classes["square"]["dice"].images for evaluation in (usual, strict)]
+    assert dice == [3, 2]
+    assert usual.remarks()[:2] == [
+        "square: in 1 of 3 images truth and prediction are both empty: Dice 1 there, left out of distances",
+        "square: in 1 of 3 images one of truth and prediction is empty: Dice and nsd 0 there, left out of other "
+        "distances",
+    ]
+    assert "left out of Dice, IoU and distances" in strict.remarks()[0]
+
+
+def test_the_batch_size_has_no_part_in_the_result(tmp_path):
+    root = save_dataset(tmp_path, errors={4: 3})
+    assert evaluated(root, batch_size=1).rows == evaluated(root, batch_size=2).rows
+
+
+def test_scores_are_at_the_inputs_resolution(tmp_path):
+    dataset, config = opened(save_dataset(tmp_path), size=(12, 16))
+    rows = evaluate_split(brightness_model(), dataset, "test", config).rows
+    assert [row.pixels_true for row in rows] == [144] * 3
+    assert all(0.8 < row.dice <= 1 for row in rows)
+
+
+def test_all_takes_every_split(tmp_path):
+    evaluation = evaluated(save_dataset(tmp_path), "all")
+    assert [row.image for row in evaluation.rows] == [f"images/{number}.png" for number in range(6)]
+
+
+def test_an_empty_split_names_those_that_are_not(tmp_path):
+    root = save_dataset(tmp_path)
+    text = (root / "manifest.csv").read_text()
+    (root / "manifest.csv").write_text("".join(line for line in text.splitlines(True) if ",test" not in line))
+    with pytest.raises(UserError, match=r"no images in the split test; --split takes train, val or all"):
+        evaluated(root)
+
+
+def test_a_model_of_other_classes_is_refused(tmp_path):
+    dataset, config = opened(save_dataset(tmp_path))
+    with pytest.raises(UserError, match=r"2 foreground classes .* has 1"):
+        evaluate_split(brightness_model(3), dataset, "test", config)
+
+
+def test_the_folder_holds_table_summary_and_pictures(tmp_path):
+    evaluation = evaluated(save_dataset(tmp_path / "data", errors={4: 4}))
+    folder = tmp_path / "out"
+    write_evaluation(evaluation, folder, {"weights": "w"})
+    with (folder / "per_image.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = ["image", "patient", "class", *METRICS, "pixels_true", "pixels_predicted"]
+    assert list(rows[0]) == list(COLUMNS) == expected
+    assert [float(row["dice"]) for row in rows] == pytest.approx([row.dice for row in evaluation.rows], abs=1e-6)
+    assert {row["class"] for row in rows} == {"square"}
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["macro"]["dice"]["mean"] == pytest.approx(np.mean([row.dice for row in evaluation.rows]))
+    assert summary["dataset"]["splits"]["train"] == {"images": 2, "patients": 2}
+    assert summary["line"] == evaluation.line
+    assert (summary["unit"], summary["tolerance"], summary["empty_dice"]) == ("pixels", 2, 1)
+    assert read_csv(folder / "per_image.csv")[1].hd95 == evaluation.rows[1].hd95 > 0
+    assert [case["kind"] for case in summary["cases"]] == ["best", "best", "worst"]
+    assert summary["cases"][-1]["image"] == "images/4.png"
+    assert all((folder / panel).is_file() for case in summary["cases"] for panel in case["panels"])
+    with Image.open(folder / "worst.png") as sheet:
+        assert sheet.width > 4 * 256
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_command_scores_a_run_with_its_own_settings(tmp_path):
+    root = save_dataset(tmp_path / "data", errors={3: 2})
+    run = open_run(tmp_path / "run", Config(data=DataConfig(root=str(root), size=(24, 32), threads=1)))
+    save_model(brightness_model(), run.best, size=[24, 32], class_names=["square"])
+    done = run_command("evaluate", "--weights", run.path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert LINE.fullmatch(lines[-1])
+    assert lines[-1].startswith("test dice 0.974")
+    assert any(line.split()[:3] == ["square", "dice", "0.974"] for line in lines)
+    assert (run.path / "evaluation" / "test" / "summary.json").is_file()
+
+
+def test_the_command_takes_other_data_and_split_and_output(tmp_path):
+    root = save_dataset(tmp_path / "data")
+    weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[24, 32])
+    done = run_command(
+        "evaluate",
+        *("--weights", weights, "--data.root", root, "--split", "all", "--output", "out", "--batch-size", "2"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "all dice 1.000 (95% 1.000-1.000, 6 images, 5 patients)"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["about"].pop("seconds") > 0
+    assert summary["about"] == {
+        "resolution": "input",
+        "weights": str(weights),
+        "data": str(root),
+        "size": [24, 32],
+        "threshold": 0.5,
+        "threshold_from": "option",
+        "cleaning": {"largest": 0, "min_area": 0, "fill_holes": False},
+    }
+    assert summary["environment"]["jax"]
+    assert "squares, all images" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_masks_are_cleaned_before_they_are_scored_when_asked_to(tmp_path):
+    """The specks that `save_dataset` leaves above each square are made bright here: one false pixel an image."""
+    root = save_dataset(tmp_path / "data")
+    for path in (root / "images").iterdir():
+        pixels = np.asarray(Image.open(path)).copy()
+        pixels[0, int(path.stem)] = 200 + int(path.stem)
+        Image.fromarray(pixels).save(path)
+    as_it_is = evaluated(root)
+    assert [row.dice for row in as_it_is.rows] == pytest.approx([288 / 289] * 3)
+    assert {row.dice for row in evaluated(root, cleaning=Cleaning(largest=1)).rows} == {1.0}
+    weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[24, 32])
+    main(["--weights", str(weights), "--data.root", str(root), "--output", str(tmp_path / "out"), "--min-area", "2"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["macro"]["dice"]["mean"] == 1
+    assert summary["about"]["cleaning"] == {"largest": 0, "min_area": 2, "fill_holes": False}
+    assert "Masks were cleaned: min_area = 2" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--weights", "nowhere"], "nowhere: there is no such file"),
+        (["--data.root", "x"], "weights"),
+        (["--weights", "w.safetensors", "--data.root", "nowhere"], "nowhere"),
+        (["--weights", "w.safetensors", "--batch-size", "0"], "--batch-size 0"),
+        (["--weights", "w.safetensors", "--data.threshold", "0"], "threshold"),
+        (["--weights", "w.safetensors", "--threshold", "1.5"], "1.5"),
+        (["--weights", "w.safetensors", "--threshold", "validation"], "w.safetensors holds no threshold"),
+        (["--weights", "w.safetensors", "--largest", "-1"], "--largest -1"),
+        (["--weights", "w.safetensors", "--tolerance", "-1"], "--tolerance -1"),
+        (["--weights", "w.safetensors", "--empty-dice", "2"], "--empty-dice 2"),
+    ],
+)
+def test_bad_options_are_one_message_and_exit_code_two(tmp_path, monkeypatch, capsys, arguments, words):
+    save_model(brightness_model(), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: main(arguments))
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err

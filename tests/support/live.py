@@ -1,0 +1,178 @@
+"""Real training processes that faults happen to, and what two finished runs have to have in common.
+
+Every process is `python -m pdrunet_jax.train` itself. They share JAX's store of compiled programs, or most of the time
+would go into compiling. `STRESS=1` (`make stress`) chooses the long form.
+"""
+
+import fcntl
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import load_file
+
+from tests.support import ROOT
+
+LONG = bool(os.environ.get("STRESS"))
+FIGURES = ROOT / "benchmarks" / "results" / "stress.json"
+
+STEPS, SAVE_EVERY, EVAL_EVERY = 36 if LONG else 24, 3, 12
+
+CONFIG = f"""
+seed = 3
+[data]
+root = "data"
+size = [32]
+phantoms = 12
+val_fraction = 0.25
+test_fraction = 0.25
+[augment]
+flip_horizontal = 0.5
+gamma = 0.3
+[model]
+filters = 4
+[optim]
+ema = 0.9
+[train]
+steps = {STEPS}
+batch_size = 2
+log_every = 1
+eval_every = {EVAL_EVERY}
+save_every = {SAVE_EVERY}
+samples = 0
+[tracking]
+wandb = "disabled"
+"""
+
+
+@dataclass
+class Place:
+    """A folder with a configuration, data and a finished run that nothing disturbed."""
+
+    path: Path
+    environment: dict[str, str]
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """In the environment of every process started here, and of those that they start."""
+
+    @property
+    def undisturbed(self) -> Path:
+        return self.path / "undisturbed"
+
+    def start(self, *options: str, workdir: Path | None = None, **environment: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "pdrunet_jax.train", "--config", "tiny.toml"]
+        command += ["--workdir", str(workdir or self.path / "run"), *options]
+        return subprocess.Popen(
+            command,
+            cwd=self.path,
+            env={**self.environment, "MARK": self.mark, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def train(
+        self, *options: str, workdir: Path | None = None, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        with self.start(*options, workdir=workdir, **environment) as process:
+            out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def left_behind(self, patience: float = 5.0) -> list[str]:
+        """Command lines of processes started here, at any remove, that still run after so many seconds."""
+        end = time.monotonic() + patience
+        while (found := self._alive()) and time.monotonic() < end:
+            time.sleep(0.1)
+        return found
+
+    def _alive(self) -> list[str]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"MARK={self.mark}".encode() in (process / "environ").read_bytes():
+                    found.append((process / "cmdline").read_text())
+            except OSError:  # it ended meanwhile, or is another user's
+                continue
+        return found
+
+
+def content(run: Path, step: int = STEPS) -> dict[str, Any]:
+    """All that a finished run has to have in common with another: bytes of arrays, and what is saved beside them."""
+    final = run / "checkpoints" / str(step)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore(final / "state")
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    arrays = {jax.tree_util.keystr(name): (str(leaf.dtype), np.asarray(leaf).tobytes()) for name, leaf in leaves}
+    meta = json.loads((final / "meta" / "metadata").read_text())
+    metrics = [{name: value for name, value in line.items() if not name.startswith("time/")} for line in lines_of(run)]
+    best = {name: array.tobytes() for name, array in load_file(run / "best.safetensors").items()}
+    return {"arrays": arrays, "meta": meta, "metrics": metrics, "best": best}
+
+
+def assert_same_run(found: Path, expected: Path, step: int = STEPS) -> None:
+    a, b = content(found, step), content(expected, step)
+    assert {part.split("'")[1] for part in b["arrays"]} >= {"params", "stats", "opt_state", "ema", "step", "halted"}
+    assert len(b["meta"]["extra"]["sequence"]) == 64
+    assert a["arrays"].keys() == b["arrays"].keys()
+    assert [name for name in a["arrays"] if a["arrays"][name] != b["arrays"][name]] == []
+    assert a["meta"] == b["meta"]
+    assert a["metrics"] == b["metrics"]
+    assert a["best"] == b["best"]
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; a killed process may leave half a one."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def done(run: Path) -> int:
+    """Steps of a run that were done and written down."""
+    return max((line["step"] for line in lines_of(run)), default=0)
+
+
+def resumed_at(out: str) -> int:
+    found = re.search(r"^resumed .* at step (\d+)$", out, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def steps_in(out: str, pattern: str) -> list[int]:
+    return [int(number) for number in re.findall(pattern, out)]
+
+
+def read_until(process: "subprocess.Popen[str]", step: int, seen: list[str]) -> bool:
+    """Read lines into `seen` until one reports `step` or a later one; False if the process ends before."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        seen.append(line)
+        if (found := re.match(r"step (\d+)/", line)) and int(found[1]) >= step:
+            return True
+    return False
+
+
+def record(name: str, **figures: Any) -> None:
+    """Keep the figures of a long run for the documentation."""
+    if LONG:
+        FIGURES.parent.mkdir(parents=True, exist_ok=True)
+        with FIGURES.open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # tests run in several processes
+            file.seek(0)
+            known = json.loads(file.read() or "{}")
+            file.truncate(0)
+            file.write(json.dumps(known | {name: figures}, indent=2, sort_keys=True) + "\n")
+
+
+def stream(*seed: object) -> random.Random:
+    """Random numbers that are the same at every run of the tests."""
+    return random.Random(repr(seed))
