@@ -64,7 +64,7 @@ def jax_side(variant: str, work: Work) -> Sides:
         data=DataConfig(size=(work.size,)),
         train=TrainConfig(batch_size=work.batch, precision=precision, remat=variant == "remat"),
     )
-    device = startup.prepare(precision, deterministic=False)
+    device = startup.configure_jax(precision, deterministic=False)
     keep_compiled_programs()
     options = {} if variant == "naive" else compiler_options()
     graphdef, state = create_state(config, build_model(config, 1))

@@ -98,9 +98,9 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
 
 def draw(root: Path, count: int, side: int) -> None:
     """Phantoms, all of them for training."""
-    from pdrunet_jax.data.phantoms.files import Drawing, write_phantoms
+    from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 
-    write_phantoms(root, Drawing(count, size=side))
+    write_phantoms(root, PhantomOptions(count, size=side))
     rows = (root / "manifest.csv").read_text(encoding="utf-8").splitlines()
     kept = [rows[0], *(row.rsplit(",", 1)[0] + ",train" for row in rows[1:])]
     (root / "manifest.csv").write_text("\n".join(kept) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from typing import Literal
 import tyro
 
 from benchmarks.contenders import Work, jax_side
-from pdrunet_jax.runtime.malloc import keep_freed_memory
+from pdrunet_jax.runtime.malloc import configure_malloc
 
 CONTAINERS = ("while", "conditional", "call")
 """Operations made of others, which the trace has as well: counted, they would be there twice."""
@@ -67,7 +67,7 @@ def by_kind(events: Sequence[Mapping[str, object]]) -> dict[str, tuple[float, in
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.profile")
-    keep_freed_memory()
+    configure_malloc()
     import jax
 
     sides = jax_side(options.variant, Work(options.size, options.batch, options.precision))

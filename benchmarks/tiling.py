@@ -17,7 +17,7 @@ import tyro
 
 from benchmarks import machine, output
 from pdrunet_jax.data.phantoms.phantom import draw
-from pdrunet_jax.runtime.malloc import keep_freed_memory
+from pdrunet_jax.runtime.malloc import configure_malloc
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Options:
 
 def run(image: str, tile: int, weights: str | None, logits: str) -> None:
     """The process: writes the logits to a file, and its peak memory in bytes to standard output."""
-    keep_freed_memory()  # as every command does, before any library starts its threads
+    configure_malloc()  # as every command does, before any library starts its threads
     from flax import nnx
 
     from pdrunet_jax.model.load import load_model

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from benchmarks.contenders import SIDES, Work, resident, resident_peak
-from pdrunet_jax.runtime.malloc import give_back, keep_freed_memory
+from pdrunet_jax.runtime.malloc import configure_malloc, trim_malloc
 
 
 def timed(function: Callable[[], None], count: int) -> list[float]:
@@ -28,7 +28,7 @@ def main() -> None:
     framework, variant, work = sys.argv[1:]
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between the answers
     if (framework == "jax" and variant != "naive") or "retained" in variant:
-        keep_freed_memory()  # as every command of pdrunet_jax does
+        configure_malloc()  # as every command of pdrunet_jax does
     started = time.perf_counter()
     if framework == "torch":
         importlib.import_module("torch")
@@ -47,7 +47,7 @@ def main() -> None:
     for line in sys.stdin:
         order, count = line.split()
         if order == "memory":
-            give_back()  # what compiling has left, as training does after its first step; PyTorch's likewise
+            trim_malloc()  # what compiling has left, as training does after its first step; PyTorch's likewise
             with resident_peak() as peak:
                 timed(sides.train, int(count))
                 answer: object = {"resident": peak() - baseline, "device": sides.device_memory()}

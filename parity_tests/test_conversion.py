@@ -18,7 +18,7 @@ from parity_tests.support.jax_side import make_flax
 from parity_tests.support.torch_side import make_twin, state_arrays
 from pdrunet_jax.model.files import read_weights, write_pth, write_safetensors
 from pdrunet_jax.model.network import PDRUNet
-from pdrunet_jax.model.weights import dead_entries, from_public, table, to_public
+from pdrunet_jax.model.weights import dead_entries, from_public, name_table, to_public
 from pdrunet_torch_ref import PDRUNet as Twin
 
 CASES = [
@@ -41,7 +41,7 @@ def differences(got: Arrays, want: Arrays) -> dict[str, float]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_table_is_a_bijection_between_the_two_networks(case: Case, budget: Budget) -> None:
-    rows = table(case.in_channels, case.outputs, case.filters, case.norm)
+    rows = name_table(case.in_channels, case.outputs, case.filters, case.norm)
     assert len({row.public for row in rows}) == len({row.path for row in rows}) == len(rows)
 
     state = state_arrays(Twin(**case.options))

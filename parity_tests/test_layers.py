@@ -34,7 +34,7 @@ def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
 def layer(
     x: jax.Array, conv: layers.Conv, norm: layers.BatchNorm | None, *, dilation: int, path: Any, train: bool
 ) -> jax.Array:
-    out = layers.conv_norm_relu(layers.enter(x, path), conv, norm, None, dilation=dilation, path=path, train=train)
+    out = layers.conv_norm_relu(layers.from_image(x, path), conv, norm, None, dilation=dilation, path=path, train=train)
     return out.image()
 
 
@@ -126,7 +126,7 @@ def test_every_block_agrees_on_an_input_of_its_own(
     def every(params: Any, stats: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         model = nnx.merge(graph, params, stats, copy=True)
         return {
-            name: getattr(model, name)(layers.enter(x, path), path=path, train=train, tap=None).image()
+            name: getattr(model, name)(layers.from_image(x, path), path=path, train=train, tap=None).image()
             for name, x in inputs.items()
         }
 

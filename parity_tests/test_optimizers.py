@@ -20,7 +20,7 @@ from parity_tests.support.compare import compare_updates, largest
 from parity_tests.support.torch_side import make_twin, on_torch, state_arrays
 from pdrunet_jax.config import OptimConfig
 from pdrunet_jax.convert import training as training_state
-from pdrunet_jax.model.weights import from_public, table
+from pdrunet_jax.model.weights import from_public, name_table
 from pdrunet_jax.train.optim import make_optimizer, make_schedule
 from pdrunet_torch_ref.training_state import make_optimizer as make_torch_optimizer
 
@@ -141,7 +141,7 @@ def test_optimizer_state_survives_torch_to_jax_to_torch(name: str, dtype: str, b
         for index, mine in state.items()
     }
     before = {key: mine for key, mine in before.items() if mine}
-    rows = [row for row in table(case.in_channels, case.outputs, case.filters, case.norm) if row.parameter]
+    rows = [row for row in name_table(case.in_channels, case.outputs, case.filters, case.norm) if row.parameter]
     blank = make_optimizer(config, 10).init(from_public(state_arrays(twin), "the twin").params)
     converted = training_state.from_torch(config, rows, blank, before, 3)
     assert training_state.updates_done(converted) == 3
@@ -165,7 +165,7 @@ def test_optimizer_state_survives_jax_to_torch_to_jax(name: str, dtype: str, bud
     for number in range(3):
         gradient = jax.tree.map(partial(_wave, number), params)
         _, state = optimizer.update(gradient, state, params)
-    rows = [row for row in table(1, 1, case.filters, case.norm) if row.parameter]
+    rows = [row for row in name_table(1, 1, case.filters, case.norm) if row.parameter]
     back = training_state.from_torch(config, rows, blank, training_state.to_torch(config, rows, state), 3)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     errors = {

@@ -25,7 +25,7 @@ OURS = {"config.toml", "best.safetensors", "checkpoints"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ConvertOptions:
     """Convert weights between the public PyTorch code's files, .safetensors and run folders; or a whole training.
 
     The format follows from the name: .pth and .pt are PyTorch state dicts, .safetensors opens in both frameworks, and
@@ -109,7 +109,7 @@ def convert(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; `arguments` default to the process's own."""
-    options = tyro.cli(Options, args=arguments, prog="python -m pdrunet_jax.convert")
+    options = tyro.cli(ConvertOptions, args=arguments, prog="python -m pdrunet_jax.convert")
     lines = convert(
         options.src,
         options.dst,

@@ -26,7 +26,7 @@ from flax import nnx
 from pdrunet_jax import config as config_io
 from pdrunet_jax.config import Config, OptimConfig
 from pdrunet_jax.model.files import read_weights, write_pth
-from pdrunet_jax.model.weights import DEAD_BLOCK, HWIO, OIHW, WRAPPERS, Entry, from_public, table, to_public
+from pdrunet_jax.model.weights import DEAD_BLOCK, HWIO, OIHW, WRAPPERS, Entry, from_public, name_table, to_public
 from pdrunet_jax.runtime.errors import DataError, UserError
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}
@@ -49,7 +49,7 @@ def to_torch(config: OptimConfig, rows: Sequence[Entry], opt_state: Any) -> dict
 
     Args:
         config: which optimizer it is.
-        rows: the parameters, as in `weights.table`.
+        rows: the parameters, as in `weights.name_table`.
         opt_state: optax's state, of `optim.make_optimizer`.
 
     Returns:
@@ -84,7 +84,7 @@ def from_torch(
 
     Args:
         config: which optimizer it is.
-        rows: the parameters, as in `weights.table`.
+        rows: the parameters, as in `weights.name_table`.
         blank: optax's state before the first update; its arrays say the dtypes.
         buffers: as `to_torch` returns; those of the dead block are passed over.
         step: updates done.
@@ -171,10 +171,10 @@ def run_to_torch(src: Path, dst: Path) -> list[str]:
         UserError: `src` has no intact checkpoint of a training, or PyTorch is not installed.
         RunError: `dst` cannot be written.
     """
-    from pdrunet_jax.runtime.checkpoint import read_checkpoint, run_of
+    from pdrunet_jax.runtime.checkpoint import read_checkpoint, run_folder_of
     from pdrunet_jax.runtime.run_folder import RunFolder
 
-    run = RunFolder(run_of(src))
+    run = RunFolder(run_folder_of(src))
     if not run.config.is_file():
         raise UserError(f"{src} is no run folder, nor a checkpoint in one: there is no {run.config}")
     config = config_io.read(run.config)
@@ -286,7 +286,7 @@ def _outputs(arrays: Mapping[str, Any], src: Path) -> int:
 
 def _parameters(config: Config, public: Mapping[str, np.ndarray]) -> list[Entry]:
     last, first = public["final_conv.weight"], public["std_block.first.weight"]
-    rows = table(first.shape[1], last.shape[0], last.shape[1], config.model.norm)
+    rows = name_table(first.shape[1], last.shape[0], last.shape[1], config.model.norm)
     return [row for row in rows if row.parameter]
 
 

@@ -22,7 +22,7 @@ from pdrunet_jax import config as config_io
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import Inspection, inspect_dataset, report_lines
 from pdrunet_jax.data.folder import MANIFEST, read_manifest
-from pdrunet_jax.data.phantoms.files import Drawing, write_phantoms
+from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 from pdrunet_jax.data.scan import foreground_share
 from pdrunet_jax.data.split import assign, split_counts, together
 from pdrunet_jax.runtime import cli
@@ -216,7 +216,7 @@ class Split(_Folder):
 
 
 @dataclass(frozen=True)
-class Phantom(Drawing):
+class Phantom(PhantomOptions):
     """Draw synthetic X-rays of long bones with exact masks."""
 
     root: tyro.conf.Positional[Path] = tyro.MISSING

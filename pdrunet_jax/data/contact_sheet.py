@@ -18,7 +18,7 @@ from pdrunet_jax.data.split import Sample
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
-COLUMNS = 4
+SHEET_COLUMNS = 4
 SIDE = 180
 """Pixels of the longest side of an image on the sheet."""
 
@@ -74,7 +74,7 @@ def contact_sheet(inspection: Inspection, most: int) -> Image.Image:
     count = min(most, len(order))
     chosen = [order[round(place)] for place in np.linspace(0, len(order) - 1, count)]
     cells = [_cell(dataset, dataset.samples[index], inspection.scanned[index].codes) for index in chosen]
-    columns = min(COLUMNS, count)
+    columns = min(SHEET_COLUMNS, count)
     width, height = 2 * SIDE + _GAP, SIDE + 2 * _LINE + _GAP
     sheet = Image.new("RGB", (columns * width + _GAP, -(-count // columns) * height + _GAP), _GROUND)
     for place, cell in enumerate(cells):

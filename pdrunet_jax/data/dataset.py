@@ -15,8 +15,8 @@ from typing import Any
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Cache, keeps
 from pdrunet_jax.data.folder import Pair, find_pairs, read_description, some
-from pdrunet_jax.data.masks import MaskCoding, UndeclaredError, classify, resolve
-from pdrunet_jax.data.scan import Scanned, class_shares, foreground_share, scan
+from pdrunet_jax.data.masks import MaskCoding, UndeclaredError, codes_to_classes, resolve
+from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, scan
 from pdrunet_jax.data.split import Sample, partition, split_counts
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.processes import Group
@@ -84,7 +84,7 @@ class Inspection:
 
     dataset: Dataset
     layout: str
-    scanned: tuple[Scanned, ...]
+    scanned: tuple[ScanResult, ...]
     """In the order of the dataset's samples."""
 
 
@@ -136,11 +136,11 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     return Inspection(dataset, found.layout, tuple(replace(item, small=None) for item in scanned))
 
 
-def _fill(cache: Cache, scanned: list[Scanned], coding: MaskCoding) -> None:
+def _fill(cache: Cache, scanned: list[ScanResult], coding: MaskCoding) -> None:
     """Move the resized pixels of `scanned` to `cache`, one after another, so that none is in memory twice."""
     for row, item in enumerate(scanned):
         if item.small is not None:
-            cache.put(row, (item.small[0], classify(item.small[1], coding, "")))
+            cache.put(row, (item.small[0], codes_to_classes(item.small[1], coding, "")))
         scanned[row] = replace(item, small=None)
 
 
@@ -148,9 +148,9 @@ def ensure_phantoms(config: DataConfig) -> None:
     """Draw `config.phantoms` synthetic X-rays into `config.root` if that is missing or empty. Raises `UserError`."""
     root = Path(config.root)
     if config.phantoms and _vacant(root):
-        from pdrunet_jax.data.phantoms.files import Drawing, write_phantoms
+        from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 
-        write_phantoms(root, Drawing(config.phantoms, config.split_seed, max(config.height_width)))
+        write_phantoms(root, PhantomOptions(config.phantoms, config.split_seed, max(config.height_width)))
 
 
 def _vacant(root: Path) -> bool:
@@ -168,7 +168,7 @@ def _check_regex(config: DataConfig) -> None:
         raise UserError(f"data.patient_regex {config.patient_regex!r} is no regular expression: {error}") from None
 
 
-def _empty_masks(pairs: Sequence[Pair], scanned: Sequence[Scanned], coding: MaskCoding) -> list[str]:
+def _empty_masks(pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding) -> list[str]:
     empty = [
         pair.mask_id
         for pair, item in zip(pairs, scanned, strict=True)

@@ -119,7 +119,7 @@ def _spacing(value: Any, path: Path) -> tuple[float, float] | None:
 
 
 MANIFEST = "manifest.csv"
-SPLITS = {
+SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
@@ -144,7 +144,7 @@ class Pair:
 
 
 @dataclass
-class Found:
+class LayoutResult:
     """What a dataset folder offers, with everything that is wrong with it."""
 
     layout: str = ""
@@ -153,17 +153,17 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def find_pairs(root: Path) -> Found:
+def find_pairs(root: Path) -> LayoutResult:
     """Pair the images and masks below `root`; `layout` is empty where none was recognised."""
     if (root / MANIFEST).is_file():
         return _from_manifest(root)
     folders = {
         split: folder
-        for split, names in SPLITS.items()
+        for split, names in SPLIT_FOLDERS.items()
         for folder in names
         if (root / folder / "images").is_dir() or (root / folder / "masks").is_dir()
     }
-    found = Found()
+    found = LayoutResult()
     if folders:
         found.layout = "{train,val,test}/{images,masks}"
         for split, folder in folders.items():
@@ -182,7 +182,7 @@ def find_pairs(root: Path) -> Found:
 
 def canonical_split(name: str) -> str | None:
     """The split that goes by `name`; None for other words."""
-    return next((split for split, names in SPLITS.items() if name.strip().lower() in names), None)
+    return next((split for split, names in SPLIT_FOLDERS.items() if name.strip().lower() in names), None)
 
 
 def read_manifest(root: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -203,8 +203,8 @@ def read_manifest(root: Path) -> tuple[list[str], list[dict[str, str]]]:
     return columns, rows
 
 
-def _from_manifest(root: Path) -> Found:
-    found = Found(layout=MANIFEST)
+def _from_manifest(root: Path) -> LayoutResult:
+    found = LayoutResult(layout=MANIFEST)
     try:
         columns, rows = read_manifest(root)
     except ValueError as error:
@@ -256,7 +256,13 @@ def _refused(path: str, *, absolute: bool) -> str | None:
 
 
 def _pair_folders(
-    root: Path, image_folder: str, mask_folder: str, found: Found, *, split: str | None = None, nnunet: bool = False
+    root: Path,
+    image_folder: str,
+    mask_folder: str,
+    found: LayoutResult,
+    *,
+    split: str | None = None,
+    nnunet: bool = False,
 ) -> None:
     for folder in (image_folder, mask_folder):
         if not (root / folder).is_dir():
@@ -290,7 +296,7 @@ def _variants(stem: str) -> str:
     return " or ".join(f"{PurePosixPath(stem).name}{suffix}.*" for suffix in _MASK_SUFFIXES)
 
 
-def _by_key(root: Path, folder: str, found: Found) -> dict[str, list[str]]:
+def _by_key(root: Path, folder: str, found: LayoutResult) -> dict[str, list[str]]:
     """Image files below `folder` by their path in it without the extension."""
     result: dict[str, list[str]] = defaultdict(list)
     others = []

@@ -70,7 +70,7 @@ def read_mask(path: Path, coding: MaskCoding) -> np.ndarray:
     """(H, W) uint8 class indices of a mask file, upright. Raises `DataError` on undeclared values."""
     name = str(path)
     codes = decode_codes(read_bytes(path, name), name, coding)
-    return classify(codes, coding, name)
+    return codes_to_classes(codes, coding, name)
 
 
 def read_soft_mask(path: Path, coding: MaskCoding) -> np.ndarray:
@@ -79,7 +79,7 @@ def read_soft_mask(path: Path, coding: MaskCoding) -> np.ndarray:
     value = coding.only_value
     codes = decode_codes(read_bytes(path, name), name, coding)
     if not value:  # told apart by colour or by several values, or drawn in 0 on another ground: there are no greys
-        return classify(codes, coding, name) * np.uint8(255)
+        return codes_to_classes(codes, coding, name) * np.uint8(255)
     return np.rint(np.clip(codes / value, 0, 1) * 255).astype(np.uint8)
 
 
@@ -112,7 +112,7 @@ def parse_value(value: object, source: str) -> tuple[int, ...]:
     raise UserError(f'{source}: {value!r} is neither a number from 0 to 65535 nor a colour such as "#00ff00"')
 
 
-def describe(code: int) -> str:
+def describe_code(code: int) -> str:
     """A code as a user writes it."""
     return f'"#{code - COLOUR:06x}"' if code >= COLOUR else str(code)
 
@@ -143,7 +143,7 @@ def decode_codes(data: bytes, name: str, coding: MaskCoding) -> np.ndarray:
     return _channel_codes(image, coding)
 
 
-def classify(codes: np.ndarray, coding: MaskCoding, name: str) -> np.ndarray:
+def codes_to_classes(codes: np.ndarray, coding: MaskCoding, name: str) -> np.ndarray:
     """(H, W) codes to uint8 class indices. Raises `DataError` that lists the codes that mean nothing."""
     classes = np.zeros(codes.shape, np.uint8)
     rest = np.ones(codes.shape, bool)
@@ -164,7 +164,7 @@ def classify(codes: np.ndarray, coding: MaskCoding, name: str) -> np.ndarray:
 
 def unknown_values(codes: set[int]) -> str:
     """A problem's words for codes that are not declared."""
-    shown = ", ".join(describe(code) for code in sorted(codes)[:8])
+    shown = ", ".join(describe_code(code) for code in sorted(codes)[:8])
     return f"undeclared mask value{'s' if len(codes) > 1 else ''} {shown}{', ...' if len(codes) > 8 else ''}"
 
 
@@ -236,7 +236,9 @@ def declare(
     every = [*background, *ignored, *(code for codes in named.values() for code in codes)]
     for code, count in Counter(every).items():
         if count > 1:
-            raise UserError(f"{source}: {describe(code)} is declared {count} times (classes, background and ignore)")
+            raise UserError(
+                f"{source}: {describe_code(code)} is declared {count} times (classes, background and ignore)"
+            )
     coding = MaskCoding(tuple(named.items()), ignored, background, threshold)
     if threshold is not None and named and coding.only_value is None:
         raise UserError("threshold is for masks of one class with one grey value; here it cannot apply")
@@ -294,12 +296,12 @@ def _binary(declared: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding,
     values = set(total) - set(declared.ignore)
     background = set(declared.background) or ({COLOUR} if COLOUR in values else {0})
     others = sorted(values - background)
-    shown = ", ".join(describe(code) for code in sorted(values)[:8]) + (", ..." if len(values) > 8 else "")
+    shown = ", ".join(describe_code(code) for code in sorted(values)[:8]) + (", ..." if len(values) > 8 else "")
     if not others:
         raise UndeclaredError(["every mask is empty: not one pixel belongs to a class"])
     if len(others) == 1 and len(values) == 2:
         value = others[0]
-        note = f"masks hold {shown}: {describe(value)} was taken as foreground"
+        note = f"masks hold {shown}: {describe_code(value)} was taken as foreground"
         return replace(declared, classes=(("foreground", (value,)),)), [note]
     if len(others) == 1:
         hint = f"no pixel is background; if that is right, write classes = {{ foreground = {shown} }}"
@@ -309,7 +311,7 @@ def _binary(declared: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding,
     elif max(others) < 256 and len(others) == 2 and others[1] == 255:
         hint = f"write classes = {{ foreground = 255 }} with ignore = {others[0]}, or both as classes"
     else:
-        example = ", ".join(f"name{i} = {describe(code)}" for i, code in enumerate(others[:3], start=1))
+        example = ", ".join(f"name{i} = {describe_code(code)}" for i, code in enumerate(others[:3], start=1))
         hint = f"write what they mean, for example classes = {{ {example} }}"
     raise UndeclaredError([f"masks hold {shown}, and no classes are declared: {hint}; {_HOW}"])
 
@@ -322,7 +324,7 @@ def _with_background(coding: MaskCoding, total: Mapping[int, int]) -> tuple[Mask
         return replace(coding, background=(0,)), []
     undeclared = sorted(total.keys() - coding.known)
     if len(undeclared) == 1 and undeclared[0] >= COLOUR:
-        note = f"mask colour {describe(undeclared[0])} was taken as background, being the only undeclared one"
+        note = f"mask colour {describe_code(undeclared[0])} was taken as background, being the only undeclared one"
         notes = [note] if undeclared[0] != COLOUR else []
         return replace(coding, background=(undeclared[0],)), notes
     return replace(coding, background=(COLOUR,) if COLOUR not in coding.known else ()), []
@@ -333,8 +335,10 @@ def _unknown_problems(
 ) -> list[str]:
     known = coding.known
     problems = [f"{name}: {unknown_values(extra)}" for name, counts in found if (extra := set(counts) - known)]
-    words = ", ".join(f"{name} = {' or '.join(map(describe, codes))}" for name, codes in coding.classes)
-    remedy = f"declared are {words}; {BACKGROUND} is {' or '.join(map(describe, coding.background))}. Declare the rest"
+    words = ", ".join(f"{name} = {' or '.join(map(describe_code, codes))}" for name, codes in coding.classes)
+    remedy = (
+        f"declared are {words}; {BACKGROUND} is {' or '.join(map(describe_code, coding.background))}. Declare the rest"
+    )
     remedy += f" as ignore, {BACKGROUND} or a class"
     if value is not None:
         remedy += f", or threshold = {DEFAULT_THRESHOLD} if they are soft edges"

@@ -16,9 +16,9 @@ from pdrunet_jax.data.split import Sample, split_counts
 from pdrunet_jax.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
-Share = tuple[int, int]
+Shard = tuple[int, int]
 """Which one, counted from 0, and of how many."""
-ALL: Share = (0, 1)
+ALL: Shard = (0, 1)
 
 
 _WHOLE = "whole"
@@ -59,13 +59,14 @@ class TrainBatches(Iterator[Batch]):
 
 
 def train_batches(
-    dataset: Dataset, config: DataConfig, *, batch_size: int, channels: int, seed: int, share: Share = ALL
+    dataset: Dataset, config: DataConfig, *, batch_size: int, channels: int, seed: int, process_shard: Shard = ALL
 ) -> TrainBatches:
     """Endless batches of `dataset.of("train")`, each epoch in a new order that depends on `seed` alone.
 
     Each batch: image uint8 (N, H, W, C); mask uint8 (N, H, W), class indices, or shares of 255 with
     `config.soft_masks`; index int32 (N,) into `dataset.of("train")`; epoch int32 (N,). A batch may span two epochs,
-    so that every one is full. N is `batch_size`, or that part of it that is `share`; the other images are not read.
+    so that every one is full. N is `batch_size`, or
+    the part of it that `process_shard` selects; other images are not read.
     Raises `UserError` without training images.
     """
     samples = dataset.of("train")
@@ -74,7 +75,7 @@ def train_batches(
     source = _Source(dataset, samples, config, channels)
     count = len(samples)
 
-    rows = rows_of(share, batch_size)
+    rows = rows_of(process_shard, batch_size)
 
     @lru_cache(maxsize=4)  # reading ahead spans a few epochs at most, unless they are tiny
     def order(epoch: int) -> np.ndarray:
@@ -106,9 +107,9 @@ def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def rows_of(share: Share, batch_size: int) -> slice:
+def rows_of(process_shard: Shard, batch_size: int) -> slice:
     """The rows of a whole batch that are one share of it. Raises `UserError` if it cannot be shared out evenly."""
-    number, count = share
+    number, count = process_shard
     size, rest = divmod(batch_size, count)
     if rest:
         raise UserError(f"a batch of {batch_size} images cannot be shared by {count}: give a multiple of {count}")
@@ -122,20 +123,20 @@ def eval_batches(
     *,
     batch_size: int,
     channels: int,
-    share: Share = ALL,
-    turn: Share = ALL,
+    process_shard: Shard = ALL,
+    stride: Shard = ALL,
 ) -> Iterator[Batch]:
     """Every sample of a split ("all": of every split) once, in order.
 
     Each batch: image, mask and index as in `train_batches`; valid bool (N,), false for what fills up the last batch:
-    black images, masks all `IGNORE` (0 if soft), index 0. With a `share`, that part of every batch; with a `turn`
-    (k, n), only the whole batches k, k + n, k + 2 n, ...
+    black images, masks all `IGNORE` (0 if soft), index 0. With a `process_shard`, that part of every
+    batch; with a `stride` (k, n), only the whole batches k, k + n, k + 2 n, ...
     """
     samples = dataset.of(split)
     source = _Source(dataset, samples, config, channels)
     height, width = config.height_width
 
-    rows = rows_of(share, batch_size)
+    rows = rows_of(process_shard, batch_size)
     size = rows.stop - rows.start
 
     def load(batch: int) -> Batch:
@@ -149,7 +150,7 @@ def eval_batches(
             index[: len(chosen)] = chosen
         return {"image": image, "mask": mask, "index": index, "valid": np.arange(size) < len(chosen)}
 
-    batches = grain.MapDataset.range(turn[0], -(-len(samples) // batch_size), turn[1]).map(load)
+    batches = grain.MapDataset.range(stride[0], -(-len(samples) // batch_size), stride[1]).map(load)
     iterator = batches.to_iter_dataset(_read_options(config.threads)).__iter__()
     try:
         yield from iterator

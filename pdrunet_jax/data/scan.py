@@ -18,7 +18,7 @@ _MOST_VALUES = 4096
 
 
 @dataclass(frozen=True)
-class Scanned:
+class ScanResult:
     """One pair's files."""
 
     size: tuple[int, int] = (0, 0)
@@ -36,7 +36,9 @@ class Scanned:
     """The image (H, W, 1) uint8 and the mask's codes (H, W), resized, where they are to be kept."""
 
 
-def scan(pairs: Sequence[Pair], coding: MaskCoding, threads: int, keep: tuple[int, int] | None = None) -> list[Scanned]:
+def scan(
+    pairs: Sequence[Pair], coding: MaskCoding, threads: int, keep: tuple[int, int] | None = None
+) -> list[ScanResult]:
     """Read every pair, in order; problems are collected, never raised. `threads` files are decoded at a time.
 
     `keep` is the (height, width) of the resized pixels that come with each pair.
@@ -66,7 +68,7 @@ def class_shares(codes: dict[int, int], coding: MaskCoding) -> list[float]:
     return [count / total if total else 0.0 for count in pixels]
 
 
-def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> Scanned:
+def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> ScanResult:
     problems: list[str] = []
     digest = hashlib.sha256()
     size, mode, pixels_digest = (0, 0), "", ""
@@ -97,7 +99,7 @@ def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> S
     small = None
     if keep and image is not None and mask is not None and not problems:
         small = image, _nearest(mask, keep)
-    return Scanned(size, mode, codes, pixels_digest, digest.hexdigest(), tuple(problems), small)
+    return ScanResult(size, mode, codes, pixels_digest, digest.hexdigest(), tuple(problems), small)
 
 
 def _nearest(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -13,9 +13,9 @@ from math import floor
 from pathlib import Path
 
 from pdrunet_jax.config import DataConfig
-from pdrunet_jax.data.folder import SPLITS, Pair
+from pdrunet_jax.data.folder import SPLIT_FOLDERS, Pair
 from pdrunet_jax.data.masks import MaskCoding
-from pdrunet_jax.data.scan import Scanned, foreground_share
+from pdrunet_jax.data.scan import ScanResult, foreground_share
 
 _PATIENT = r"patient\d+"
 
@@ -131,7 +131,7 @@ class Sample:
 
 
 def partition(
-    config: DataConfig, pairs: Sequence[Pair], scanned: Sequence[Scanned], coding: MaskCoding
+    config: DataConfig, pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding
 ) -> tuple[tuple[Sample, ...], list[str], list[str]]:
     """Samples in the order of `pairs`, what the log should say, and what is wrong.
 
@@ -203,7 +203,7 @@ def _twins(ids: Sequence[str], pixels: Sequence[str]) -> list[str]:
 def split_counts(samples: Sequence[Sample]) -> str:
     """How many images of how many patients each split has, in one line."""
     parts = []
-    for split in SPLITS:
+    for split in SPLIT_FOLDERS:
         inside = [sample for sample in samples if sample.split == split]
         images, patients = len(inside), len({sample.patient for sample in inside})
         plurals = "image" + "s" * (images != 1), "patient" + "s" * (patients != 1)

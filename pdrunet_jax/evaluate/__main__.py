@@ -25,7 +25,7 @@ from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.compare import comparison_table, remove_comparison, write_comparison
 from pdrunet_jax.evaluate.evaluation import Evaluation, evaluate_split, spacings_of, unit_of, write_evaluation
 from pdrunet_jax.evaluate.report.page import write_evaluation_report
-from pdrunet_jax.evaluate.scores import Rules
+from pdrunet_jax.evaluate.scores import ScoringOptions
 from pdrunet_jax.model.load import load_model, load_options
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
@@ -34,12 +34,12 @@ from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.processes import Detect, Distributed, Group, join
+from pdrunet_jax.runtime.processes import DetectCluster, Distributed, Group, join
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluateOptions:
     """Score a model on a dataset: a table here, report.html, per_image.csv, summary.json and more in a folder."""
 
     weights: str
@@ -55,16 +55,16 @@ class Options:
     threshold: Threshold = 0.5
     """Probability above which a pixel is foreground, or validation: the one that scored best on the validation images
     of the training. For one output only."""
-    tolerance: float = Rules.tolerance
+    tolerance: float = ScoringOptions.tolerance
     """Distance up to which nsd counts a boundary as right: in mm if the pixel spacing of every image is known (DICOM,
     or spacing in dataset.toml), else in pixels."""
-    empty_dice: float = Rules.empty_dice
+    empty_dice: float = ScoringOptions.empty_dice
     """Dice of a class that is in neither truth nor prediction; nan leaves it out of means."""
     against: str | None = None
     """What to compare with on the same images: the folder of another evaluation, or weights, which are then evaluated
     too (at the size that they were trained at). A table here, comparison.json and comparison.csv in the folder."""
     cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
-    detect: Detect = False
+    detect: DetectCluster = False
     """Evaluate in several processes, as SLURM, Kubernetes or Cloud TPU have started them; the first one writes."""
     distributed: Distributed = field(default_factory=Distributed)
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(options, defaults, config, group)
 
 
-def _run(options: Options, defaults: DataConfig, config: DataConfig, group: Group) -> None:
+def _run(options: EvaluateOptions, defaults: DataConfig, config: DataConfig, group: Group) -> None:
     """Evaluate, and, in the first process, say and write what was found."""
     threshold = _threshold(options, options.weights)
     dataset = open_dataset(config)
@@ -110,7 +110,7 @@ def _run(options: Options, defaults: DataConfig, config: DataConfig, group: Grou
     rival = None if other or options.against is None else _model(options.against, dataset)
     their_threshold = threshold if rival is None else _threshold(options, str(options.against))
     for note in dataset.notes:
-        group.say(note)
+        group.log(note)
     began = time.monotonic()
     evaluation = _evaluate(model, dataset, config, options, threshold, group)
     seconds = time.monotonic() - began
@@ -119,7 +119,7 @@ def _run(options: Options, defaults: DataConfig, config: DataConfig, group: Grou
         resized = dataclasses.replace(config, size=tuple(size)) if size else config
         rows = _evaluate(rival, dataset, resized, options, their_threshold, group).rows
         other = compare.Other(str(options.against), rows)
-    if not group.first:
+    if not group.is_main:
         return
     run = run_of(options.weights)
     folder = options.output
@@ -136,7 +136,7 @@ def _run(options: Options, defaults: DataConfig, config: DataConfig, group: Grou
         "seconds": round(seconds, 3),
     }
     write_evaluation(evaluation, folder, about, environment(jax.devices()[0].device_kind))
-    print(scores.table(evaluation.summary))
+    print(scores.text_table(evaluation.summary))
     print(*evaluation.remarks(), sep="\n")
     remove_comparison(folder)
     if other is not None:
@@ -147,17 +147,17 @@ def _run(options: Options, defaults: DataConfig, config: DataConfig, group: Grou
     print(evaluation.line)
 
 
-def _parse(arguments: list[str]) -> tuple[Options, DataConfig]:
+def _parse(arguments: list[str]) -> tuple[EvaluateOptions, DataConfig]:
     """The options, and the data settings that the weights came with."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--weights")
     weights = first.parse_known_args(arguments)[0].weights
     defaults = DataConfig() if weights is None else data_defaults(weights)
-    default = Options(weights=tyro.MISSING if weights is None else weights, data=defaults)
-    return tyro.cli(Options, args=arguments, default=default, prog="python -m pdrunet_jax.evaluate"), defaults
+    default = EvaluateOptions(weights=tyro.MISSING if weights is None else weights, data=defaults)
+    return tyro.cli(EvaluateOptions, args=arguments, default=default, prog="python -m pdrunet_jax.evaluate"), defaults
 
 
-def _other(options: Options, dataset: Dataset) -> compare.Other | None:
+def _other(options: EvaluateOptions, dataset: Dataset) -> compare.Other | None:
     """The evaluation that --against names, if it is one, checked before anything is computed."""
     if options.against is None:
         return None
@@ -167,7 +167,7 @@ def _other(options: Options, dataset: Dataset) -> compare.Other | None:
     other = compare.read_other(Path(options.against))
     if other and samples:
         unit = unit_of(spacings_of(dataset, samples)[0])
-        compare.check_rules(Rules(unit, options.tolerance, options.empty_dice), other)
+        compare.check_rules(ScoringOptions(unit, options.tolerance, options.empty_dice), other)
         compare.check_pairs(((sample.id, name) for sample in samples for name in dataset.class_names), other)
     return other
 
@@ -177,12 +177,12 @@ def _model(weights: str, dataset: Dataset) -> PDRUNet:
     return load_model(weights)
 
 
-def _threshold(options: Options, weights: str) -> float:
+def _threshold(options: EvaluateOptions, weights: str) -> float:
     return resolve_threshold(options.threshold, load_options(weights), weights)
 
 
 def _evaluate(
-    model: PDRUNet, dataset: Dataset, config: DataConfig, options: Options, threshold: float, group: Group
+    model: PDRUNet, dataset: Dataset, config: DataConfig, options: EvaluateOptions, threshold: float, group: Group
 ) -> Evaluation:
     rules = config.height_width, options.split, options.batch_size, threshold, options.tolerance, options.empty_dice
     parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)

@@ -14,7 +14,7 @@ import numpy as np
 from pdrunet_jax.data.masks import IGNORE
 
 THRESHOLDS = tuple(number / 100 for number in range(1, 100))
-"""0.01 to 0.99: those at which Dice is computed, exactly as `pdrunet_jax.inference.classify` would decide."""
+"""0.01 to 0.99: those at which Dice is computed, exactly as `pdrunet_jax.inference.apply_threshold` would decide."""
 _PER_BIN = 10
 """Histogram columns that make one bin of the reliability curve."""
 

@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from pdrunet_jax.evaluate.intervals import interval
-from pdrunet_jax.evaluate.scores import METRICS, RANGES, Row, Rules, aligned, label, read_csv, without_nan
+from pdrunet_jax.evaluate.scores import (
+    METRICS,
+    RANGES,
+    ImageScores,
+    ScoringOptions,
+    aligned,
+    label,
+    read_csv,
+    without_nan,
+)
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write
 
@@ -27,7 +36,7 @@ EXACT = 16
 """Patients up to which every flip of signs is tried."""
 FLIPS = 20_000
 """Random flips of signs for more patients."""
-NAMED = 6
+MOST_LISTED = 6
 """Images named as those that changed most, or as missing."""
 DIGITS = 6
 """Decimals that scores are compared to, those of per_image.csv."""
@@ -41,8 +50,8 @@ class Other:
     """What an evaluation is compared with."""
 
     name: str
-    rows: tuple[Row, ...]
-    rules: Rules | None = None
+    rows: tuple[ImageScores, ...]
+    rules: ScoringOptions | None = None
     """What it was scored by, where that is known."""
 
 
@@ -96,13 +105,13 @@ def read_other(folder: Path) -> Other | None:
     try:
         values = json.loads(summary.read_text(encoding="utf-8"))
         empty = math.nan if values["empty_dice"] is None else float(values["empty_dice"])
-        rules = Rules(str(values["unit"]), float(values["tolerance"]), empty)
+        rules = ScoringOptions(str(values["unit"]), float(values["tolerance"]), empty)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{summary} is no summary of an evaluation; give the weights in place of it") from None
     return Other(str(folder), rows, rules)
 
 
-def check_rules(ours: Rules, other: Other) -> None:
+def check_rules(ours: ScoringOptions, other: Other) -> None:
     """Raise `UserError` if `other` was scored by other rules than `ours`."""
     if other.rules is None or str(other.rules) == str(ours):  # as text, in which nan is nan
         return
@@ -120,7 +129,7 @@ def check_pairs(keys: Iterable[tuple[str, str]], other: Other) -> None:
     """Raise `UserError` that names what only one of two evaluations has; `keys` are pairs of image and class."""
     here, there = set(keys), {(row.image, row.class_name) for row in other.rows}
     problems = [
-        f"{len(keys)} {where}: " + ", ".join(f"{image} ({name})" for image, name in sorted(keys)[:NAMED])
+        f"{len(keys)} {where}: " + ", ".join(f"{image} ({name})" for image, name in sorted(keys)[:MOST_LISTED])
         for where, keys in ((f"missing from {other.name}", here - there), ("missing here", there - here))
         if keys
     ]
@@ -131,13 +140,13 @@ def check_pairs(keys: Iterable[tuple[str, str]], other: Other) -> None:
         )
 
 
-def compare(rows: Sequence[Row], other: Other, rules: Rules, seed: int = 0) -> Comparison:
+def compare(rows: Sequence[ImageScores], other: Other, rules: ScoringOptions, seed: int = 0) -> Comparison:
     """Compare the scores `rows` with those of `other`; which patient an image is of, `rows` say.
 
     Args:
         rows: Of this evaluation, scored by `rules`.
         other: The other one.
-        rules: See `Rules`.
+        rules: See `ScoringOptions`.
         seed: Of the intervals and of random flips.
 
     Raises:
@@ -161,7 +170,7 @@ def compare(rows: Sequence[Row], other: Other, rules: Rules, seed: int = 0) -> C
         tolerance=rules.tolerance,
         classes=classes,
         macro=classes[names[0]] if one else {name: difference(name, means[name], patient_of, seed) for name in METRICS},
-        changed=tuple((image, here, there) for image, (here, there) in changes[:NAMED] if here != there),
+        changed=tuple((image, here, there) for image, (here, there) in changes[:MOST_LISTED] if here != there),
         images=len(patient_of),
         patients=len(set(patient_of.values())),
     )
@@ -217,13 +226,13 @@ def sign_flip(differences: np.ndarray, patients: Sequence[str], seed: int = 0) -
     return (extreme + 1) / (FLIPS + 1)
 
 
-def value(row: Row, metric: str) -> float:
+def value(row: ImageScores, metric: str) -> float:
     """A score as it is compared: to the decimals of per_image.csv; of the area error, its size."""
     rounded = round(getattr(row, metric), DIGITS)
     return abs(rounded) if metric == "area_error" else rounded
 
 
-def _pairs(rows: Iterable[Row], other: Other, metric: str, name: str) -> Pairs:
+def _pairs(rows: Iterable[ImageScores], other: Other, metric: str, name: str) -> Pairs:
     theirs = {row.image: value(row, metric) for row in other.rows if row.class_name == name}
     found = {row.image: (value(row, metric), theirs[row.image]) for row in rows if row.class_name == name}
     return {image: pair for image, pair in found.items() if not any(map(math.isnan, pair))}
@@ -283,7 +292,7 @@ def compared_label(metric: str, unit: str, tolerance: float) -> str:
     return "|area_error|" if metric == "area_error" else label(metric, unit, tolerance)
 
 
-def write_comparison(comparison: Comparison, rows: Sequence[Row], other: Other, folder: Path) -> None:
+def write_comparison(comparison: Comparison, rows: Sequence[ImageScores], other: Other, folder: Path) -> None:
     """Write comparison.json, and comparison.csv with both scores and their difference for each image and class.
 
     Raises `RunError` if `folder` cannot be written.

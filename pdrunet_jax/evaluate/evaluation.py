@@ -27,12 +27,12 @@ from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.split import Sample
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.calibration import Curves, Histograms
-from pdrunet_jax.evaluate.scores import Row, Rules, score, to_csv
+from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions, score, to_csv
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.pixels import probabilities
 from pdrunet_jax.predict.inference import predict_batches, restore
 from pdrunet_jax.predict.postprocess import Cleaning, clean
-from pdrunet_jax.predict.threshold import check_threshold, classify
+from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
 from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write
@@ -40,8 +40,12 @@ from pdrunet_jax.runtime.processes import Group
 
 
 def exchange(
-    group: Group, samples: Sequence[Sample], rows: Sequence[Row], masks: dict[str, bytes], histograms: Histograms
-) -> tuple[list[Row], dict[str, bytes]]:
+    group: Group,
+    samples: Sequence[Sample],
+    rows: Sequence[ImageScores],
+    masks: dict[str, bytes],
+    histograms: Histograms,
+) -> tuple[list[ImageScores], dict[str, bytes]]:
     """Rows and masks of all processes, in the order of `samples`; `histograms` then counts the images of all.
 
     The arguments are what this process has. Numbers come back as they were: JSON has every digit of a float.
@@ -53,7 +57,7 @@ def exchange(
     }
     parts = [json.loads(part) for part in group.exchange(json.dumps(mine).encode())]
     place = {sample.id: number for number, sample in enumerate(samples)}
-    every = sorted((Row(*row) for part in parts for row in part["rows"]), key=lambda row: place[row.image])
+    every = sorted((ImageScores(*row) for part in parts for row in part["rows"]), key=lambda row: place[row.image])
     found = {name: base64.b64decode(mask) for part in parts for name, mask in part["masks"].items()}
     for index, part in enumerate(parts):
         if index != group.index:
@@ -74,7 +78,7 @@ class Evaluation:
     dataset: Dataset
     split: str
     samples: tuple[Sample, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ImageScores, ...]
     """One for each image and class, in the dataset's order."""
     summary: scores.Summary
     masks: dict[str, bytes]
@@ -128,8 +132,8 @@ def evaluate_split(
     *,
     batch_size: int = 8,
     threshold: float = 0.5,
-    tolerance: float = Rules.tolerance,
-    empty_dice: float = Rules.empty_dice,
+    tolerance: float = ScoringOptions.tolerance,
+    empty_dice: float = ScoringOptions.empty_dice,
     cleaning: Cleaning | None = None,
     group: Group | None = None,
 ) -> Evaluation:
@@ -155,15 +159,15 @@ def evaluate_split(
     group = group or Group()
     samples = dataset.of(split)
     spacings, unit_note = spacings_of(dataset, samples)
-    rules = Rules(unit_of(spacings), tolerance, empty_dice)
-    rows: list[Row] = []
+    rules = ScoringOptions(unit_of(spacings), tolerance, empty_dice)
+    rows: list[ImageScores] = []
     masks = {}
     histograms = Histograms(dataset.class_names, empty_dice)
     for sample, probability, truth in predicted_probabilities(
-        model, dataset, split, config, batch_size=batch_size, turn=(group.index, group.count)
+        model, dataset, split, config, batch_size=batch_size, stride=(group.index, group.count)
     ):
         histograms.add(probability, truth)
-        predicted = classify(probability, threshold)
+        predicted = apply_threshold(probability, threshold)
         if cleaning is not None:
             predicted = clean(predicted, cleaning)
         spacing = spacings.get(sample.id)
@@ -182,11 +186,11 @@ def predicted_probabilities(
     config: DataConfig,
     *,
     batch_size: int = 8,
-    turn: tuple[int, int] = (0, 1),
+    stride: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Sample, np.ndarray, np.ndarray]]:
     """Each sample with its probabilities, as in `Prediction`, and its truth (H, W), at its own resolution.
 
-    Arguments and errors as for `evaluate_split`; `turn` (k, n) leaves out all batches but k, k + n, ...
+    Arguments and errors as for `evaluate_split`; `stride` (k, n) leaves out all batches but k, k + n, ...
     """
     from pdrunet_jax.data.pipeline import eval_batches
 
@@ -202,7 +206,7 @@ def predicted_probabilities(
         config,
         batch_size=place.eval_batch_size(batch_size),
         channels=model.in_channels,
-        turn=turn,
+        stride=stride,
     )
     for batch, logits in predict_batches(model, batches, place):
         probability = probabilities(np.asarray(logits))
@@ -237,7 +241,7 @@ def write_evaluation(
             "split": evaluation.split,
             **evaluation.summary.to_dict(),
             "expected_calibration_error": {name: each["expected_calibration_error"] for name, each in curves.items()},
-            "dataset": describe(evaluation.dataset),
+            "dataset": describe_dataset(evaluation.dataset),
             "about": {"resolution": "input", **(about or {})},
             "environment": environment or {},
             "cases": _write_cases(evaluation, folder),
@@ -247,7 +251,7 @@ def write_evaluation(
         raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
+def describe_dataset(dataset: Dataset) -> dict[str, Any]:
     """Name, classes, notes, and the number of images and patients in each split, as JSON values."""
     splits = {}
     for name in ("train", "val", "test"):

@@ -25,7 +25,7 @@ RANGES = {"hd95": (0.0, math.inf), "assd": (0.0, math.inf), "area_error": (-1.0,
 
 
 @dataclass(frozen=True)
-class Rules:
+class ScoringOptions:
     """What scores depend on beside the masks."""
 
     unit: str = "pixels"
@@ -37,7 +37,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Row:
+class ImageScores:
     """Scores of one class in one image; NaN where a score is undefined. Pixels marked as ignored are left out."""
 
     image: str
@@ -57,7 +57,7 @@ class Row:
     pixels_predicted: int
 
 
-COLUMNS = tuple("class" if item.name == "class_name" else item.name for item in fields(Row))
+CSV_COLUMNS = tuple("class" if item.name == "class_name" else item.name for item in fields(ImageScores))
 
 
 def score(
@@ -66,9 +66,9 @@ def score(
     predicted: np.ndarray,
     truth: np.ndarray,
     names: Sequence[str],
-    rules: Rules,
+    rules: ScoringOptions,
     spacing: tuple[float, float] | None = None,
-) -> list[Row]:
+) -> list[ImageScores]:
     """A row for each of the classes `names`.
 
     Args:
@@ -77,7 +77,7 @@ def score(
         predicted: Class indices (H, W).
         truth: Class indices (H, W), `IGNORE` where a pixel counts nowhere.
         names: Foreground classes; they have the indices 1 to their number.
-        rules: See `Rules`.
+        rules: See `ScoringOptions`.
         spacing: mm from one row to the next and from one column to the next, for distances in mm; None for pixels.
     """
     valid = truth != IGNORE
@@ -91,7 +91,7 @@ def score(
         ours, theirs = (predicted == number + 1) & valid, truth == number + 1
         apart = surface.distances(ours, theirs, spacing=spacing, tolerance=rules.tolerance)
         rows.append(
-            Row(
+            ImageScores(
                 image,
                 patient,
                 name,
@@ -107,23 +107,23 @@ def score(
     return rows
 
 
-def to_csv(rows: Iterable[Row]) -> str:
-    """The text of per_image.csv: `COLUMNS`, then a line for each row, scores to six decimals, nan where undefined."""
+def to_csv(rows: Iterable[ImageScores]) -> str:
+    """The text of per_image.csv: `CSV_COLUMNS`, then a line for each row; six decimals, nan where undefined."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(CSV_COLUMNS)
     for row in rows:
         cells = [getattr(row, item.name) for item in fields(row)]
         writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
     return file.getvalue()
 
 
-def read_csv(path: Path) -> list[Row]:
+def read_csv(path: Path) -> list[ImageScores]:
     """The rows of a per_image.csv. Raises `UserError` that names the file, and the line if one is wrong."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            missing = [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
                 raise UserError(
                     f"{path} has no column {', '.join(missing)}: evaluate those weights again, or give the weights"
@@ -139,8 +139,8 @@ def read_csv(path: Path) -> list[Row]:
     return rows
 
 
-def _row(line: dict[str, str]) -> Row:
-    return Row(
+def _row(line: dict[str, str]) -> ImageScores:
+    return ImageScores(
         line["image"],
         line["patient"],
         line["class"],
@@ -172,7 +172,8 @@ class Summary:
     """Statistics of every metric: `classes[name][metric]`, and `macro[metric]` over the per-image class means.
 
     `empty[name]` counts the images in which truth and prediction of a class are both empty, `one_empty[name]` those in
-    which one of them is; `images` and `patients` count all. `unit`, `tolerance` and `empty_dice` are those of `Rules`.
+    which one of them is; `images` and `patients` count all. `unit`, `tolerance` and `empty_dice` are those of the
+    `ScoringOptions`.
     """
 
     unit: str
@@ -186,9 +187,9 @@ class Summary:
     patients: int
 
     @property
-    def rules(self) -> Rules:
+    def rules(self) -> ScoringOptions:
         """What the scores were scored by."""
-        return Rules(self.unit, self.tolerance, self.empty_dice)
+        return ScoringOptions(self.unit, self.tolerance, self.empty_dice)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries ready for JSON, with None for NaN."""
@@ -196,7 +197,7 @@ class Summary:
         return values
 
 
-def summarise(rows: Sequence[Row], rules: Rules, seed: int = 0) -> Summary:
+def summarise(rows: Sequence[ImageScores], rules: ScoringOptions, seed: int = 0) -> Summary:
     """The statistics of `rows`, one for each image and class, scored by `rules`. Intervals are drawn with `seed`.
 
     Macro scores are averaged over the classes of an image first (leaving undefined ones out), then over images.
@@ -232,7 +233,7 @@ def summarise(rows: Sequence[Row], rules: Rules, seed: int = 0) -> Summary:
     )
 
 
-def image_means(rows: Iterable[Row], metric: str = "dice") -> dict[str, float]:
+def image_means(rows: Iterable[ImageScores], metric: str = "dice") -> dict[str, float]:
     """For each image the mean of `metric` over the classes on which it is defined; NaN if on none."""
     values: dict[str, list[float]] = {}
     for row in rows:
@@ -280,7 +281,7 @@ def label(metric: str, unit: str, tolerance: float) -> str:
     return f"nsd (within {tolerance:g} {unit})" if metric == "nsd" else metric
 
 
-def table(summary: Summary) -> str:
+def text_table(summary: Summary) -> str:
     """The statistics as an aligned text table, a line for each class and metric; macro lines when classes differ."""
     groups = dict(summary.classes)
     if len(groups) > 1:

@@ -24,7 +24,7 @@ Format = Literal["onnx", "stablehlo"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """Write the model as ONNX, or as a StableHLO artifact of jax.export, from uint8 images to masks.
 
     Resizing to the network's size and back, scaling, probabilities and decision are inside. Before it is written, the
@@ -83,7 +83,7 @@ def export(
     if network_size is None:
         raise UserError(f"{weights} does not state the size that it was trained at; give --size")
     images = check_images(check, model.in_channels)
-    facts = describe(model, known.get("class_names"), network_size, threshold)
+    facts = export_metadata(model, known.get("class_names"), network_size, threshold)
     data = build(
         model, size=network_size, threshold=threshold, tall_first=tall_images_vertically_first(), metadata=facts
     )
@@ -102,7 +102,9 @@ def export(
     ]
 
 
-def describe(model: PDRUNet, names: Sequence[str] | None, size: tuple[int, int], threshold: float) -> dict[str, Any]:
+def export_metadata(
+    model: PDRUNet, names: Sequence[str] | None, size: tuple[int, int], threshold: float
+) -> dict[str, Any]:
     """What the file says about itself, as JSON values; `names` are those of the foreground classes where known."""
     height, width = size
     classes = "" if model.outputs == 1 else f", {model.outputs}"
@@ -123,7 +125,7 @@ def describe(model: PDRUNet, names: Sequence[str] | None, size: tuple[int, int],
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command; `arguments` default to the process's own."""
-    options = tyro.cli(Options, args=arguments, prog="python -m pdrunet_jax.export")
+    options = tyro.cli(ExportOptions, args=arguments, prog="python -m pdrunet_jax.export")
     lines = export(
         options.weights,
         options.output,

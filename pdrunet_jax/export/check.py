@@ -11,7 +11,7 @@ from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.phantoms.phantom import draw
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import forward, network_input, predict
-from pdrunet_jax.predict.threshold import classify
+from pdrunet_jax.predict.threshold import apply_threshold
 
 TOLERANCE = 1e-4
 """The most by which probabilities may differ, and logits up to ±`LARGE_LOGIT`; larger ones in proportion."""
@@ -90,7 +90,7 @@ def compare(
             largest = np.maximum(largest, np.abs(want_logits).max())
             probability = np.maximum(probability, np.abs(got["probability"][number] - want.probability).max())
             differing += int(np.sum(got["mask"][number] != want.mask))
-            undecided += int(np.sum(got["mask"][number] != classify(got["probability"][number], threshold)))
+            undecided += int(np.sum(got["mask"][number] != apply_threshold(got["probability"][number], threshold)))
             pixels += want.mask.size
         count += len(batch)
         sizes.append((batch.shape[1], batch.shape[2]))

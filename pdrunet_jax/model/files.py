@@ -23,7 +23,7 @@ TORCH_SUFFIXES = (".pth", ".pt")
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightsFile:
     """What one file of weights holds."""
 
     arrays: dict[str, Any]
@@ -34,7 +34,7 @@ class Weights:
     """What was left out or changed on reading, a sentence each."""
 
 
-def read_weights(path: str | Path) -> Weights:
+def read_weights(path: str | Path) -> WeightsFile:
     """The arrays and options in `path`, a `.safetensors`, `.pth` or `.pt` file.
 
     Raises:
@@ -86,7 +86,7 @@ def write_pth(path: str | Path, content: Mapping[str, Any]) -> None:
     _write(Path(path), buffer.getvalue())
 
 
-def _read_safetensors(path: Path) -> Weights:
+def _read_safetensors(path: Path) -> WeightsFile:
     import ml_dtypes  # noqa: F401 - teaches NumPy the name bfloat16
     from safetensors import SafetensorError, safe_open
 
@@ -104,10 +104,10 @@ def _read_safetensors(path: Path) -> Weights:
         raise UserError(f"{path}: the options in its header are not valid JSON: {error}") from None
     if not isinstance(options, dict):
         raise UserError(f"{path}: the options in its header are no JSON object")
-    return Weights(arrays, options)
+    return WeightsFile(arrays, options)
 
 
-def _read_pth(path: Path) -> Weights:
+def _read_pth(path: Path) -> WeightsFile:
     torch = _torch(path)
     try:
         with warnings.catch_warnings():
@@ -123,7 +123,7 @@ def _read_pth(path: Path) -> Weights:
         raise UserError(f"{path} is damaged or no PyTorch file: {str(error) or 'it ends too early'}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; a state dict (arrays by name) is needed")
-    return Weights(_to_numpy(torch, content))
+    return WeightsFile(_to_numpy(torch, content))
 
 
 def _to_numpy(torch: ModuleType, value: Any) -> Any:

@@ -10,9 +10,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pdrunet_jax.model.fast import convolution as fused
-from pdrunet_jax.model.fast.block import Shortcut, Weights, block
+from pdrunet_jax.model.fast.block import LayerWeights, Shortcut, block
 from pdrunet_jax.model.fast.convolution import EPSILON, convolve, moments, per_channel, pixel_count
-from pdrunet_jax.model.fast.phases import Activation, finest_layout
+from pdrunet_jax.model.fast.phases import Activation, finest_phases
 
 Path = Literal["plain", "polyphase", "fused"]
 """How a 3x3 convolution is carried out; parity level 10 holds them to one another.
@@ -41,10 +41,10 @@ def choose_path(conv: str) -> Path:
     raise ValueError(f"conv = {conv!r}; it is one of auto, {', '.join(PATHS)}")
 
 
-def enter(images: jax.Array, path: Path) -> Activation:
+def from_image(images: jax.Array, path: Path) -> Activation:
     """`images` (N, H, W, C) as the network's first activation, with the layouts that `path` and the size allow."""
     height, width = images.shape[1:3]
-    return Activation.of(images, 1 if path == "plain" else finest_layout(height, width))
+    return Activation.of(images, 1 if path == "plain" else finest_phases(height, width))
 
 
 class Conv(nnx.Module):
@@ -190,7 +190,7 @@ def block_fused(
     dtype, pixels = x.values.dtype, pixel_count(x.values)
     _check_pixels(pixels)
     weights = [
-        Weights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...])
+        LayerWeights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...])
         for conv, norm in ((first, norm1), (second, norm2))
     ]
     out, *batch = block(x.values, *weights, shortcut, dilation // x.layout)

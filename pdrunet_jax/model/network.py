@@ -14,8 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from pdrunet_jax.model.fast.phases import Activation, relay
-from pdrunet_jax.model.fast.xla import by_parts, materialised, recomputed
+from pdrunet_jax.model.fast.phases import Activation, to_phases
+from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks
 from pdrunet_jax.model.layers import (
     BatchNorm,
     Conv,
@@ -25,7 +25,7 @@ from pdrunet_jax.model.layers import (
     choose_path,
     conv_norm_relu,
     dropout,
-    enter,
+    from_image,
     keep_masks,
 )
 from pdrunet_jax.model.sharding import check_images, spread
@@ -93,18 +93,18 @@ class Block(nnx.Module):
             block = nnx.merge(graphdef, params, stats, copy=True)
             return block(x, path=path, train=train, tap=None), nnx.state(block, nnx.BatchStat)
 
-        out, stats = recomputed(compute)(params, stats, x)
+        out, stats = checkpoint_block(compute)(params, stats, x)
         nnx.update(self, stats)
         return out
 
-    def by_parts(self, x: Activation, *, path: Path) -> Activation:
+    def map_chunks(self, x: Activation, *, path: Path) -> Activation:
         """The block's output in evaluation, phases and images taken in parts that stay in the caches."""
         x = x.for_dilation(self.dilation)
 
         def part(values: jax.Array) -> jax.Array:
             return self(x.with_values(values), path=path, train=False, tap=None).values
 
-        return x.with_values(by_parts(part, x.values))
+        return x.with_values(map_chunks(part, x.values))
 
     def __call__(self, x: Activation, *, path: Path, train: bool, tap: Tap | None) -> Activation:
         """The block's output; arguments as in `conv_norm_relu`."""
@@ -265,18 +265,18 @@ class PDRUNet(nnx.Module):
                 if self.mesh is None and name != "std_block":
                     # Otherwise XLA keeps two activations a block: this one, and what it computes it from again.
                     x = x.for_dilation(layers.dilation)
-                    x = x.with_values(materialised(x.values))
+                    x = x.with_values(force_materialize(x.values))
                 return layers.rematerialised(x, path=self.path, train=train)
             if self.path == "fused" and not train and tap is None:
-                return layers.by_parts(x, path=self.path)
+                return layers.map_chunks(x, path=self.path)
             return layers(x, path=self.path, train=train, tap=tap)
 
         def drop(x: Activation, number: int) -> Activation:
             if keep is None:
                 return x
-            return x.with_values(dropout(x.values, self.dropout, relay(keep[number], 1, x.layout)))
+            return x.with_values(dropout(x.values, self.dropout, to_phases(keep[number], 1, x.layout)))
 
-        x = enter(images.astype(self.dtype), self.path)
+        x = from_image(images.astype(self.dtype), self.path)
         x0 = block("std_block", x)
         x1 = block("e1", x0)
         x2 = block("e2", x1 + x0)

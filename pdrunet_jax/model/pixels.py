@@ -19,7 +19,7 @@ def probabilities(logits: Array) -> Any:
     return exponential / xp.sum(exponential, axis=-1, keepdims=True)
 
 
-def decide(logits: Array) -> Any:
+def predict_classes(logits: Array) -> Any:
     """Class indices (N, H, W), int32, of logits (N, H, W, K).
 
     K = 1: 1 where the probability is above 0.5, that is the logit above 0. Else the likeliest of the K classes, of

@@ -58,7 +58,7 @@ class Imported(NamedTuple):
     """What was unwrapped, dropped or widened, a sentence each."""
 
 
-def table(in_channels: int, outputs: int, filters: int, norm: str) -> tuple[Entry, ...]:
+def name_table(in_channels: int, outputs: int, filters: int, norm: str) -> tuple[Entry, ...]:
     """Every array of the model, in the order of the public state dict, which has `e5` besides."""
     rows: list[Entry] = []
     for name in BLOCKS:
@@ -92,7 +92,7 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
 
     norm = "batch" if any(".bnorm" in key for key in values) else "none"
     options = _options(values.get("std_block.first.weight"), values.get("final_conv.weight"), norm)
-    rows, dead = table(**options), dead_entries(options["filters"], norm)
+    rows, dead = name_table(**options), dead_entries(options["filters"], norm)
     known = {row.public for row in (*rows, *dead)}
     problems = [f"{row.public} {problem}" for row in rows if (problem := _problem(row, values.get(row.public)))]
     problems += [f"{row.public} {_nonfinite(values[row.public])}" for row in rows if _nonfinite(values.get(row.public))]
@@ -132,7 +132,7 @@ def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block
     values = {path: np.transpose(array, OIHW) if array.ndim == 4 else array for path, array in leaves.items()}
     norm = "batch" if any("bnorm1" in path for path in values) else "none"
     options = _options(values.get(("std_block", "first", "kernel")), values.get(("final_conv", "kernel")), norm)
-    rows = table(**options)
+    rows = name_table(**options)
     known = {row.path for row in rows}
     problems = [f"{'.'.join(row.path)} {problem}" for row in rows if (problem := _problem(row, values.get(row.path)))]
     problems += [f"{'.'.join(path)} is unused: PDR-UNet has no such array" for path in values if path not in known]

@@ -30,12 +30,12 @@ from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.devices import over_devices
 from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
-from pdrunet_jax.runtime.processes import Detect, Distributed, place_among
+from pdrunet_jax.runtime.processes import DetectCluster, Distributed, place_among
 from pdrunet_jax.runtime.stop import StopFlag
 
 
 @dataclass(frozen=True)
-class Options:
+class PredictOptions:
     """Segment images: NAME_mask.png, NAME_overlay.png and more for each, at its own resolution, and areas.csv.
 
     NAME_mask.png is an index image: NumPy reads class indices from it, a viewer shows colours (one class: white on
@@ -66,7 +66,7 @@ class Options:
     outputs: Annotated[Outputs, tyro.conf.arg(name="")] = field(default_factory=Outputs)
     shard: str | None = None
     """K/N: only the K-th of N shares of the images, for several machines that write to one folder."""
-    detect: Detect = False
+    detect: DetectCluster = False
     """One of several processes, as SLURM, Kubernetes or Cloud TPU have started them, each of which takes its share, as
     with --shard."""
     distributed: Distributed = field(default_factory=Distributed)
@@ -76,12 +76,12 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
     """The command."""
-    options = tyro.cli(Options, args=arguments, prog="python -m pdrunet_jax.predict")
+    options = tyro.cli(PredictOptions, args=arguments, prog="python -m pdrunet_jax.predict")
     with StopFlag() as stop:
         return _run(options, stop)
 
 
-def _run(options: Options, stop: StopFlag) -> int | None:
+def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     shard, table = _share(options, stop)
     size = _size(options.size)
     if (options.tile is not None and options.tile < 1) or options.halo < 0:
@@ -144,7 +144,7 @@ def _run(options: Options, stop: StopFlag) -> int | None:
     return None
 
 
-def _share(options: Options, stop: StopFlag) -> tuple[tuple[int, int], str]:
+def _share(options: PredictOptions, stop: StopFlag) -> tuple[tuple[int, int], str]:
     """Which part of the images is meant, counted from 1, and of how many; and the name of its table."""
     among = place_among(options.distributed, options.detect, stop)
     if among is None and options.shard is None:
@@ -165,7 +165,9 @@ def _size(size: tuple[int, ...] | Literal["own"]) -> tuple[int, int] | Literal["
     return height_width(size, ", or own")
 
 
-def _settings(options: Options, model: PDRUNet, classes: list[str], size: Any, threshold: float) -> dict[str, Any]:
+def _settings(
+    options: PredictOptions, model: PDRUNet, classes: list[str], size: Any, threshold: float
+) -> dict[str, Any]:
     """All that results depend on beside the image, as JSON values."""
     parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
     wiring = {"shortcut": model.shortcut, "in_channels": model.in_channels}

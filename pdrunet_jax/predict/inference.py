@@ -14,12 +14,12 @@ from pdrunet_jax.data.images import read_image, read_spacing, resize_image
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.pixels import probabilities, unit_range
 from pdrunet_jax.predict.postprocess import Cleaning, clean
-from pdrunet_jax.predict.threshold import check_threshold, classify
+from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
 from pdrunet_jax.predict.tiling import RADIUS, in_tiles
 from pdrunet_jax.runtime import compile as compiling
 from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.malloc import give_back
+from pdrunet_jax.runtime.malloc import trim_malloc
 
 Augmentation = Literal["none", "flip", "flips"]
 """At test time: the image alone, also mirrored left to right, or also top to bottom and both."""
@@ -83,7 +83,7 @@ def predict(
     passes = MIRRORS[augmentation]
     average = sum(_mirrored_probabilities(model, images, axes, tile, halo) for axes in passes) / len(passes)
     probability = restore(np.asarray(average)[0], shape)
-    mask = classify(probability, threshold)
+    mask = apply_threshold(probability, threshold)
     return Prediction(mask if cleaning is None else clean(mask, cleaning), probability, spacing)
 
 
@@ -92,9 +92,9 @@ def predict_batches(
 ) -> Iterator[tuple[Mapping[str, np.ndarray], jax.Array]]:
     """Each of `batches` with its logits (N, H, W, K). A batch holds "image", uint8 (N, H, W, C), for `place`."""
     graphdef, state = nnx.split(model)
-    state = place.state(state)
+    state = place.replicate(state)
     for batch in batches:
-        yield batch, _compiled()(graphdef, state, place.batch({"image": batch["image"]})["image"])
+        yield batch, _compiled()(graphdef, state, place.shard_batch({"image": batch["image"]})["image"])
 
 
 def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
@@ -112,7 +112,7 @@ def forward_in_tiles(model: PDRUNet, images: np.ndarray, tile: int, halo: int = 
 
     def network(part: np.ndarray) -> np.ndarray:
         logits = np.asarray(forward(model, part))
-        give_back()  # what one tile has used lies in pieces: the next would not fit, and memory would grow
+        trim_malloc()  # what one tile has used lies in pieces: the next would not fit, and memory would grow
         return logits
 
     return in_tiles(network, images, tile, halo)

@@ -44,7 +44,7 @@ from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
-KEY = "pdrunet_jax.predict"
+RECORD_KEY = "pdrunet_jax.predict"
 """Key of the PNG text in a mask that holds its record, one JSON object."""
 
 Record = dict[str, Any]
@@ -69,7 +69,7 @@ def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
 def save_mask(image: Image.Image, path: Path, record: Record) -> None:
     """Write a mask with its record, all of it or nothing. Raises `OSError` if the disk refuses."""
     text = PngImagePlugin.PngInfo()
-    text.add_text(KEY, json.dumps(record))
+    text.add_text(RECORD_KEY, json.dumps(record))
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=text)
     atomic_write(path, file.getvalue())
@@ -79,7 +79,7 @@ def read_record(path: Path) -> Record | None:
     """The record in a mask; None for a picture that this command has not written. Raises `OSError` if there is none."""
     try:
         with Image.open(path, formats=("PNG",)) as image:  # reads no pixels
-            record = json.loads(image.info.get(KEY, "null"))
+            record = json.loads(image.info.get(RECORD_KEY, "null"))
     except (UnidentifiedImageError, ValueError, SyntaxError):
         return None
     return record if isinstance(record, dict) and {"settings", "input", "files", "pixels"} <= record.keys() else None
@@ -101,7 +101,7 @@ class Areas:
     the rows of an image at a time.
     """
 
-    COLUMNS = ("image", "class", "pixels", "area_mm2")
+    AREA_COLUMNS = ("image", "class", "pixels", "area_mm2")
 
     def __init__(self, path: Path, finished: Iterable[tuple[str, Record]]) -> None:
         """Open `path` with the rows of what is `finished`: names and records.
@@ -109,7 +109,9 @@ class Areas:
         Raises `UserError` if another process has it open, `RunError` if the disk refuses.
         """
         self._path = path
-        text = "".join([_lines([self.COLUMNS]), *(_lines(_rows(name, record)) for name, record in finished)]).encode()
+        text = "".join(
+            [_lines([self.AREA_COLUMNS]), *(_lines(_rows(name, record)) for name, record in finished)]
+        ).encode()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")

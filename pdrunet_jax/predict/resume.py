@@ -13,7 +13,7 @@ from pdrunet_jax.predict.inputs import LABELME, MASK, beside
 from pdrunet_jax.predict.outputs import Outputs, Record, differences, read_record, stamp, unchanged
 from pdrunet_jax.runtime.errors import UserError
 
-NAMED = 10
+MOST_LISTED = 10
 """So many reasons are given where results are in the way."""
 
 
@@ -71,7 +71,7 @@ def finished(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: bool) -
     if reasons and not overwrite:
         lines = [
             f"  - {examples[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
-            for reason, count in reasons.most_common(NAMED)
+            for reason, count in reasons.most_common(MOST_LISTED)
         ]
         raise UserError(
             "results that were made otherwise are in the way:\n"

@@ -15,7 +15,7 @@ from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import UserError
 
 
-def classify(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+def apply_threshold(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     """Class indices (H, W) uint8 of probabilities (H, W), above `threshold`, or (H, W, K), the likeliest."""
     decided = probability > threshold if probability.ndim == 2 else probability.argmax(axis=-1)
     return np.asarray(decided, np.uint8)
@@ -32,7 +32,7 @@ def check_threshold(threshold: float, outputs: int = 1) -> None:
 Threshold = float | Literal["validation"]
 """What `--threshold` takes."""
 
-KEY = "threshold"
+THRESHOLD_KEY = "threshold"
 """Of the options in a file of weights."""
 
 
@@ -49,8 +49,8 @@ def store_threshold(path: Path, threshold: float) -> bool:
     options = dict(file.options)
     if options.pop(CONTENT, None) != content_digest(file.arrays, options):
         return False
-    if options.get(KEY) != threshold:
-        options[KEY] = threshold
+    if options.get(THRESHOLD_KEY) != threshold:
+        options[THRESHOLD_KEY] = threshold
         write_safetensors(path, file.arrays, {**options, CONTENT: content_digest(file.arrays, options)})
     return True
 
@@ -69,7 +69,7 @@ def resolve_threshold(given: Threshold, known: Mapping[str, Any], weights: str |
         raise UserError(
             f"--threshold validation: {weights} has {outputs} outputs, of which the likeliest wins; leave it out"
         )
-    chosen = known.get(KEY)
+    chosen = known.get(THRESHOLD_KEY)
     if isinstance(chosen, bool) or not isinstance(chosen, int | float) or not 0 <= chosen <= 1:
         raise UserError(
             f"--threshold validation: {weights} holds no threshold. Training stores it in best.safetensors when it "

@@ -276,7 +276,7 @@ def read_checkpoint(path: str | Path, template: Callable[[dict[str, Any]], Any])
     return Restored(meta["step"], state, meta["position"], meta["extra"], meta["val_dice"])
 
 
-def run_of(path: str | Path) -> Path:
+def run_folder_of(path: str | Path) -> Path:
     """The run folder of a checkpoint; any other path is returned as it is."""
     path = Path(path)
     return path.absolute().parent.parent if path.name.isdecimal() and path.parent.name == "checkpoints" else path
@@ -369,7 +369,7 @@ class GroupCheckpoints:
 
     def __init__(self, group: Group, folder: Path, keep_latest: int, keep_best: int) -> None:
         self._group = group
-        self._own = Checkpoints(folder, keep_latest, keep_best) if group.first else None
+        self._own = Checkpoints(folder, keep_latest, keep_best) if group.is_main else None
 
     def latest_step(self) -> int | None:
         """As `Checkpoints.latest_step`, in the first process."""
@@ -379,7 +379,7 @@ class GroupCheckpoints:
         """As `Checkpoints.restore`; but the state is `template` itself in every process but the first."""
         found = None if self._own is None else self._own.restore(template)
         about = {name: value for name, value in vars(found).items() if name != "state"} if found else {}
-        about = json.loads(self._group.of_first(json.dumps(about)))
+        about = json.loads(self._group.broadcast(json.dumps(about)))
         if not about:
             return None
         return Restored(state=found.state if found else template, **about)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from pdrunet_jax.runtime.errors import RunError, UserError
-from pdrunet_jax.runtime.malloc import keep_freed_memory
+from pdrunet_jax.runtime.malloc import configure_malloc
 
 STOPPED = 75
 """Exit code of a run that was asked to stop, and saved (EX_TEMPFAIL of sysexits.h: try again later)."""
@@ -17,7 +17,7 @@ def run(command: Callable[[], int | None]) -> NoReturn:
     A `UserError` leaves with 2 and a `RunError` with 1, each with its message alone on standard error; any other
     exception is a defect of ours and keeps its traceback.
     """
-    keep_freed_memory()  # before any library starts its threads
+    configure_malloc()  # before any library starts its threads
     try:
         code = command()
     except (UserError, RunError) as error:

@@ -132,7 +132,7 @@ class Placement:
 
     def __init__(self, mesh: Mesh | None = None) -> None:
         self.mesh = mesh
-        self.share = (0, 1) if mesh is None else data_share(mesh)
+        self.process_shard = (0, 1) if mesh is None else data_share(mesh)
         """Which share of each batch is this process's, and of how many."""
 
     @classmethod
@@ -146,15 +146,15 @@ class Placement:
         shares = 1 if self.mesh is None else self.mesh.shape[DATA]
         return -(-wanted // shares) * shares
 
-    def batch(self, share: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    def shard_batch(self, share: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
         """A batch on the devices, of which every process gives its share."""
         return share if self.mesh is None else place_batch(self.mesh, share)
 
-    def state(self, state: Any) -> Any:
+    def replicate(self, state: Any) -> Any:
         """A state on every device, which every process has whole."""
         return state if self.mesh is None else replicate(self.mesh, state)
 
-    def whole(self, tree: Any) -> Any:
+    def to_host(self, tree: Any) -> Any:
         """Arrays of all devices as NumPy arrays, in every process."""
         return jax.device_get(tree) if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
 
@@ -202,7 +202,7 @@ MATMUL_PRECISION = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def prepare(precision: str, deterministic: bool = False) -> str:
+def configure_jax(precision: str, deterministic: bool = False) -> str:
     """Set JAX up for `precision` and return a line that names device and precision: `cpu (2 cores), float32`.
 
     Call it before anything is computed: `deterministic` is an XLA flag, which is read when the device is first used.

@@ -22,7 +22,7 @@ _STRICT = "2"
 """The kernel then counts what is reserved as used."""
 
 
-def keep_freed_memory() -> bool:
+def configure_malloc() -> bool:
     """Let this process keep what it frees, for its next allocation; whether that could be arranged.
 
     XLA on CPUs allocates the temporary memory of a program at each call, some 500 MiB for one training step at 256x256,
@@ -49,7 +49,7 @@ def keep_freed_memory() -> bool:
     return kept
 
 
-def give_back() -> None:
+def trim_malloc() -> None:
     """Return what is free to other processes, once: compiling takes, and leaves, more memory than a small run needs.
 
     Does nothing where the C library is not glibc.

@@ -29,7 +29,7 @@ from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.stop import StopFlag
 
-Detect = Annotated[bool, tyro.conf.arg(name="distributed"), tyro.conf.FlagCreatePairsOff]
+DetectCluster = Annotated[bool, tyro.conf.arg(name="distributed"), tyro.conf.FlagCreatePairsOff]
 """The option --distributed, alone, beside those of `Distributed`."""
 
 
@@ -99,13 +99,13 @@ class Group:
     _calls: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes, and speaks."""
         return self.index == 0
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line, in the first process."""
-        if self.first:
+        if self.is_main:
             print(line, flush=True)
 
     def wait(self) -> None:
@@ -116,16 +116,16 @@ class Group:
     @contextlib.contextmanager
     def first_before_others(self) -> Iterator[None]:
         """The block is done by the first process, then by all others at once: what the first makes, they find."""
-        if not self.first:
+        if not self.is_main:
             self.wait()
         yield
-        if self.first:
+        if self.is_main:
             self.wait()
 
-    def of_first(self, value: str) -> str:
+    def broadcast(self, value: str) -> str:
         """What the first process gives as `value`, in every process."""
         key = self._key()
-        if self.first:
+        if self.is_main:
             if self.count > 1:
                 _client().key_value_set(key, value)
             return value
@@ -134,10 +134,10 @@ class Group:
 
     def require_same(self, value: str, what: str) -> None:
         """Raise `UserError` that says `what` is to be done unless `value` is that of the first process."""
-        if self.of_first(value) != value:
+        if self.broadcast(value) != value:
             raise UserError(f"process {self.index} of {self.count}: {what}")
 
-    def arrays_of_first(self, tree: Any) -> Any:
+    def broadcast_arrays(self, tree: Any) -> Any:
         """`tree` with the arrays of the first process in every process, bit for bit, as NumPy arrays."""
         if self.count == 1:
             return tree
@@ -332,7 +332,7 @@ def _end(group: Group, error: BaseException) -> NoReturn:
 
 def _let_others_leave(group: Group) -> None:
     """The first process runs the service that all are tied to, and goes last: JAX aborts whoever it leaves behind."""
-    if group.first and group.count > 1:
+    if group.is_main and group.count > 1:
         time.sleep(LAST)
 
 

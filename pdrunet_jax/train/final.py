@@ -131,7 +131,7 @@ LONGEST_SIDE = 512
 """Pixels of a picture for W&B, which uploads them all."""
 
 
-def finish(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> None:
+def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> None:
     """Score the best weights on the test images, write the report, close the tracker, and print the scores last.
 
     The threshold that the validation images choose is kept with the weights; the scores are those at 0.5. When asked
@@ -165,7 +165,7 @@ def _score(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, s
     write_evaluation(result, run.path / "evaluation" / split, about)
     report = write_report(run.path)
     tracker.scores(split, _numbers(result), _table(result), _pictures(result))
-    print(scores.table(result.summary))
+    print(scores.text_table(result.summary))
     print(*result.remarks(), sep="\n")
     if len(dataset.class_names) == 1:
         print(f"the best global threshold scores {threshold_baseline(dataset, split):.3f} on the same images")

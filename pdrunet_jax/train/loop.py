@@ -42,7 +42,7 @@ def train(
     from pdrunet_jax.data.pipeline import eval_batches, position_after, train_batches
     from pdrunet_jax.model.load import start_from
     from pdrunet_jax.runtime.checkpoint import GroupCheckpoints
-    from pdrunet_jax.runtime.malloc import give_back
+    from pdrunet_jax.runtime.malloc import trim_malloc
     from pdrunet_jax.train.final import save_best
     from pdrunet_jax.train.progress import Recent, write_skipped
     from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
@@ -52,23 +52,28 @@ def train(
     settings, channels = config.train, config.model.in_channels
     checkpoints = GroupCheckpoints(group, run.checkpoints, settings.keep_latest, settings.keep_best)
     model = build_model(config, outputs, place.mesh)
-    if settings.weights is not None and group.first and checkpoints.latest_step() is None:
+    if settings.weights is not None and group.is_main and checkpoints.latest_step() is None:
         start_from(model, settings.weights)
     graphdef, state = create_state(config, model)
     train_step = make_train_step(config, graphdef, outputs, place.mesh)
     eval_step = make_eval_step(config, graphdef, outputs, place.mesh)
     batches = train_batches(
-        dataset, config.data, batch_size=settings.batch_size, channels=channels, seed=config.seed, share=place.share
+        dataset,
+        config.data,
+        batch_size=settings.batch_size,
+        channels=channels,
+        seed=config.seed,
+        process_shard=place.process_shard,
     )
     progress, step = Progress(data=dataset.fingerprint()), 0
     if restored := checkpoints.restore(state):
         step, state = restored.step, restored.state
         batches.set_state(restored.position)
         progress = progress.resumed(restored.extra, run.path)
-        if group.first:
+        if group.is_main:
             write_skipped(run, progress)
-    state = place.state(group.arrays_of_first(state))
-    tracker = Tracker(run, config, step=step, class_names=dataset.class_names) if group.first else Silent()
+    state = place.replicate(group.broadcast_arrays(state))
+    tracker = Tracker(run, config, step=step, class_names=dataset.class_names) if group.is_main else Silent()
     if restored:
         tracker.say(f"resumed {run.path} at step {step}")
     elif settings.weights is not None:
@@ -76,7 +81,7 @@ def train(
     saved = step if restored else -1
     first = logged = step
     pending: tuple[int, Any, str] | None = None  # a step to be logged, what it returned, and the samples' digest
-    recent = Recent(run, dataset, step, writes=group.first)
+    recent = Recent(run, dataset, step, writes=group.is_main)
     clock = Clock()
 
     def report() -> None:
@@ -85,7 +90,7 @@ def train(
         if pending is None:
             return
         (at, values, sequence), pending = pending, None
-        if "spike" in values or bool(values["halted"]):
+        if "spike" in values or bool(values["diverged"]):
             settle()
         tracker.log(at, _report(values, sequence, len(progress.skipped), clock, (at - logged) * settings.batch_size))
         logged = at
@@ -94,9 +99,9 @@ def train(
         """Wait for the device, log what is pending, and see whether it had to skip a batch or to halt."""
         nonlocal progress
         report()
-        if bool(state.halted):
+        if bool(state.diverged):
             good = int(state.step)
-            before = dataclasses.replace(state, halted=jnp.zeros_like(state.halted))
+            before = dataclasses.replace(state, diverged=jnp.zeros_like(state.diverged))
             position = {**batches.get_state(), **position_after(good)}
             if good > saved:
                 checkpoints.save(good, before, position, recent.before(good).to_dict())
@@ -118,7 +123,7 @@ def train(
                     config.data,
                     batch_size=place.eval_batch_size(settings.eval_batch_size or settings.batch_size),
                     channels=channels,
-                    share=place.share,
+                    process_shard=place.process_shard,
                 )
                 result = validate(
                     eval_step,
@@ -134,9 +139,9 @@ def train(
                 if result is not None:
                     progress = progress.scored(step, result.dice)
                     tracker.validation(step, result.metrics(), _pictures(result))
-                    if group.first:
+                    if group.is_main:
                         _save_samples(run, step, result)
-                    if group.first and progress.best_step == step:
+                    if group.is_main and progress.best_step == step:
                         save_best(run, config, dataset, outputs, state, progress)
                     save(result.dice)
                     saved = step
@@ -146,12 +151,12 @@ def train(
 
             with clock.waiting_for_data():
                 batch = next(batches)
-            state, values = train_step(state, place.batch(batch))
+            state, values = train_step(state, place.shard_batch(batch))
             recent.add(batches.index, values, progress)
             step += 1
             progress = progress.seen(batches.index)
             if step == first + 1:
-                give_back()  # what compiling took
+                trim_malloc()  # what compiling took
             report()
             if step % settings.log_every == 0 or step == settings.steps:
                 pending = step, values, progress.sequence

@@ -10,7 +10,7 @@ import tyro
 from pdrunet_jax import config as config_io
 from pdrunet_jax.config import Config
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.processes import Detect, Distributed
+from pdrunet_jax.runtime.processes import DetectCluster, Distributed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class TrainOptions:
     """Run folder; runs/NAME after the configuration's name when left out."""
     verify: Path | None = None
     """Check this run folder and end: digests, weights, metrics and configuration; nothing is trained or changed."""
-    detect: Detect = False
+    detect: DetectCluster = False
     """Train in several processes, as SLURM, Kubernetes or Cloud TPU have started them."""
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
     rows: Annotated[int, tyro.conf.arg(name="distributed.rows")] = 1

@@ -79,7 +79,7 @@ def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
 
 def require_same_settings(group: Group, config: Config) -> None:
     """Raise `UserError` with the difference if this process has other settings than the first."""
-    text = group.of_first(config_io.to_toml(config))
+    text = group.broadcast(config_io.to_toml(config))
     changed = config_io.diff(config_io.parse(text, "the first process's settings"), config, ignore=MAY_CHANGE)
     if changed:
         raise UserError(
@@ -155,19 +155,19 @@ def _run(arguments: "TrainOptions", group: Group, stop: StopFlag) -> int:
     from pdrunet_jax.runtime import devices as startup
     from pdrunet_jax.runtime.devices import Placement
     from pdrunet_jax.runtime.run_folder import RunFolder
-    from pdrunet_jax.train.final import finish
+    from pdrunet_jax.train.final import final_evaluation
 
     config = arguments.settings
     require_same_settings(group, config)
-    device = startup.prepare(config.train.precision, config.train.deterministic)
+    device = startup.configure_jax(config.train.precision, config.train.deterministic)
     mesh, devices = choose_devices(config.train.batch_size, config.data.height_width[0], arguments.rows)
     device = ", ".join(filter(None, (device, devices)))
-    group.say(device)
+    group.log(device)
     with group.first_before_others():  # it may have to draw phantoms
         dataset = open_dataset(config.data)
     require_same_data(group, dataset)
     for note in dataset.notes:
-        group.say(note)
+        group.log(note)
     outputs = _outputs(config, dataset)
     if not dataset.of("val"):
         raise UserError(
@@ -176,17 +176,17 @@ def _run(arguments: "TrainOptions", group: Group, stop: StopFlag) -> int:
         )
     group.wait()  # nothing is written before all have found the same
     run = RunFolder(arguments.run_folder)
-    if group.first and config.train.weights is not None and not run.config.exists():
+    if group.is_main and config.train.weights is not None and not run.config.exists():
         from pdrunet_jax.model.load import load_same
 
         # Before the folder is made, which would hold on to settings that cannot be used.
         load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
     agreed = AgreedStop(stop) if group.count > 1 else stop
-    run = open_run(arguments.run_folder, config, device) if group.first else run
-    with run.lock() if group.first else nullcontext():
+    run = open_run(arguments.run_folder, config, device) if group.is_main else run
+    with run.lock() if group.is_main else nullcontext():
         tracker = None if agreed else train(config, run, dataset, outputs, agreed, group, Placement(mesh))
-        if tracker is not None and group.first:
-            finish(config, run, dataset, tracker, stop)
+        if tracker is not None and group.is_main:
+            final_evaluation(config, run, dataset, tracker, stop)
     return cli.STOPPED if stop or agreed else 0
 
 

@@ -19,7 +19,7 @@ from pdrunet_jax.data.augment import augment, sample_keys
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.evaluate import metrics
 from pdrunet_jax.model.network import PDRUNet
-from pdrunet_jax.model.pixels import decide, unit_range
+from pdrunet_jax.model.pixels import predict_classes, unit_range
 from pdrunet_jax.runtime.compile import jit
 from pdrunet_jax.runtime.devices import batch_sharding, replicated
 from pdrunet_jax.train.losses import Loss, make_loss
@@ -55,7 +55,7 @@ class TrainState:
     opt_state: Any
     ema: Any
     step: jax.Array
-    halted: jax.Array
+    diverged: jax.Array
     spikes: "Spikes | None" = None
 
 
@@ -118,7 +118,7 @@ def create_state(config: Config, model: PDRUNet) -> tuple[Any, TrainState]:
         # A copy, because the step donates its buffers and none may be donated twice.
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
         step=jnp.zeros((), jnp.int32),
-        halted=jnp.zeros((), bool),
+        diverged=jnp.zeros((), bool),
         spikes=_no_losses(config.train.spike_window) if config.train.spike != "off" else None,
     )
     return graphdef, state
@@ -189,34 +189,34 @@ def train_step(
 
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    halted = ~finite | state.halted
+    diverged = ~finite | state.diverged
     spike, spikes, about = jnp.zeros((), bool), state.spikes, {}
     if state.spikes is not None:
         median = jnp.median(state.spikes.losses)
         full = state.spikes.filled == config.train.spike_window
         spike = full & (loss > config.train.spike_factor * median)
-        halted |= spike & ((config.train.spike == "stop") | (state.spikes.in_row >= MOST_IN_ROW))
-        spikes = _counted(state.spikes, loss, spike, halted)
+        diverged |= spike & ((config.train.spike == "stop") | (state.spikes.in_row >= MOST_IN_ROW))
+        spikes = _counted(state.spikes, loss, spike, diverged)
         about = {"spike": spike, "median": median}
     after, before = (params, stats, opt_state, ema), (state.params, state.stats, state.opt_state, state.ema)
-    kept: Any = jax.tree.map(lambda a, b: jnp.where(halted | spike, b, a), after, before)
+    kept: Any = jax.tree.map(lambda a, b: jnp.where(diverged | spike, b, a), after, before)
     params, stats, opt_state, ema = kept
     truth = jnp.round(target).astype(jnp.int32)
-    counts = metrics.confusion(decide(logits), truth, valid, max(outputs - 1, 1))
+    counts = metrics.confusion(predict_classes(logits), truth, valid, max(outputs - 1, 1))
     updates_done = state.step if state.spikes is None else state.step - state.spikes.skipped
-    step = jnp.where(halted, state.step, state.step + 1)
-    return TrainState(params, stats, opt_state, ema, step, halted, spikes), {
+    step = jnp.where(diverged, state.step, state.step + 1)
+    return TrainState(params, stats, opt_state, ema, step, diverged, spikes), {
         "loss": loss,
         "dice": metrics.dice(counts).mean(),
         "grad_norm": norm,
         "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(updates_done)),
         "finite": finite,
-        "halted": halted,
+        "diverged": diverged,
         **about,
     }
 
 
-def _counted(spikes: Spikes, loss: jax.Array, spike: jax.Array, halted: jax.Array) -> Spikes:
+def _counted(spikes: Spikes, loss: jax.Array, spike: jax.Array, diverged: jax.Array) -> Spikes:
     """`spikes` after a step with this `loss`: as they were if the run halted, else with an update or a skip more."""
     updated = Spikes(
         jnp.roll(spikes.losses, -1).at[-1].set(loss.astype(jnp.float32)),
@@ -226,7 +226,7 @@ def _counted(spikes: Spikes, loss: jax.Array, spike: jax.Array, halted: jax.Arra
     )
     skipped = dataclasses.replace(spikes, skipped=spikes.skipped + 1, in_row=spikes.in_row + 1)
     kept: Spikes = jax.tree.map(
-        lambda old, skip, new: jnp.where(halted, old, jnp.where(spike, skip, new)), spikes, skipped, updated
+        lambda old, skip, new: jnp.where(diverged, old, jnp.where(spike, skip, new)), spikes, skipped, updated
     )
     return kept
 
@@ -290,7 +290,7 @@ def _eval_step(config: Config, graphdef: Any, outputs: int, params: Any, stats: 
     def one(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
         return loss_function(logits[None], target[None], valid[None])
 
-    prediction = decide(logits)
+    prediction = predict_classes(logits)
     counts = metrics.confusion(prediction, jnp.round(target).astype(jnp.int32), valid, max(outputs - 1, 1))
     return {
         "loss": jax.vmap(one)(logits, target, valid),

@@ -64,7 +64,7 @@ class MetricsLog:
         return [json.loads(line) for line in lines if _step(line) is not None]
 
 
-class Progress:
+class ProgressBar:
     """A bar on a terminal; elsewhere a line for each log step."""
 
     def __init__(self, total: int, step: int = 0) -> None:
@@ -122,7 +122,7 @@ class Tracker:
         self._wandb = WandbRun(run, config, labels)
         if self._wandb.place:
             print(self._wandb.place, flush=True)
-        self.progress = Progress(config.train.steps, step)
+        self.progress = ProgressBar(config.train.steps, step)
         self._finished = False
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -65,15 +65,15 @@ def validate(
     for batch in batches:
         if stop is not None and stop.ask():
             return None
-        placed = place.batch(batch)
-        result = place.whole(eval_step(params, stats, {"image": placed["image"], "mask": placed["mask"]}))
-        index, valid = place.whole((placed["index"], placed["valid"]))
+        placed = place.shard_batch(batch)
+        result = place.to_host(eval_step(params, stats, {"image": placed["image"], "mask": placed["mask"]}))
+        index, valid = place.to_host((placed["index"], placed["valid"]))
         counts = metrics.Counts(**{field: result[field] for field in metrics.Counts._fields})
         losses.append(result["loss"][valid])
         scores.append(np.asarray(metrics.dice(counts))[valid])
         overlaps.append(np.asarray(metrics.iou(counts))[valid])
         shown = [row for row in np.flatnonzero(valid) if int(index[row]) in chosen]
-        images, masks = place.whole((placed["image"], placed["mask"])) if shown else ((), ())
+        images, masks = place.to_host((placed["image"], placed["mask"])) if shown else ((), ())
         for row in shown:
             truth = (masks[row] > 127).astype(np.uint8) if soft else masks[row]
             caption = f"dice {scores[-1][np.count_nonzero(valid[:row])].mean():.3f}  {names[int(index[row])]}"

@@ -19,7 +19,7 @@ from pdrunet_jax.data.images import read_image, read_spacing
 from pdrunet_jax.data.importers.labelme import import_labelme
 from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.phantoms.anatomy import BONES
-from pdrunet_jax.data.phantoms.files import Drawing, write_phantoms
+from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 from pdrunet_jax.data.phantoms.phantom import Difficulty, Phantom, draw
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.train.final import threshold_dice
@@ -114,7 +114,7 @@ def test_threshold_dice_is_the_best_over_both_sides() -> None:
 
 def test_a_dataset_folder_holds_what_was_drawn(tmp_path: Path) -> None:
     root = tmp_path / "new" / "phantoms"
-    write_phantoms(root, Drawing(9, seed=3, size=48))
+    write_phantoms(root, PhantomOptions(9, seed=3, size=48))
     rows = manifest(root)
     assert len(rows) == 9
     for index, row in enumerate(rows):
@@ -129,7 +129,7 @@ def test_a_dataset_folder_holds_what_was_drawn(tmp_path: Path) -> None:
 
 
 def test_splits_part_patients_three_to_one_to_one(tmp_path: Path) -> None:
-    write_phantoms(tmp_path / "phantoms", Drawing(45, size=32))
+    write_phantoms(tmp_path / "phantoms", PhantomOptions(45, size=32))
     splits: dict[str, set[str]] = {"train": set(), "val": set(), "test": set()}
     for row in manifest(tmp_path / "phantoms"):
         splits[row["split"]].add(row["patient"])
@@ -140,16 +140,16 @@ def test_splits_part_patients_three_to_one_to_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "size", "problem"), [(0, 64, "at least one"), (3, 16, "at least 32")])
 def test_nothing_sensible_to_draw_is_refused(tmp_path: Path, count: int, size: int, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
-        write_phantoms(tmp_path / "phantoms", Drawing(count, size=size))
+        write_phantoms(tmp_path / "phantoms", PhantomOptions(count, size=size))
 
 
 def test_an_empty_folder_is_filled_and_a_full_one_is_left_alone(tmp_path: Path) -> None:
     root = tmp_path / "phantoms"
     root.mkdir()
-    write_phantoms(root, Drawing(1, size=32))
+    write_phantoms(root, PhantomOptions(1, size=32))
     before = (root / "manifest.csv").read_bytes()
     with pytest.raises(UserError, match="not empty"):
-        write_phantoms(root, Drawing(2, size=32))
+        write_phantoms(root, PhantomOptions(2, size=32))
     assert (root / "manifest.csv").read_bytes() == before
 
 
@@ -169,14 +169,14 @@ def test_an_interrupted_drawing_leaves_no_dataset(tmp_path: Path, how: signal.Si
     assert not root.exists()
     if how is signal.SIGINT:  # it could tidy up
         assert list(tmp_path.iterdir()) == []
-    write_phantoms(root, Drawing(1, size=32))
+    write_phantoms(root, PhantomOptions(1, size=32))
     assert len(manifest(root)) == 1
 
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(UserError, match="phantoms cannot be written to"):
-        write_phantoms(tmp_path / "file" / "phantoms", Drawing(1, size=32))
+        write_phantoms(tmp_path / "file" / "phantoms", PhantomOptions(1, size=32))
 
 
 def test_the_phantoms_of_the_shipped_configuration_are_still_these() -> None:
@@ -218,7 +218,7 @@ def test_levels_differ_in_how_well_bones_stand_out() -> None:
 
 @pytest.mark.parametrize("images", ["png", "dicom"])
 def test_phantoms_come_back_through_the_labelme_importer(tmp_path: Path, images: Literal["png", "dicom"]) -> None:
-    drawing = Drawing(9, size=96, by_bone=True, images=images, annotations="labelme")
+    drawing = PhantomOptions(9, size=96, by_bone=True, images=images, annotations="labelme")
     write_phantoms(tmp_path / "drawn", drawing)
     classes = {name: value for value, name in enumerate(BONES, start=1)}
     import_labelme(tmp_path / "drawn", tmp_path / "data", classes=classes)

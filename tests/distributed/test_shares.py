@@ -24,7 +24,7 @@ def test_the_shares_of_a_batch_are_the_batch_whatever_their_number(tmp_path: Pat
 
     def first_batches(shares: int, count: int = 5) -> list[dict[str, np.ndarray]]:
         parts = [
-            train_batches(dataset, config, batch_size=4, channels=1, seed=1, share=(number, shares))
+            train_batches(dataset, config, batch_size=4, channels=1, seed=1, process_shard=(number, shares))
             for number in range(shares)
         ]
         found = []
@@ -48,7 +48,7 @@ def test_every_one_of_101_images_is_validated_once(tmp_path: Path, shares: int) 
     seen: list[int] = []
     batches = set()
     for number in range(shares):
-        mine = list(eval_batches(dataset, "val", config, batch_size=16, channels=1, share=(number, shares)))
+        mine = list(eval_batches(dataset, "val", config, batch_size=16, channels=1, process_shard=(number, shares)))
         batches.add(len(mine))
         for batch in mine:
             assert len(batch["image"]) == 16 // shares

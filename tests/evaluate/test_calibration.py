@@ -10,7 +10,7 @@ from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.evaluate.calibration import THRESHOLDS, Histogram, Histograms
 from pdrunet_jax.evaluate.evaluation import evaluate_split
-from pdrunet_jax.predict.threshold import classify
+from pdrunet_jax.predict.threshold import apply_threshold
 from tests.support.tiny import brightness_model, save_dataset
 
 
@@ -77,7 +77,7 @@ def test_histogram_columns_decide_as_a_threshold_does_to_the_last_bit():
     truth = np.arange(len(probability)) % 3 == 0
     curves = counted((probability, truth))
     for threshold in THRESHOLDS:
-        predicted = classify(probability[None], threshold)[0].astype(bool)
+        predicted = apply_threshold(probability[None], threshold)[0].astype(bool)
         expected = 2 * np.sum(predicted & truth) / (predicted.sum() + truth.sum())
         assert dice_at(curves, threshold) == pytest.approx(expected)
 

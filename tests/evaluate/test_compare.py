@@ -9,7 +9,7 @@ import pytest
 
 from pdrunet_jax.evaluate.__main__ import main
 from pdrunet_jax.evaluate.compare import FLIPS, Other, compare, comparison_table, sign_flip
-from pdrunet_jax.evaluate.scores import METRICS, OVERLAP, Row, Rules
+from pdrunet_jax.evaluate.scores import METRICS, OVERLAP, ImageScores, ScoringOptions
 from pdrunet_jax.runtime.errors import UserError
 from tests.support.tiny import brightness_model, save_dataset, save_model
 
@@ -17,14 +17,14 @@ from tests.support.tiny import brightness_model, save_dataset, save_model
 def row(image, dice, patient=None, name="bone", **changes):
     overlap = dict.fromkeys(OVERLAP, dice)
     apart = {"hd95": 10 * (1 - dice), "assd": 5 * (1 - dice), "nsd": dice, "area_error": dice - 1}
-    return dataclasses.replace(Row(image, patient or image, name, **overlap, **apart, **PIXELS), **changes)
+    return dataclasses.replace(ImageScores(image, patient or image, name, **overlap, **apart, **PIXELS), **changes)
 
 
 PIXELS = {"pixels_true": 10, "pixels_predicted": 10}
 
 
 def compared(ours, theirs):
-    return compare(ours, Other("other", tuple(theirs)), Rules())
+    return compare(ours, Other("other", tuple(theirs)), ScoringOptions())
 
 
 def test_the_p_value_is_the_share_of_all_flips_as_large():
@@ -109,10 +109,10 @@ def test_images_that_only_one_side_has_are_named():
 
 
 def test_evaluations_by_other_rules_are_not_compared():
-    other = Other("other", (row("1", 0.9),), Rules("mm", 2.0, math.nan))
+    other = Other("other", (row("1", 0.9),), ScoringOptions("mm", 2.0, math.nan))
     with pytest.raises(UserError, match=r"distances in mm, --tolerance 2, --empty-dice nan.* distances in pixels"):
-        compare([row("1", 0.9)], other, Rules())
-    assert compare([row("1", 0.9)], other, Rules("mm", 2.0, math.nan)).unit == "mm"
+        compare([row("1", 0.9)], other, ScoringOptions())
+    assert compare([row("1", 0.9)], other, ScoringOptions("mm", 2.0, math.nan)).unit == "mm"
 
 
 @pytest.fixture

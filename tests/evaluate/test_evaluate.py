@@ -12,7 +12,7 @@ from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.__main__ import main
 from pdrunet_jax.evaluate.evaluation import evaluate_split, write_evaluation
-from pdrunet_jax.evaluate.scores import COLUMNS, METRICS, read_csv
+from pdrunet_jax.evaluate.scores import CSV_COLUMNS, METRICS, read_csv
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
@@ -78,8 +78,8 @@ def test_distances_are_in_mm_where_every_image_has_a_spacing(tmp_path):
     assert (pixels.summary.unit, mm.summary.unit) == ("pixels", "mm")
     assert mm.rows[0].hd95 == 0.25 * pixels.rows[0].hd95 == 0.5
     assert "images/3.png" in pixels.unit_note
-    assert "hd95 (mm)" in scores.table(mm.summary)
-    assert "nsd (within 2 pixels)" in scores.table(pixels.summary)
+    assert "hd95 (mm)" in scores.text_table(mm.summary)
+    assert "nsd (within 2 pixels)" in scores.text_table(pixels.summary)
 
 
 def test_empty_masks_are_scored_as_asked_and_counted(tmp_path):
@@ -144,7 +144,7 @@ def test_the_folder_holds_table_summary_and_pictures(tmp_path):
     with (folder / "per_image.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     expected = ["image", "patient", "class", *METRICS, "pixels_true", "pixels_predicted"]
-    assert list(rows[0]) == list(COLUMNS) == expected
+    assert list(rows[0]) == list(CSV_COLUMNS) == expected
     assert [float(row["dice"]) for row in rows] == pytest.approx([row.dice for row in evaluation.rows], abs=1e-6)
     assert {row["class"] for row in rows} == {"square"}
     summary = json.loads((folder / "summary.json").read_text())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pdrunet_jax.data.masks import IGNORE
-from pdrunet_jax.evaluate.scores import METRICS, Row, Rules, read_csv, score, to_csv
+from pdrunet_jax.evaluate.scores import METRICS, ImageScores, ScoringOptions, read_csv, score, to_csv
 from pdrunet_jax.runtime.errors import UserError
 
 SHAPE = (121, 131)
@@ -25,7 +25,7 @@ def disc(radius):
 
 
 def scored(predicted, truth, spacing=None, **rules):
-    (row,) = score("image", "patient", predicted, truth, ["bone"], Rules(**rules), spacing)
+    (row,) = score("image", "patient", predicted, truth, ["bone"], ScoringOptions(**rules), spacing)
     return {metric: getattr(row, metric) for metric in METRICS}
 
 
@@ -110,15 +110,15 @@ def test_ignored_pixels_belong_to_neither_mask():
 
 def test_classes_are_scored_apart():
     truth, predicted = square(10, 10, 10) + 2 * square(50, 50, 20), square(10, 10, 10)
-    first, second = score("image", "patient", predicted, truth, ["femur", "tibia"], Rules())
+    first, second = score("image", "patient", predicted, truth, ["femur", "tibia"], ScoringOptions())
     assert (first.class_name, first.dice, first.hd95) == ("femur", 1, 0)
     assert (second.class_name, second.dice, second.pixels_true, second.pixels_predicted) == ("tibia", 0, 400, 0)
 
 
 def test_the_table_reads_back_as_it_was_written(tmp_path):
     rows = [
-        *score("a,b.png", "p\n1", square(30, 40, 20), square(30, 44, 20), ["bone"], Rules()),
-        *score("ü.png", "p2", square(0, 0, 0), square(30, 44, 20), ["bone"], Rules()),
+        *score("a,b.png", "p\n1", square(30, 40, 20), square(30, 44, 20), ["bone"], ScoringOptions()),
+        *score("ü.png", "p2", square(0, 0, 0), square(30, 44, 20), ["bone"], ScoringOptions()),
     ]
     path = tmp_path / "per_image.csv"
     path.write_text(to_csv(rows), encoding="utf-8")
@@ -128,7 +128,7 @@ def test_the_table_reads_back_as_it_was_written(tmp_path):
         values, others = ([getattr(one, metric) for metric in METRICS] for one in (row, other))
         assert others == pytest.approx(values, abs=5e-7, nan_ok=True)
     assert (back[1].patient, back[1].pixels_true) == ("p2", 400)
-    assert isinstance(back[0], Row)
+    assert isinstance(back[0], ImageScores)
 
 
 def test_a_table_that_cannot_be_read_is_named(tmp_path):

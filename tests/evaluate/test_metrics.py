@@ -7,7 +7,7 @@ import pytest
 
 from pdrunet_jax.evaluate import metrics
 from pdrunet_jax.evaluate.metrics import confusion, dice, iou, precision, recall, specificity
-from pdrunet_jax.model.pixels import decide, probabilities
+from pdrunet_jax.model.pixels import predict_classes, probabilities
 
 TRUTH = np.array([[[1, 1, 0, 0], [1, 1, 0, 0]]])
 PREDICTION = np.array([[[0, 1, 1, 0], [0, 1, 0, 0]]])
@@ -66,18 +66,18 @@ def test_one_output_at_batch_one_gives_the_public_codes_dice():
     target = generator.uniform(size=(1, 9, 7)).astype(np.float32)
     rounded, truth = np.round(1 / (1 + np.exp(-logits[..., 0]))), np.round(target)
     public = 2 * (rounded * truth).sum() / (rounded.sum() + truth.sum())
-    ours = dice(confusion(decide(logits), truth.astype(np.int32), np.ones(truth.shape, bool), 1))
+    ours = dice(confusion(predict_classes(logits), truth.astype(np.int32), np.ones(truth.shape, bool), 1))
     assert ours.item() == pytest.approx(float(public), abs=1e-6)
 
 
 def test_a_probability_of_one_half_is_background():
-    assert decide(np.zeros((1, 1, 1, 1))).item() == 0
-    assert decide(np.full((1, 1, 1, 1), 1e-6)).item() == 1
+    assert predict_classes(np.zeros((1, 1, 1, 1))).item() == 0
+    assert predict_classes(np.full((1, 1, 1, 1), 1e-6)).item() == 1
 
 
 def test_the_likeliest_class_wins():
     logits = np.array([[0.1, 0.2, 0.1], [3.0, -1.0, 2.0], [0.0, 0.0, 0.5]]).reshape(1, 1, 3, 3)
-    np.testing.assert_array_equal(decide(logits), [[[1, 0, 2]]])
+    np.testing.assert_array_equal(predict_classes(logits), [[[1, 0, 2]]])
 
 
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -100,7 +100,7 @@ def test_jit_agrees_with_numpy(outputs):
     valid = generator.uniform(size=truth.shape) > 0.2
 
     def all_metrics(logits, truth, valid):
-        counts = confusion(decide(logits), truth, valid, max(outputs - 1, 1))
+        counts = confusion(predict_classes(logits), truth, valid, max(outputs - 1, 1))
         names = ("dice", "iou", "precision", "recall", "specificity")
         return {name: getattr(metrics, name)(counts) for name in names}
 

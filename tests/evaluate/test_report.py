@@ -18,7 +18,7 @@ from pdrunet_jax.evaluate.compare import Other, compare, write_comparison
 from pdrunet_jax.evaluate.evaluation import evaluate_split, write_evaluation
 from pdrunet_jax.evaluate.report.charts import Marks, curve, read_metrics
 from pdrunet_jax.evaluate.report.page import write_evaluation_report, write_report
-from pdrunet_jax.evaluate.scores import Rules, read_csv
+from pdrunet_jax.evaluate.scores import ScoringOptions, read_csv
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.train.run import open_run
@@ -154,7 +154,7 @@ def test_an_evaluation_has_a_report_of_its_own(folder):
 def test_a_comparison_with_another_evaluation_is_a_section(folder):
     rows = read_csv(folder / "per_image.csv")
     other = Other("<other>", tuple(replace(row, dice=row.dice - 0.25) for row in rows))
-    write_comparison(compare(rows, other, Rules()), rows, other, folder)
+    write_comparison(compare(rows, other, ScoringOptions()), rows, other, folder)
     page = Page(write_evaluation_report(folder).read_text())
     assert not page.open
     assert "comparison" in page.ids

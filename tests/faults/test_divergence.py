@@ -37,7 +37,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_state_before_it_is_a_ch
     good = max(int(path.name) for path in (run / "checkpoints").iterdir())
     assert good == report["step"] - 1
     state = state_of(run / "checkpoints" / str(good))
-    assert (int(state["step"]), bool(state["halted"])) == (good, False)
+    assert (int(state["step"]), bool(state["diverged"])) == (good, False)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert load_model(run, which="latest").outputs == 1
     again = place.train(*options, workdir=run)  # from that checkpoint, to the same end
@@ -97,7 +97,7 @@ def test_a_spike_is_skipped_and_counted_and_changes_nothing_else() -> None:
     assert float(values["loss"]) > 3 * float(values["median"]) > 0
     for part in ("params", "stats", "opt_state"):
         assert same(getattr(before, part), getattr(after, part)), part
-    assert (int(after.step), int(after.spikes.skipped), bool(after.halted)) == (int(before.step) + 1, 1, False)
+    assert (int(after.step), int(after.spikes.skipped), bool(after.diverged)) == (int(before.step) + 1, 1, False)
     assert np.array_equal(after.spikes.losses, before.spikes.losses)
     state, values = step(state, batch())
     assert not values["spike"]
@@ -113,7 +113,7 @@ def test_a_spike_stops_before_its_update() -> None:
     state, values = step(state, batch(hard=True))
     assert values["spike"]
     assert values["finite"]
-    assert bool(state.halted)
+    assert bool(state.diverged)
     for part in ("params", "stats", "opt_state", "step", "spikes"):
         assert same(getattr(before, part), getattr(state, part)), part
 
@@ -124,9 +124,9 @@ def test_only_so_many_batches_are_skipped_in_a_row() -> None:
         state, _ = step(state, batch())
     for _ in range(MOST_IN_ROW):
         state, _ = step(state, batch(hard=True))
-        assert not bool(state.halted)
+        assert not bool(state.diverged)
     state, _ = step(state, batch(hard=True))
-    assert bool(state.halted)
+    assert bool(state.diverged)
 
 
 MANY = 36

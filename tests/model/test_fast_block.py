@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pdrunet_jax.model.fast.block import Shortcut, Weights, block
+from pdrunet_jax.model.fast.block import LayerWeights, Shortcut, block
 from pdrunet_jax.model.fast.convolution import EPSILON, convolve, per_channel
 
 CHANNELS = 6
 
 
-def plain(x: jax.Array, first: Weights, second: Weights, shortcut: Shortcut) -> jax.Array:
+def plain(x: jax.Array, first: LayerWeights, second: LayerWeights, shortcut: Shortcut) -> jax.Array:
     """The block as it is written down, for JAX to differentiate."""
 
-    def normalised(x: jax.Array, weights: Weights) -> jax.Array:
+    def normalised(x: jax.Array, weights: LayerWeights) -> jax.Array:
         z = convolve(x, weights.kernel)
         mean, var = z.mean((0, 1, 2)), z.var((0, 1, 2))
         z_hat = (z - per_channel(mean)) * per_channel(lax.rsqrt(var + EPSILON))
@@ -33,7 +33,7 @@ def operands(mean: float, deviation: float, dtype: str) -> Any:
     centre = np.zeros((3, 3, CHANNELS, CHANNELS))
     centre[1, 1] = np.eye(CHANNELS)  # passes the mean on as it is, without a border where it differs
     kernels = (centre, rng.standard_normal(centre.shape) / 7)
-    weights = [Weights(kernel, *rng.uniform(0.5, 1.5, (2, CHANNELS))) for kernel in kernels]
+    weights = [LayerWeights(kernel, *rng.uniform(0.5, 1.5, (2, CHANNELS))) for kernel in kernels]
     # Rounded to float32 whatever the dtype: all computations then see the same numbers.
     x = np.float32(mean + deviation * rng.standard_normal((2, 16, 12, CHANNELS)))
     g = np.float32(rng.standard_normal(x.shape))

@@ -17,8 +17,8 @@ from pdrunet_jax.model.fast.convolution import (
     product_filter_gradient,
     rows_around,
 )
-from pdrunet_jax.model.fast.phases import finest_layout, relay
-from pdrunet_jax.model.fast.xla import materialised
+from pdrunet_jax.model.fast.phases import finest_phases, to_phases
+from pdrunet_jax.model.fast.xla import force_materialize
 from pdrunet_jax.model.layers import PATHS, BatchNorm
 from pdrunet_jax.model.network import BLOCKS, PDRUNet
 
@@ -131,10 +131,10 @@ LAYOUTS = [(a, b) for a, b in itertools.product((1, 2, 8), (1, 4, 8)) if a % b =
 @pytest.mark.parametrize(("source", "target"), LAYOUTS)
 def test_relay_puts_each_pixel_into_its_phase(source: int, target: int) -> None:
     x = jnp.arange(2 * 16 * 24 * 3).reshape(2, 16, 24, 3)
-    phases = relay(relay(x, 1, source), source, target)
+    phases = to_phases(to_phases(x, 1, source), source, target)
     for n, i, j in itertools.product(range(2), range(target), range(target)):
         assert (phases[(n * target + i) * target + j] == x[n, i::target, j::target]).all()
-    assert (relay(phases, target, 1) == x).all()
+    assert (to_phases(phases, target, 1) == x).all()
 
 
 LAYOUTS = {(256, 256): 32, (96, 80): 16, (97, 61): 1, (512, 20): 4, (96, 32): 32, (64, 64): 16, (32, 16): 8, (2, 2): 1}
@@ -142,7 +142,7 @@ LAYOUTS = {(256, 256): 32, (96, 80): 16, (97, 61): 1, (512, 20): 4, (96, 32): 32
 
 @pytest.mark.parametrize(("size", "layout"), LAYOUTS.items())
 def test_the_finest_layout_divides_both_sides_into_phases_of_a_few_pixels(size: tuple[int, int], layout: int) -> None:
-    assert finest_layout(*size) == layout
+    assert finest_phases(*size) == layout
 
 
 @pytest.mark.parametrize(("shape", "dilation"), [((2, 16, 16), 1), ((3, 7, 5), 2), ((1, 20, 12), 8)])
@@ -171,6 +171,6 @@ def test_the_filter_gradient_is_that_of_the_convolution(
 @pytest.mark.parametrize("value", [1.5, -0.0, np.inf, np.nan])
 def test_a_materialised_activation_and_its_gradient_are_what_they_were(value: float) -> None:
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5)).at[0, 0, 0, 0].set(value)
-    out, back = jax.vjp(jax.jit(materialised), x)
+    out, back = jax.vjp(jax.jit(force_materialize), x)
     np.testing.assert_array_equal(out, x)
     np.testing.assert_array_equal(back(x)[0], x)

@@ -8,7 +8,7 @@ import pytest
 from pdrunet_jax.model.fast import convolution as fused
 from pdrunet_jax.model.fast import winograd
 from pdrunet_jax.model.fast.convolution import convolve
-from pdrunet_jax.model.fast.xla import collected
+from pdrunet_jax.model.fast.xla import map_into
 
 
 def operands(shape: tuple[int, ...], inputs: int, outputs: int, dtype: str) -> tuple[jax.Array, jax.Array]:
@@ -23,7 +23,7 @@ def test_it_is_the_direct_convolution(shape: tuple[int, int, int], strip: int, m
     monkeypatch.setattr(winograd, "STRIP_PIXELS", strip)
     with jax.enable_x64(True):
         x, kernel = operands(shape, 5, 7, "float64")
-        got = jax.jit(lambda x, kernel: winograd.convolve(x, kernel))(x, kernel)
+        got = jax.jit(lambda x, kernel: winograd.winograd_convolve(x, kernel))(x, kernel)
         np.testing.assert_allclose(got, convolve(x, kernel), rtol=0, atol=1e-13)
 
 
@@ -33,7 +33,7 @@ def test_in_float32_it_is_about_as_exact_as_the_direct_convolution(mean: float) 
     x = x + mean
     with jax.enable_x64(True):
         exact = np.asarray(convolve(x.astype("float64"), kernel.astype("float64")))
-    far = [np.sqrt(np.square(np.asarray(f(x, kernel)) - exact).mean()) for f in (winograd.convolve, convolve)]
+    far = [np.sqrt(np.square(np.asarray(f(x, kernel)) - exact).mean()) for f in (winograd.winograd_convolve, convolve)]
     assert far[0] < 2 * far[1]
 
 
@@ -66,4 +66,4 @@ def test_strips_come_close_to_what_the_caches_hold(size: tuple[int, int], rows: 
 
 def test_results_are_collected_in_order() -> None:
     x = jnp.arange(12.0).reshape(4, 3)
-    np.testing.assert_array_equal(collected(lambda i: 2 * x[i], 4, x), 2 * x)
+    np.testing.assert_array_equal(map_into(lambda i: 2 * x[i], 4, x), 2 * x)

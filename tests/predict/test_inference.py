@@ -8,7 +8,7 @@ import pytest
 from pdrunet_jax.predict import inference
 from pdrunet_jax.predict.inference import forward, predict, restore
 from pdrunet_jax.predict.postprocess import Cleaning
-from pdrunet_jax.predict.threshold import classify
+from pdrunet_jax.predict.threshold import apply_threshold
 from pdrunet_jax.runtime.errors import UserError
 from tests.support.tiny import bright_square, brightness_model, save_image, save_model
 
@@ -127,7 +127,7 @@ def test_probabilities_are_interpolated_before_they_are_decided():
     wide = restore(np.array([[[0.9], [0.1]]]), (1, 8))
     assert wide.shape == (1, 8)
     assert (np.diff(wide[0]) <= 0).all()
-    np.testing.assert_array_equal(classify(wide), [[1, 1, 1, 1, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(apply_threshold(wide), [[1, 1, 1, 1, 0, 0, 0, 0]])
 
 
 def test_dicom_spacing_is_kept(tmp_path):

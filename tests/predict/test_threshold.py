@@ -12,7 +12,7 @@ from pdrunet_jax.evaluate.__main__ import main as evaluate
 from pdrunet_jax.export.__main__ import export
 from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.model.load import load_model, load_options
-from pdrunet_jax.predict.threshold import KEY, resolve_threshold, store_threshold
+from pdrunet_jax.predict.threshold import THRESHOLD_KEY, resolve_threshold, store_threshold
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write
@@ -60,7 +60,7 @@ def test_it_is_kept_with_the_weights_under_a_digest_that_holds(tmp_path):
     path = sealed(tmp_path / "best.safetensors", size=[16, 16], val_dice=0.5)
     before, arrays = load_options(path), read_weights(path).arrays
     assert store_threshold(path, 0.45)
-    assert load_options(path) == {**before, KEY: 0.45}  # reading checks the digest
+    assert load_options(path) == {**before, THRESHOLD_KEY: 0.45}  # reading checks the digest
     assert all(np.array_equal(arrays[name], array) for name, array in read_weights(path).arrays.items())
     first = path.read_bytes(), path.stat().st_mtime_ns
     assert store_threshold(path, 0.45)
@@ -101,9 +101,9 @@ def test_validation_means_the_same_in_every_command(tmp_path, monkeypatch):
     ("given", "known", "words"),
     [
         ("validation", {"outputs": 1}, r"w holds no threshold\. Training stores it"),
-        ("validation", {"outputs": 1, KEY: 1.5}, "holds no threshold"),
-        ("validation", {"outputs": 1, KEY: True}, "holds no threshold"),
-        ("validation", {"outputs": 3, KEY: 0.4}, "3 outputs, of which the likeliest wins; leave it out"),
+        ("validation", {"outputs": 1, THRESHOLD_KEY: 1.5}, "holds no threshold"),
+        ("validation", {"outputs": 1, THRESHOLD_KEY: True}, "holds no threshold"),
+        ("validation", {"outputs": 3, THRESHOLD_KEY: 0.4}, "3 outputs, of which the likeliest wins; leave it out"),
         (0.3, {"outputs": 3}, "3 outputs"),
         (-0.1, {"outputs": 1}, "between 0 and 1"),
     ],

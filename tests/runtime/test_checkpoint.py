@@ -32,7 +32,7 @@ class State:
     opt_state: Any
     ema: Any
     step: Any
-    halted: Any
+    diverged: Any
 
 
 class Net(nnx.Module):

@@ -8,8 +8,8 @@ import pytest
 
 PROGRAM = """
 import sys
-from pdrunet_jax.runtime.devices import prepare
-print(prepare(sys.argv[1], deterministic=True))
+from pdrunet_jax.runtime.devices import configure_jax
+print(configure_jax(sys.argv[1], deterministic=True))
 import jax, jax.numpy as jnp
 print(jnp.ones(1).dtype if sys.argv[1] != "float64" else jnp.ones(1, jnp.float64).dtype)
 text = jax.jit(jnp.matmul).lower(jnp.ones((2, 2), jnp.float32), jnp.ones((2, 2), jnp.float32)).as_text()
@@ -37,7 +37,7 @@ def test_precision_is_set_and_named(precision: str, dtype: str, highest: bool) -
 
 
 def test_a_platform_that_does_not_exist_is_a_user_error() -> None:
-    program = "from pdrunet_jax.runtime import cli, devices\ncli.run(lambda: print(devices.prepare('float32')))"
+    program = "from pdrunet_jax.runtime import cli, devices\ncli.run(lambda: print(devices.configure_jax('float32')))"
     result = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "abacus"},

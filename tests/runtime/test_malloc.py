@@ -8,8 +8,8 @@ import pytest
 
 PROGRAM = """
 import resource, sys
-from pdrunet_jax.runtime.malloc import keep_freed_memory
-kept = keep_freed_memory() if sys.argv[1] == "keep" else False
+from pdrunet_jax.runtime.malloc import configure_malloc
+kept = configure_malloc() if sys.argv[1] == "keep" else False
 from pdrunet_jax.runtime.compile import dispatch_in_turn
 dispatch_in_turn()
 import jax, jax.numpy as jnp
@@ -51,8 +51,8 @@ def test_the_heap_asks_for_huge_pages_now_and_after_giving_back() -> None:
     program = r"""
 import re
 from pathlib import Path
-from pdrunet_jax.runtime import malloc as allocator
-if not allocator.keep_freed_memory() or not allocator._may_reserve():
+from pdrunet_jax.runtime import malloc
+if not malloc.configure_malloc() or not malloc._may_reserve():
     print("skip")
 for _ in range(2):
     block = bytearray(64 << 20)
@@ -60,7 +60,7 @@ for _ in range(2):
     largest = max(heap, key=lambda part: int(re.search(r"Rss: +([0-9]+)", part)[1]))
     print(int(re.search(r"Rss: +([0-9]+)", largest)[1]) > 60 << 10 and " hg" in largest)
     del block
-    allocator.give_back()
+    malloc.give_back()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert not done.returncode, done.stderr

@@ -25,7 +25,7 @@ from pydicom import uid
 from pdrunet_jax.data.dataset import inspect_dataset
 from pdrunet_jax.data.images import decode_image
 from pdrunet_jax.data.importers.labelme import import_labelme
-from pdrunet_jax.data.masks import classify, declare, decode_codes
+from pdrunet_jax.data.masks import codes_to_classes, declare, decode_codes
 from pdrunet_jax.runtime.errors import UserError
 from tests.support.labelme_files import annotate, box, png, shape
 from tests.support.seen_data import deep_png, palette
@@ -176,7 +176,7 @@ def read_as_mask(data: bytes, name: str) -> None:
         try:
             codes = decode_codes(data, name, coding)
             assert codes.ndim == 2
-            assert classify(codes, coding, name).shape == codes.shape
+            assert codes_to_classes(codes, coding, name).shape == codes.shape
         except UserError as error:
             refusals.append(error)
     if len(refusals) == len(CODINGS):

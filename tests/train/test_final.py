@@ -13,7 +13,7 @@ from pdrunet_jax.model.load import load_options
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.stop import StopFlag
-from pdrunet_jax.train.final import finish
+from pdrunet_jax.train.final import final_evaluation
 from pdrunet_jax.train.run import open_run
 from pdrunet_jax.train.tracking import Tracker
 from tests.support.tiny import brightness_model, save_dataset, save_model
@@ -22,7 +22,7 @@ from tests.support.wandb_files import history, records, summary
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Arguments of `finish`, of a run whose last step is done, with W&B offline."""
+    """Arguments of `final_evaluation`, of a run whose last step is done, with W&B offline."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -43,7 +43,7 @@ def trained(tmp_path, monkeypatch):
 
 def test_scores_and_report_are_written_and_wandb_has_table_summary_pictures_and_artifact(trained, capsys):
     run = trained[1]
-    finish(*trained)
+    final_evaluation(*trained)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("test dice 0.963 (95% ")
     assert load_options(run.best)["threshold"] == 0.5  # all are as good
@@ -77,7 +77,7 @@ def test_wandb_that_dies_takes_nothing_with_it(trained, capsys):
     run, tracker = trained[1], trained[3]
     tracker._wandb._service.kill()
     tracker._wandb._service.wait()
-    finish(*trained)
+    final_evaluation(*trained)
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith("test dice 0.963")
     assert err.count("warning: W&B") == 1
@@ -87,7 +87,7 @@ def test_wandb_that_dies_takes_nothing_with_it(trained, capsys):
 def test_asked_to_stop_it_leaves_the_rest_to_the_next_start(trained, capsys):
     run, stop = trained[1], trained[4]
     stop.request()
-    finish(*trained)
+    final_evaluation(*trained)
     assert "dice" not in capsys.readouterr().out
     assert not run.report.exists()
     assert "threshold" not in load_options(run.best)
@@ -99,6 +99,6 @@ def test_a_failure_is_told_to_wandb_and_passed_on(trained):
     run = trained[1]
     (run.path / "evaluation").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="evaluation"):
-        finish(*trained)
+        final_evaluation(*trained)
     (found,) = records(run.path)
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [1]

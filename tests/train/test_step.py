@@ -57,7 +57,7 @@ def test_training_lowers_the_loss(outputs: int) -> None:
         losses.append(float(values["loss"]))
     assert losses[-1] < losses[0]
     assert int(state.step) == 8
-    assert set(values) == {"loss", "dice", "grad_norm", "learning_rate", "finite", "halted"}
+    assert set(values) == {"loss", "dice", "grad_norm", "learning_rate", "finite", "diverged"}
     assert 0 <= values["dice"] <= 1
 
 
@@ -84,7 +84,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_from_then_on() -> None:
     before = copy(state)
     state, values = step(state, batch())
     assert not values["finite"]
-    assert bool(state.halted)
+    assert bool(state.diverged)
     state, _ = step(state, batch(seed=1))
     after = copy(state)
     assert int(after.step) == 1

@@ -28,7 +28,7 @@ from pdrunet_jax.data.importers.common import (
 )
 from pdrunet_jax.data.importers.labelme import Boxes, Survey
 from pdrunet_jax.data.labelme.read import Annotation, rasterise, read_annotation
-from pdrunet_jax.data.masks import IGNORE, UndeclaredError, classify, declare, decode_codes, resolve
+from pdrunet_jax.data.masks import IGNORE, UndeclaredError, codes_to_classes, declare, decode_codes, resolve
 from pdrunet_jax.data.split import assign, overlaps, together
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import new_folder, require_vacant
@@ -119,7 +119,7 @@ class ImageMasks:
 
     def read(self, path: Path, size: tuple[int, int], name: str) -> NDArray[np.uint8]:
         """(H, W) class indices. Raises `DataError`."""
-        return classify(decode_codes(read_bytes(path, name), name, self._coding), self._coding, name)
+        return codes_to_classes(decode_codes(read_bytes(path, name), name, self._coding), self._coding, name)
 
     @property
     def classes(self) -> dict[str, int]:

@@ -34,7 +34,7 @@ licence = "Synthetic: drawn by pdrunet_jax (seed {seed}); free of rights and of 
 
 
 @dataclass(frozen=True)
-class Drawing:
+class PhantomOptions:
     """What is drawn, and as which files."""
 
     count: int = 120
@@ -53,7 +53,7 @@ class Drawing:
     """masks: a dataset folder. labelme: images and LabelMe files, for import-labelme."""
 
 
-def write_phantoms(root: Path, drawing: Drawing) -> None:
+def write_phantoms(root: Path, drawing: PhantomOptions) -> None:
     """Write phantoms as a dataset folder: images, masks, manifest.csv and dataset.toml; or as LabelMe files.
 
     About 60, 20 and 20 % of the patients train, validate and test. The folder appears complete or not at all. Raises
@@ -71,7 +71,7 @@ def write_phantoms(root: Path, drawing: Drawing) -> None:
             _write_dataset(folder, drawing)
 
 
-def _write_dataset(folder: Path, drawing: Drawing) -> None:
+def _write_dataset(folder: Path, drawing: PhantomOptions) -> None:
     (folder / "masks").mkdir()
     rows = []
     for index in range(drawing.count):
@@ -92,7 +92,7 @@ def _write_dataset(folder: Path, drawing: Drawing) -> None:
     (folder / "dataset.toml").write_text(text, encoding="utf-8")
 
 
-def _write_labelme(folder: Path, drawing: Drawing) -> None:
+def _write_labelme(folder: Path, drawing: PhantomOptions) -> None:
     (folder / "annotations").mkdir()
     for index in range(drawing.count):
         phantom = draw(index, seed=drawing.seed, size=drawing.size, difficulty=drawing.difficulty)
@@ -101,7 +101,7 @@ def _write_labelme(folder: Path, drawing: Drawing) -> None:
         write_labelme(folder / f"annotations/phantom_{index:05d}.json", mask, names, f"../{image}")
 
 
-def _save_image(phantom: Phantom, index: int, folder: Path, drawing: Drawing) -> str:
+def _save_image(phantom: Phantom, index: int, folder: Path, drawing: PhantomOptions) -> str:
     """Write the image; returns its path in `folder`."""
     name = f"images/phantom_{index:05d}"
     if drawing.images == "dicom":

@@ -18,7 +18,7 @@ LONGEST_SIDE = 512
 _NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], text: int, *, sortable: bool = False) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], text: int, *, sortable: bool = False) -> str:
     """A table whose first `text` columns hold words and the others numbers.
 
     Of a `sortable` one, which the page's script brings into the order of any column, numbers keep their digits for it.

@@ -12,9 +12,9 @@ from string import Template
 from typing import Any
 
 from pdrunet_jax.evaluate.report import charts as curves
-from pdrunet_jax.evaluate.report.html import Cell, figures, note, pairs, score, table
+from pdrunet_jax.evaluate.report.html import Cell, figures, html_table, note, pairs, score
 from pdrunet_jax.evaluate.report.sections import (
-    Scored,
+    EvaluationFolder,
     calibration_of,
     cases_of,
     comparison_of,
@@ -83,7 +83,7 @@ def write_evaluation_report(folder: str | Path) -> Path:
         ]
     sections = [
         *_of_scores(scored),
-        ("speed", "Speed", table([], rows, text=1) if rows else note("Not measured.")),
+        ("speed", "Speed", html_table([], rows, text=1) if rows else note("Not measured.")),
         ("configuration", "Settings", f'<div class="sections">{pairs(about)}</div>'),
         ("environment", "Environment", _environment(environment)),
     ]
@@ -96,7 +96,7 @@ def write_evaluation_report(folder: str | Path) -> Path:
     return _write(folder / "report.html", f"{dataset}, {scored.images}", subtitle, figures_of(scored), sections)
 
 
-def _of_scores(scored: Scored) -> list[Section]:
+def _of_scores(scored: EvaluationFolder) -> list[Section]:
     """The sections that an evaluation has, in a run or by itself."""
     heading = f"Scores of the {scored.images}" if scored else "Scores"
     comparison = [("comparison", "Comparison", comparison_of(scored))] if scored.comparison else []
@@ -166,7 +166,7 @@ def _speed(metrics: Mapping[str, curves.Points], environment: Mapping[str, Any])
         return note("Not measured yet.")
     if device := environment.get("device"):
         rows.append(["device", str(device)])
-    return table([], rows, text=1)
+    return html_table([], rows, text=1)
 
 
 def _configuration(config: Mapping[str, Any]) -> str:

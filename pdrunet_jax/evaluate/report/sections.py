@@ -11,20 +11,20 @@ from typing import Any
 from pdrunet_jax.data import overlay as pictures
 from pdrunet_jax.evaluate.compare import compared_label
 from pdrunet_jax.evaluate.report import charts as curves
-from pdrunet_jax.evaluate.report.html import Cell, bounds, embedded, legend, note, score, signed, table
+from pdrunet_jax.evaluate.report.html import Cell, bounds, embedded, html_table, legend, note, score, signed
 from pdrunet_jax.evaluate.scores import METRICS, label, remarks
 
 MOST_ROWS = 2_000
 """Rows of the table of every image: a page of more would be too heavy for a phone, and per_image.csv has all."""
 OPEN_ROWS = 40
 """So many are shown without being asked for."""
-SPLITS = {"train": "training", "val": "validation", "test": "test", "all": "all"}
+SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test", "all": "all"}
 
 _NONE = "None yet: they are computed when the run ends, or by python -m pdrunet_jax.evaluate."
 
 
 @dataclass(frozen=True)
-class Scored:
+class EvaluationFolder:
     """What `write_evaluation` has left in `folder`: summary.json, curves.json and comparison.json as they are."""
 
     folder: Path
@@ -39,10 +39,10 @@ class Scored:
     def images(self) -> str:
         """The split in words: "test images"."""
         split = str(self.summary["split"])
-        return f"{SPLITS.get(split, split)} images"
+        return f"{SPLIT_TITLES.get(split, split)} images"
 
 
-def read_scored(folder: Path) -> Scored:
+def read_scored(folder: Path) -> EvaluationFolder:
     """The scores in `folder`; empty, and false, if there are none."""
 
     def read(name: str) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def read_scored(folder: Path) -> Scored:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return content
 
-    return Scored(folder, read("summary.json"), read("curves.json"), read("comparison.json"))
+    return EvaluationFolder(folder, read("summary.json"), read("curves.json"), read("comparison.json"))
 
 
-def figures_of(scored: Scored) -> list[tuple[str, str]]:
+def figures_of(scored: EvaluationFolder) -> list[tuple[str, str]]:
     """The numbers at the top of the page."""
     if not scored:
         return []
@@ -65,7 +65,7 @@ def figures_of(scored: Scored) -> list[tuple[str, str]]:
     ]
 
 
-def scores_of(scored: Scored) -> str:
+def scores_of(scored: EvaluationFolder) -> str:
     """The statistics of every metric."""
     if not scored:
         return note(_NONE)
@@ -97,10 +97,10 @@ def scores_of(scored: Scored) -> str:
             else []
         ),
     ]
-    return table(head, rows, text=2) + "".join(map(note, notes))
+    return html_table(head, rows, text=2) + "".join(map(note, notes))
 
 
-def every_image(scored: Scored) -> str:
+def every_image(scored: EvaluationFolder) -> str:
     """The table of all images, which sorts; of very many those with the lowest Dice."""
     path = scored.folder / "per_image.csv"
     if not scored or not path.is_file():
@@ -115,12 +115,12 @@ def every_image(scored: Scored) -> str:
     columns = [number for number, name in enumerate(head) if name != "class" or len(scored.summary["classes"]) > 1]
     words_end = sum(head[column] in ("image", "patient", "class") for column in columns)
     cells = [[_cell(head[column], row[column]) for column in columns] for row in rows]
-    shown = table([head[column].replace("_", " ") for column in columns], cells, text=words_end, sortable=True)
+    shown = html_table([head[column].replace("_", " ") for column in columns], cells, text=words_end, sortable=True)
     opened = " open" if len(rows) <= OPEN_ROWS else ""
     return f"<details{opened}><summary>{images} images</summary>{words}{shown}</details>"
 
 
-def cases_of(scored: Scored) -> str:
+def cases_of(scored: EvaluationFolder) -> str:
     """Image, truth, prediction and difference of the best, median and worst cases."""
     if not scored.summary.get("cases"):
         return note("None yet: they come with the scores.")
@@ -142,7 +142,7 @@ def cases_of(scored: Scored) -> str:
     return "".join(parts)
 
 
-def calibration_of(scored: Scored) -> str:
+def calibration_of(scored: EvaluationFolder) -> str:
     """Reliability and threshold curve of each class, with what they say in words."""
     drawn = {name: each for name, each in scored.curves.items() if each["reliability"]}
     if not drawn:
@@ -182,7 +182,7 @@ def calibration_of(scored: Scored) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' + "".join(map(note, notes))
 
 
-def _thresholds(scored: Scored, several: bool) -> list[str]:
+def _thresholds(scored: EvaluationFolder, several: bool) -> list[str]:
     if several:
         return ["Each class against the rest; of competing classes the likeliest is taken, and no threshold is used."]
     curve = next(iter(scored.curves.values()))
@@ -198,7 +198,7 @@ def _thresholds(scored: Scored, several: bool) -> list[str]:
     return notes
 
 
-def comparison_of(scored: Scored) -> str:
+def comparison_of(scored: EvaluationFolder) -> str:
     """The differences to another evaluation, and the images that changed most."""
     found = scored.comparison
     groups = dict(found["classes"])
@@ -223,11 +223,11 @@ def comparison_of(scored: Scored) -> str:
     changed: list[list[Cell]] = [
         [case["image"], case["this"], case["other"], signed(case["this"] - case["other"])] for case in found["changed"]
     ]
-    most = table(["changed most", "Dice here", "there", "difference"], changed, text=1) if changed else ""
-    return table(head, rows, text=2) + note(about) + most
+    most = html_table(["changed most", "Dice here", "there", "difference"], changed, text=1) if changed else ""
+    return html_table(head, rows, text=2) + note(about) + most
 
 
-def data_of(scored: Scored) -> str:
+def data_of(scored: EvaluationFolder) -> str:
     """Splits, classes and notes of the dataset."""
     if not scored:
         return note("The splits are written with the scores.")
@@ -236,7 +236,7 @@ def data_of(scored: Scored) -> str:
         [name, str(split["images"]), str(split["patients"])] for name, split in dataset["splits"].items()
     ]
     notes = [f"Classes: {', '.join(dataset['classes'])}", *dataset["notes"]]
-    return table(["split", "images", "patients"], rows, text=1) + "".join(map(note, notes))
+    return html_table(["split", "images", "patients"], rows, text=1) + "".join(map(note, notes))
 
 
 def _cell(name: str, cell: str) -> Cell:

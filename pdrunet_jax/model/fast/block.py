@@ -31,7 +31,7 @@ Moments = tuple[jax.Array, jax.Array]
 """Mean and biased variance of each channel, (K,) and (K,)."""
 
 
-class Weights(NamedTuple):
+class LayerWeights(NamedTuple):
     """The parameters of one layer. The convolution's bias would cancel in the normalisation, and is not among them."""
 
     kernel: jax.Array
@@ -50,7 +50,7 @@ class _Normalised(NamedTuple):
     inv: jax.Array
     """1 / sqrt(variance + epsilon)."""
 
-    def before_relu(self, weights: Weights, skip: jax.Array | None) -> jax.Array:
+    def before_relu(self, weights: LayerWeights, skip: jax.Array | None) -> jax.Array:
         """batch_norm(z) + skip, in the dtype of the statistics."""
         y = self.centred() * per_channel(self.inv * weights.scale) + per_channel(weights.shift)
         return y if skip is None else y + skip.astype(y.dtype)
@@ -59,11 +59,11 @@ class _Normalised(NamedTuple):
         return self.z.astype(self.mean.dtype) - per_channel(self.mean)
 
 
-_Saved = tuple[jax.Array, Weights, Weights, _Normalised, _Normalised]
+_Saved = tuple[jax.Array, LayerWeights, LayerWeights, _Normalised, _Normalised]
 
 
 def _block(
-    x: jax.Array, first: Weights, second: Weights, shortcut: Shortcut, dilation: int
+    x: jax.Array, first: LayerWeights, second: LayerWeights, shortcut: Shortcut, dilation: int
 ) -> tuple[jax.Array, Moments, Moments]:
     return _forward(x, first, second, shortcut, dilation)[0]
 
@@ -78,7 +78,7 @@ no gradient flows: they feed the running statistics.
 """
 
 
-def _convolved(x: jax.Array, weights: Weights, dilation: int) -> tuple[_Normalised, Moments]:
+def _convolved(x: jax.Array, weights: LayerWeights, dilation: int) -> tuple[_Normalised, Moments]:
     z = convolve(x, weights.kernel, dilation)
     mean, var = moments(z.astype(weights.scale.dtype))
     return _Normalised(z, mean, lax.rsqrt(var + EPSILON)), (mean, var)
@@ -89,7 +89,7 @@ def _skip(shortcut: Shortcut, x: jax.Array, c1: jax.Array) -> jax.Array | None:
 
 
 def _forward(
-    x: jax.Array, first: Weights, second: Weights, shortcut: Shortcut, dilation: int
+    x: jax.Array, first: LayerWeights, second: LayerWeights, shortcut: Shortcut, dilation: int
 ) -> tuple[tuple[jax.Array, Moments, Moments], _Saved]:
     one, moments1 = _convolved(x, first, dilation)
     c1 = jax.nn.relu(one.before_relu(first, None)).astype(x.dtype)
@@ -100,7 +100,7 @@ def _forward(
 
 def _backward(
     shortcut: Shortcut, dilation: int, saved: _Saved, gradients: tuple[jax.Array, Moments, Moments]
-) -> tuple[jax.Array, Weights, Weights]:
+) -> tuple[jax.Array, LayerWeights, LayerWeights]:
     x, first, second, one, two = saved
     d_out = gradients[0]
     # Nothing holds XLA on CPUs back from computing this in the forward pass and keeping it after all, unless it
@@ -119,8 +119,8 @@ def _backward(
 
 
 def _layer_gradient(
-    x: jax.Array, weights: Weights, saved: _Normalised, d_y: jax.Array, dilation: int
-) -> tuple[jax.Array, Weights]:
+    x: jax.Array, weights: LayerWeights, saved: _Normalised, d_y: jax.Array, dilation: int
+) -> tuple[jax.Array, LayerWeights]:
     """Gradients of a layer's input and weights from that of what enters its ReLU, zero where the ReLU was shut."""
     pixels = pixel_count(d_y)
     d_shift = channel_sum(d_y)
@@ -132,7 +132,7 @@ def _layer_gradient(
     c1, c0 = a * saved.inv * d_scale / pixels, a * d_shift / pixels
     d_z = (per_channel(a) * d_y - per_channel(c1) * saved.centred() - per_channel(c0)).astype(x.dtype)
     d_x, d_kernel = convolution_gradients(x, weights.kernel, d_z, dilation)
-    return d_x, Weights(d_kernel, d_scale, d_shift)
+    return d_x, LayerWeights(d_kernel, d_scale, d_shift)
 
 
 block.defvjp(_forward, _backward)

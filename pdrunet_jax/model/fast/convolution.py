@@ -187,7 +187,7 @@ def product_filter_gradient(x: jax.Array, around: jax.Array, dilation: int = 1) 
 
 def _convolution(x: jax.Array, kernel: jax.Array, dilation: int) -> jax.Array:
     if dilation == 1 and winograd.pays(x, kernel):
-        return winograd.convolve(x, kernel)
+        return winograd.winograd_convolve(x, kernel)
     return convolve(x, kernel, dilation)
 
 

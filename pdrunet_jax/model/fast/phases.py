@@ -19,7 +19,7 @@ MIN_SIDE = 3
 takes a third of the time with fewer phases and what is left of the dilation within them."""
 
 
-def relay(x: jax.Array, source: int, target: int) -> jax.Array:
+def to_phases(x: jax.Array, source: int, target: int) -> jax.Array:
     """Bring `x` from the layout of `source` phases a side to that of `target`; one must divide the other.
 
     The layout of d phases a side stores an (N, H, W, C) activation as (N*d*d, H/d, W/d, C): entry (n*d + i)*d + j holds
@@ -40,7 +40,7 @@ def relay(x: jax.Array, source: int, target: int) -> jax.Array:
     return x.reshape(n * target**2, h * k, w * k, c)
 
 
-def finest_layout(height: int, width: int) -> int:
+def finest_phases(height: int, width: int) -> int:
     """The most phases a side, up to `MAX_DILATION`, that (height, width) is split into: a power of two.
 
     One that divides both, and leaves phases whose longer side has `MIN_SIDE` pixels or more.
@@ -74,11 +74,11 @@ class Activation:
     def for_dilation(self, dilation: int) -> "Activation":
         """The same activation in the layout closest to dense convolutions at `dilation`."""
         target = min(dilation, self.limit)
-        return dataclasses.replace(self, values=relay(self.values, self.layout, target), layout=target)
+        return dataclasses.replace(self, values=to_phases(self.values, self.layout, target), layout=target)
 
     def __add__(self, other: "Activation") -> "Activation":
         """The sum, in the layout of the left operand."""
-        return self.with_values(self.values + relay(other.values, other.layout, self.layout))
+        return self.with_values(self.values + to_phases(other.values, other.layout, self.layout))
 
     def with_values(self, values: jax.Array) -> "Activation":
         """New values in the same layout."""
@@ -86,4 +86,4 @@ class Activation:
 
     def image(self) -> jax.Array:
         """The values in the ordinary layout (N, H, W, C)."""
-        return relay(self.values, self.layout, 1)
+        return to_phases(self.values, self.layout, 1)

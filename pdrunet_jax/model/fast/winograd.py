@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pdrunet_jax.model import sharding as shards
-from pdrunet_jax.model.fast.xla import by_parts, collected
+from pdrunet_jax.model.fast.xla import map_chunks, map_into
 
 STRIP_PIXELS = 8192
 """Pixels of a strip, about: less, and starting the operations counts; more, and the sums go through the memory."""
@@ -40,7 +40,7 @@ def pays(x: jax.Array, kernel: jax.Array) -> bool:
     )
 
 
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def winograd_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """3x3 convolution with zero padding that keeps the size.
 
     Args:
@@ -62,7 +62,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     rows = strip_rows(height, width)
     if rows == height:
-        return by_parts(whole, x, STRIP_PIXELS)
+        return map_chunks(whole, x, STRIP_PIXELS)
     strips = height // rows
     between = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
 
@@ -71,7 +71,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
         images = lax.dynamic_slice(between, start, (1, rows + 2, width, c))
         return strip(jnp.pad(images, ((0, 0), (0, 0), (1, 1), (0, 0))))
 
-    return collected(one_of_many, n * strips, x).reshape(n, height, width, -1)
+    return map_into(one_of_many, n * strips, x).reshape(n, height, width, -1)
 
 
 def strip_rows(height: int, width: int) -> int:

@@ -13,7 +13,7 @@ from jax import lax
 from pdrunet_jax.model import sharding as shards
 
 PART_PIXELS = 32_768
-"""Pixels of one part of `by_parts`, at most: two layers of 40 channels then pass through the caches, not the memory."""
+"""Pixels of one chunk of `map_chunks`, at most: two layers of 40 channels then stay in the caches."""
 
 LARGE = 3e38
 """Close to the largest number of float32. A larger one would change nothing but the time."""
@@ -24,7 +24,7 @@ def largest_divisor(number: int, most: int) -> int:
     return max((count for count in range(1, min(number, most) + 1) if number % count == 0), default=1)
 
 
-def by_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: int | None = None) -> jax.Array:
+def map_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: int | None = None) -> jax.Array:
     """`function` of `x` (N, H, W, C), which treats images one by one, taken in parts of at most `pixels` pixels.
 
     What one part leaves in the caches is there for its next layer; a whole batch would be fetched from memory by each.
@@ -35,11 +35,11 @@ def by_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: i
     if count == n:
         return function(x)
     parts = x.reshape(n // count, count, *x.shape[1:])
-    results = collected(lambda i: function(lax.dynamic_index_in_dim(parts, i, keepdims=False)), n // count, x)
+    results = map_into(lambda i: function(lax.dynamic_index_in_dim(parts, i, keepdims=False)), n // count, x)
     return results.reshape(n, *results.shape[2:])
 
 
-def collected(function: Callable[[jax.Array], jax.Array], count: int, x: jax.Array) -> jax.Array:
+def map_into(function: Callable[[jax.Array], jax.Array], count: int, x: jax.Array) -> jax.Array:
     """`jax.lax.map` of `function` over 0 to `count` - 1, for a function of `x`: (count, ...).
 
     `jax.lax.map` collects results in an array of zeros; XLA sets these up for all loops of a program before the first
@@ -64,17 +64,17 @@ def _materialised(x: jax.Array) -> jax.Array:
     return x
 
 
-materialised = jax.custom_vjp(_materialised)
-materialised.__doc__ = """`x` (N, H, W, C), which those who use it read from memory.
+force_materialize = jax.custom_vjp(_materialised)
+force_materialize.__doc__ = """`x` (N, H, W, C), which those who use it read from memory.
 
 XLA on CPUs may have each of them compute it again from what it is made of, a transposition included, and keep that in
 memory until the last has done so, beside `x` itself. It drops `jax.lax.optimization_barrier` and does not look through
 a loop of which it cannot say how often it runs: once, to write an element that is there already.
 """
-materialised.defvjp(lambda x: (_materialised(x), None), lambda _, gradient: (gradient,))
+force_materialize.defvjp(lambda x: (_materialised(x), None), lambda _, gradient: (gradient,))
 
 
-def recomputed(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+def checkpoint_block(function: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
     """`function`, of which nothing but its arguments is kept from the forward to the backward pass.
 
     `jax.checkpoint` means the same, but on CPUs XLA drops the barrier that should hold the second computation back, and
