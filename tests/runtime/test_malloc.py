@@ -60,7 +60,7 @@ for _ in range(2):
     largest = max(heap, key=lambda part: int(re.search(r"Rss: +([0-9]+)", part)[1]))
     print(int(re.search(r"Rss: +([0-9]+)", largest)[1]) > 60 << 10 and " hg" in largest)
     del block
-    malloc.give_back()
+    malloc.trim_malloc()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert not done.returncode, done.stderr
