@@ -1,21 +1,63 @@
-"""What every command shares: exit codes, and one message instead of a traceback for bad input."""
+"""Entry point `pdrunet`, and what all commands share: exit codes and error messages without a traceback.
 
+Imports nothing heavy: `train` has to install its signal handlers before JAX loads.
+"""
+
+import difflib
+import importlib
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import NoReturn
 
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.malloc import configure_malloc
 
 STOPPED = 75
-"""Exit code of a run that was asked to stop, and saved (EX_TEMPFAIL of sysexits.h: try again later)."""
+"""Exit code of a run that was stopped by a signal and saved its state (EX_TEMPFAIL of sysexits.h: try again later)."""
+
+COMMANDS = {
+    "train": "train a model, or resume a run",
+    "evaluate": "score a model on a dataset: metrics with intervals, report, comparison of two models",
+    "predict": "segment images: masks, probabilities, overlays, contours",
+    "convert": "convert weights or a whole training run between PyTorch and JAX",
+    "export": "export a model to ONNX or StableHLO",
+    "data": "import, check and split datasets; generate synthetic X-rays",
+}
+
+
+def main() -> NoReturn:
+    """Run the command named by the first argument, as `python -m pdrunet_jax.COMMAND` does."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in COMMANDS:
+        sys.argv[:2] = [f"pdrunet {command}"]
+        run(lambda: importlib.import_module(f"pdrunet_jax.{command}.__main__").main())
+    if command == "--version":
+        print(f"pdrunet {metadata.version('pdrunet-jax')}")
+        sys.exit(0)
+    if command in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0)
+    if not command:
+        print(_usage(), file=sys.stderr)
+        sys.exit(2)
+    close = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+    print(f"error: unknown command {command!r}: {hint}", file=sys.stderr)
+    sys.exit(2)
+
+
+def program(command: str) -> str:
+    """How `command` was started, for its usage line: `pdrunet COMMAND` or `python -m pdrunet_jax.COMMAND`."""
+    typed = f"pdrunet {command}"
+    return typed if sys.argv[0] == typed else f"python -m pdrunet_jax.{command}"
 
 
 def run(command: Callable[[], int | None]) -> NoReturn:
-    """Run `command` and leave the process with its exit code.
+    """Run `command` and exit with the code it returns.
 
-    A `UserError` leaves with 2 and a `RunError` with 1, each with its message alone on standard error; any other
-    exception is a defect of ours and keeps its traceback.
+    `UserError` exits with 2 and `RunError` with 1, each printing only its message to standard error. Any other
+    exception is a bug and keeps its traceback.
     """
     configure_malloc()  # before any library starts its threads
     try:
@@ -23,7 +65,23 @@ def run(command: Callable[[], int | None]) -> NoReturn:
     except (UserError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+    except BrokenPipeError:  # whoever read our output is gone, e.g. `| head`
         sys.stderr.close()
         sys.exit(1)
     sys.exit(code or 0)
+
+
+def _usage() -> str:
+    lines = [f"    {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: pdrunet COMMAND [OPTIONS]",
+            "",
+            "PDR-UNet: bone segmentation in X-ray images.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "pdrunet COMMAND --help lists the options of a command; pdrunet --version prints the version.",
+        ]
+    )
