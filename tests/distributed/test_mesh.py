@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from pdrunet_jax.model.sharding import check_images
 from pdrunet_jax.runtime.devices import data_share, make_mesh, place_batch
 from pdrunet_jax.runtime.errors import UserError
 from tests.support import ROOT
-from tests.support.virtual_devices import LONG, PROGRAM, PROGRAM_ROWS, PROGRAM_SIZE, RUNS
+from tests.support.virtual_devices import PROGRAM, PROGRAM_ROWS, PROGRAM_SIZE, RUNS
 
 FILTERS = 40
 
@@ -28,9 +27,8 @@ DEAD = ("['first']['bias'].value", "['second']['bias'].value", "['running_mean']
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("devices")
-    root = ROOT
-    command = [sys.executable, Path(__file__).with_name("virtual_devices.py"), folder]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(root)})
+    command = [sys.executable, ROOT / "tests/support/virtual_devices.py", folder]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     runs = {name: dict(np.load(folder / f"{name}.npz")) for name in RUNS}
     return SimpleNamespace(runs=runs, program=(folder / PROGRAM).read_text())
 
@@ -40,7 +38,7 @@ def differences(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict
     return {name: float(np.abs(got[name] - array).max()) for name, array in want.items() if array.dtype == np.float64}
 
 
-@pytest.mark.parametrize("path", ["fused", "plain"] if LONG else ["fused"])
+@pytest.mark.parametrize("path", ["fused", pytest.param("plain", marks=pytest.mark.stress)])
 def test_twenty_steps_on_8_devices_are_those_on_one(path: str, results: Any) -> None:
     errors = differences(results.runs[f"{path} on 8"], results.runs[path])
     # On the plain path Adam makes steps of the noise; the fused one has zeros there.

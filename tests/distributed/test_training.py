@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.together import (
-    LONG,
     SAVE_EVERY,
     STEPS,
     Site,
@@ -28,7 +27,7 @@ DEATH = 60
 """Seconds within which all processes end when one of them has died."""
 
 
-@pytest.mark.parametrize("count", [2, 4] if LONG else [2])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.stress)])
 def test_processes_that_are_stopped_and_killed_make_the_run_of_one(site: Site, count: int) -> None:
     run = site.path / f"by-{count}"
 
@@ -66,7 +65,7 @@ def test_processes_that_are_stopped_and_killed_make_the_run_of_one(site: Site, c
     assert_close_runs(elsewhere, site.alone)
 
 
-@pytest.mark.skipif(not LONG, reason="starts dozens of processes: STRESS=1 (make stress)")
+@pytest.mark.stress
 @pytest.mark.parametrize("victim", [0, 1, 3])
 def test_a_run_whose_process_was_killed_ends_as_an_undisturbed_one_bit_for_bit(site: Site, victim: int) -> None:
     undisturbed, run = site.path / "undisturbed-by-4", site.path / f"killed-{victim}"
@@ -86,7 +85,7 @@ def test_a_run_whose_process_was_killed_ends_as_an_undisturbed_one_bit_for_bit(s
     assert [name for name in b if a[name].tobytes() != b[name].tobytes()] == []
 
 
-@pytest.mark.skipif(not LONG, reason="compiles for each number of devices: STRESS=1 (make stress)")
+@pytest.mark.stress
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_a_run_saved_on_4_devices_goes_on_on_another_number(site: Site, devices: int) -> None:
     saved, run = site.path / "on-4", site.path / f"on-4-then-{devices}"

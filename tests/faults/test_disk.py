@@ -4,11 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.support.live import LONG, Place, assert_same_run, record
+from tests.support import ROOT
+from tests.support.live import Place, assert_same_run, record
 
 NAMED = {
     "checkpoint": "checkpoints/",
@@ -17,6 +17,7 @@ NAMED = {
     "report": "report.html",
     "read-only": "lock",
 }
+KINDS = [kind if kind in ("checkpoint", "weights") else pytest.param(kind, marks=pytest.mark.stress) for kind in NAMED]
 
 
 def may_mount() -> bool:
@@ -27,11 +28,11 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="no mount namespaces here; test_checkpoint.py limits the size of files")
-@pytest.mark.parametrize("kind", NAMED if LONG else ["checkpoint", "weights"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_full_disk_costs_nothing_that_was_saved_and_the_run_ends_the_same_once_there_is_room(
     place: Place, kind: str
 ) -> None:
-    program = [sys.executable, str(Path(__file__).with_name("full_disk.py")), str(place.path), kind]
+    program = [sys.executable, str(ROOT / "tests/support/full_disk.py"), str(place.path), kind]
     command = ["unshare", "--map-root-user", "--mount", *program]
     result = subprocess.run(command, env=place.environment, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ import pytest
 from pdrunet_jax import config as config_io
 from pdrunet_jax.model.load import load_model
 from pdrunet_jax.train.step import MOST_IN_ROW, build_model, create_state, make_train_step
-from tests.support.live import LONG, Place, assert_same_run, lines_of, resumed_at
+from tests.support.live import Place, assert_same_run, lines_of, resumed_at
 
 WINDOW = 4
 
@@ -158,7 +158,7 @@ def test_skipped_batches_are_written_with_their_samples_and_a_resumed_run_writes
     assert_same_run(cut, calm, MANY)
 
 
-@pytest.mark.skipif(not LONG, reason="only in the long form: it differs little from a loss that is not finite")
+@pytest.mark.stress
 def test_a_run_that_stops_at_a_spike_says_which_samples_and_keeps_the_state_before(place: Place) -> None:
     run = place.path / "spiked"
     options = ("--train.spike", "stop", "--train.spike-window", str(WINDOW), "--train.spike-factor", "1.1")

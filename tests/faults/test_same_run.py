@@ -14,7 +14,6 @@ from PIL import Image
 from pdrunet_jax.runtime.run_folder import RunFolder
 from tests.support.live import (
     EVAL_EVERY,
-    LONG,
     STEPS,
     Place,
     assert_same_run,
@@ -25,7 +24,7 @@ from tests.support.live import (
 )
 
 
-@pytest.mark.parametrize("threads", [0, 1, 16] if LONG else [1])
+@pytest.mark.parametrize("threads", [1, *(pytest.param(number, marks=pytest.mark.stress) for number in (0, 16))])
 def test_the_same_seed_gives_the_same_run_bit_for_bit_whatever_the_number_of_threads(
     place: Place, threads: int
 ) -> None:
@@ -35,7 +34,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit_whatever_the_number_of_thr
     assert_same_run(run, place.undisturbed)
 
 
-@pytest.mark.skipif(not LONG, reason="takes long and rarely fails: STRESS=1 (make stress)")
+@pytest.mark.stress
 def test_another_seed_gives_another_run(place: Place) -> None:
     run = place.path / "another-seed"
     assert place.train("--seed", "4", "--train.steps", "1", workdir=run).returncode == 0

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests.support.fake_wandb import serve
-from tests.support.live import LONG, Place, assert_same_run, lines_of, record
+from tests.support.live import Place, assert_same_run, lines_of, record
 
 STEPS = 12
 OPTIONS = ("--tracking.wandb", "online", "--train.steps", str(STEPS), "--train.save-every", "6")
 START, END = 3, 9
 """Seconds that W&B is given here to start and to finish; 30 and 120 otherwise. It writes its file every 15 seconds."""
-BEHAVIOURS = ["refuses", "errors", "hangs", "errors later", "hangs later"] if LONG else ["hangs", "errors later"]
+BEHAVIOURS = [
+    "hangs",
+    "errors later",
+    *(pytest.param(name, marks=pytest.mark.stress) for name in ("refuses", "errors", "hangs later")),
+]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ would go into compiling. `STRESS=1` (`make stress`) chooses the long form.
 
 import fcntl
 import json
-import os
 import random
 import re
 import subprocess
@@ -22,9 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from safetensors.numpy import load_file
 
-from tests.support import ROOT
+from tests.support import LONG, ROOT
 
-LONG = bool(os.environ.get("STRESS"))
 FIGURES = ROOT / "benchmarks" / "results" / "stress.json"
 
 STEPS, SAVE_EVERY, EVAL_EVERY = 36 if LONG else 24, 3, 12

@@ -1,7 +1,6 @@
 """Runs of several real processes on this machine, and how far two runs may differ."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,7 +17,6 @@ import orbax.checkpoint as ocp
 
 from tests.support.tiny import bright_square, save_image
 
-LONG = bool(os.environ.get("STRESS"))
 STEPS, SAVE_EVERY, EVAL_EVERY, BATCH = 20, 5, 10, 8
 CLOSE = 1e-10
 

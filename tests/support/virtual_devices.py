@@ -5,7 +5,6 @@ validation then says of the first batch. And `PROGRAM`, the text of a compiled t
 """
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pdrunet_jax import config as config_io
 from pdrunet_jax.runtime import compile as compiling
 from pdrunet_jax.runtime.devices import make_mesh, place_batch, replicate
 from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
+from tests.support import LONG
 
 PROGRAM = "rows.txt"
 PROGRAM_SIZE, PROGRAM_ROWS = 256, 4
@@ -46,8 +46,6 @@ class Run:
 
 HALF = Run(steps=3, precision="bfloat16")
 ROWS = Run(accumulate=2, steps=3, size=(64, 16), validated=True)
-
-LONG = bool(os.environ.get("STRESS"))
 
 RUNS = {
     "fused": Run(),
