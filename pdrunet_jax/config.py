@@ -1,19 +1,17 @@
-"""Every setting, declared once: frozen dataclasses, read from TOML and the command line, checked together.
+"""Configuration: every setting as a field of a frozen dataclass, read from TOML files and the command line.
 
-The types and bounds below are the only declaration; `pydantic` checks them, `tyro` turns them into options and their
-docstrings into `--help`.
-
-Configurations in and out: TOML files, plain dictionaries, and the difference between two of them.
+The types and bounds below are the only declaration of a setting. `pydantic` checks them; `tyro` turns the fields into
+options and their docstrings into `--help`.
 """
 
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -31,42 +29,42 @@ Rate = Annotated[float, Field(ge=0, lt=1)]
 MaskValue = Annotated[
     int | str, BeforeValidator(lambda value: ",".join(map(str, value)) if isinstance(value, list) else value)
 ]
-"""A grey value, palette index or "#rrggbb" colour, or several with commas between them; TOML may list them."""
+"""A grey value, palette index or "#rrggbb" colour, or several of them separated by commas or in a TOML list."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the images are and how they are read."""
+    """Dataset: location, image size, mask coding, split."""
 
     __pydantic_config__ = STRICT
 
     root: str = "data"
-    """Dataset folder: with a manifest.csv, or in one of the layouts of docs/data.md."""
+    """Dataset folder: one with a manifest.csv, or any layout listed in docs/data.md."""
     size: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=2)] = (256,)
-    """Height and width in pixels that images are resized to; one number for both."""
+    """Height and width in pixels to which images are resized; one number sets both."""
     classes: dict[str, MaskValue] = dataclasses.field(default_factory=dict)
-    """Mask coding: class names with their grey value, palette index or "#rrggbb" colour; 1,2 gives a class several.
-    Overrides dataset.toml; left out, a mask must be binary."""
+    """Mask coding: class names with their grey value, palette index or "#rrggbb" colour; "1,2" gives a class several.
+    Overrides dataset.toml. Without either, masks must be binary."""
     ignore: MaskValue | None = None
-    """Mask value or colour that is left out of loss and metrics; 1,2 gives several."""
+    """Mask value or colour to exclude from loss and metrics; "1,2" excludes several."""
     threshold: Annotated[int, Field(gt=0, le=255)] | None = None
-    """Grey value (of 255) from which a soft-edged binary mask counts as foreground; 128 when left out."""
+    """Lowest grey value (1 to 255) that is foreground in a soft-edged binary mask. Default: 128."""
     soft_masks: bool = False
-    """Train on unrounded, bilinearly resized binary masks, as the public code does."""
+    """Train on bilinearly resized binary masks without rounding them, as the public code does."""
     patient_regex: str | None = None
-    """Regular expression whose first group (or whole match) in the image's path is the patient."""
+    """Regular expression that finds the patient in an image's path: its first group, or the whole match."""
     val_fraction: Rate = 0.2
-    """Share of the patients that validate, where the dataset declares no split."""
+    """Share of patients in the validation set, if the dataset declares no split."""
     test_fraction: Rate = 0.2
-    """Share of the patients that test, where the dataset declares no split."""
+    """Share of patients in the test set, if the dataset declares no split."""
     split_seed: int = 0
-    """Seed of that split."""
+    """Seed of the random split."""
     cache: Literal["auto", "memory", "none"] = "auto"
-    """Keep decoded images as uint8 in memory: auto does so when they fit in a quarter of it."""
+    """Cache of decoded images (uint8). auto: memory, if they fit in a quarter of it."""
     threads: Count = 4
-    """Threads that decode images; the order of samples does not depend on it."""
+    """Image decoding threads; the order of samples does not depend on their number."""
     phantoms: Count = 0
-    """Draw this many synthetic X-rays into data.root when it does not exist yet; 0 draws none."""
+    """Number of synthetic X-rays to draw into data.root if it does not exist; 0 draws none."""
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -76,7 +74,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images, drawn on the device for each sample and epoch. Zero switches one off."""
+    """Random augmentation of training images, drawn on the device per sample and epoch. 0 turns a transform off."""
 
     __pydantic_config__ = STRICT
 
@@ -85,180 +83,177 @@ class AugmentConfig:
     flip_vertical: Fraction = 0.0
     """Probability of a top-bottom flip."""
     rotate: NonNegative = 0.0
-    """Largest rotation either way, in degrees."""
+    """Maximum rotation in either direction, in degrees."""
     scale: Rate = 0.0
-    """Largest relative change of size: 0.1 draws a factor from 1/1.1 to 1.1."""
+    """Maximum relative change of size: 0.1 draws a factor between 1/1.1 and 1.1."""
     translate: Rate = 0.0
-    """Largest shift as a share of each side."""
+    """Maximum shift, as a fraction of each side."""
     shear: NonNegative = 0.0
-    """Largest shear either way, in degrees."""
+    """Maximum shear in either direction, in degrees."""
     elastic: NonNegative = 0.0
-    """Standard deviation of a smooth random displacement, in pixels."""
+    """Standard deviation of a smooth random displacement field, in pixels."""
     gamma: NonNegative = 0.0
-    """Largest |log2| of the exponent applied to intensities: 0.5 draws from 0.71 to 1.41."""
+    """Maximum |log2| of the gamma exponent: 0.5 draws an exponent between 0.71 and 1.41."""
     contrast: Rate = 0.0
-    """Largest relative change of contrast around the image's mean."""
+    """Maximum relative change of contrast around the image mean."""
     brightness: NonNegative = 0.0
-    """Largest shift of intensity, in units of the full range."""
+    """Maximum intensity shift, as a fraction of the full range."""
     noise: NonNegative = 0.0
-    """Largest standard deviation of added Gaussian noise, in units of the full range."""
+    """Maximum standard deviation of Gaussian noise, as a fraction of the full range."""
     blur: NonNegative = 0.0
-    """Largest standard deviation of a Gaussian blur, in pixels."""
+    """Maximum standard deviation of a Gaussian blur, in pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """PDR-UNet and its independent options (docs/architecture.md)."""
+    """Network architecture; see docs/architecture.md."""
 
     __pydantic_config__ = STRICT
 
     in_channels: Positive = 1
     """Image channels: 1 for grey, 3 for RGB."""
     outputs: Positive | None = None
-    """1: sigmoid; 2 or more: softmax over exclusive classes, background included. Left out, it follows the dataset:
-    1 for one class, n + 1 for n."""
+    """Output channels. 1: sigmoid; 2 or more: softmax over exclusive classes, background included. Default: 1 for a
+    dataset with one class, n + 1 for n classes."""
     filters: Positive = 40
-    """Channels of every hidden convolution."""
+    """Channels of every hidden layer."""
     shortcut: Literal["input", "conv1"] = "input"
-    """Where a block's residual starts: at its input (the public code) or after its first convolution (the paper's
-    figure)."""
+    """Start of a block's residual connection: its input (the public code) or its first convolution (the paper's
+    Figure 2)."""
     norm: Literal["batch", "none"] = "batch"
-    """Normalisation after every 3x3 convolution."""
+    """Normalisation after each 3x3 convolution."""
     dropout: Rate = 0.3
-    """Rate of the two dropouts in the bottleneck."""
+    """Dropout rate of the two dropout layers in the bottleneck."""
     conv: Literal["auto", "plain", "fused", "polyphase"] = "auto"
-    """Execution path of the 3x3 convolutions; the results agree."""
+    """Execution path of the 3x3 convolutions. Affects speed and memory only; results agree up to rounding."""
     init: Literal["torch", "he"] = "torch"
-    """Initial weights: PyTorch's default distributions, or He normal with zero biases."""
+    """Weight initialisation: PyTorch's defaults, or He normal with zero biases."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What is minimised."""
+    """Loss."""
 
     __pydantic_config__ = STRICT
 
     name: Literal["bce", "dice", "bce_dice", "focal", "tversky", "ce", "ce_dice"] | None = None
-    """bce*, focal and tversky are for one output (tversky for classes too), ce* for two or more. Left out: bce_dice
-    or ce_dice."""
+    """Loss function. bce, bce_dice and focal need one output, ce and ce_dice two or more; dice and tversky take either.
+    Default: bce_dice or ce_dice."""
     dice_weight: Fraction = 0.5
-    """Share of the Dice term in bce_dice and ce_dice; the rest is cross-entropy."""
+    """Weight of the Dice term in bce_dice and ce_dice; cross-entropy has the rest."""
     class_weights: tuple[NonNegative, ...] = ()
-    """A weight for each class of the (soft)max, background first; for one output, background and foreground."""
+    """Class weights in the loss, background first: one per output, or two for a single output."""
     focal_gamma: NonNegative = 2.0
     """Focusing exponent of the focal loss."""
     tversky_alpha: NonNegative = 0.3
-    """Weight of false positives in the Tversky index; false negatives weigh 1 - alpha."""
+    """Weight of false positives in the Tversky index; false negatives have 1 - alpha."""
     smooth: NonNegative = 1.0
-    """Added to numerator and denominator of soft Dice and Tversky, in pixels: keeps empty masks finite."""
+    """Smoothing of soft Dice and Tversky, in pixels, added to numerator and denominator; keeps empty masks finite."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """How it is minimised."""
+    """Optimizer and learning-rate schedule."""
 
     __pydantic_config__ = STRICT
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
-    """sgd uses Nesterov momentum unless nesterov is false."""
+    """Optimizer."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "polynomial", "onecycle"] = "constant"
-    """Learning rate over the steps after the warm-up; onecycle brings its own warm-up over 30 % of the run."""
+    """Learning-rate schedule after the warm-up. onecycle includes a warm-up over 30 % of the run."""
     warmup_steps: Count = 0
-    """Steps of linear increase from zero."""
+    """Steps of linear warm-up from zero."""
     final_fraction: Fraction = 0.0
-    """Last learning rate of cosine and polynomial as a share of the peak."""
+    """Final learning rate of cosine and polynomial, as a fraction of the peak."""
     power: PositiveFloat = 0.9
     """Exponent of the polynomial schedule."""
     b1: Rate = 0.9
-    """Adam's decay of the gradient average."""
+    """Adam beta1: decay of the first moment."""
     b2: Rate = 0.999
-    """Adam's decay of the squared-gradient average."""
+    """Adam beta2: decay of the second moment."""
     eps: PositiveFloat = 1e-8
-    """Adam's addition to the denominator."""
+    """Adam epsilon."""
     weight_decay: NonNegative = 0.0
-    """adam, sgd: L2 penalty as in PyTorch; adamw: decoupled decay."""
+    """Weight decay: L2 penalty for adam and sgd, as in PyTorch; decoupled for adamw."""
     momentum: Rate = 0.9
     """SGD momentum."""
     nesterov: bool = True
-    """Nesterov's form of SGD momentum."""
+    """Use Nesterov momentum in sgd."""
     clip_norm: NonNegative = 0.0
-    """Largest global norm of the gradient; 0 does not clip."""
+    """Maximum global gradient norm; 0 turns clipping off."""
     ema: Rate = 0.0
-    """Decay of an exponential moving average of the weights, which is then validated and exported; 0 keeps none."""
+    """Decay of an exponential moving average (EMA) of the weights, used for validation and export; 0 turns it off."""
     accumulate: Positive = 1
-    """Micro-batches whose gradients are averaged before each update; they divide the batch."""
+    """Gradient accumulation: micro-batches per update; must divide train.batch_size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """Training loop."""
 
     __pydantic_config__ = STRICT
 
     weights: str | None = None
-    """Start from these trained weights instead of random ones: run folder, checkpoint, .safetensors or public .pth."""
+    """Weights to start from instead of random ones: run folder, checkpoint, .safetensors or public .pth."""
     steps: Positive = 10_000
-    """Updates of the weights."""
+    """Weight updates in the whole run."""
     batch_size: Positive = 8
-    """Images in each update."""
+    """Images per update."""
     eval_batch_size: Positive | None = None
-    """Images in each validation batch; as batch_size when left out."""
+    """Images per validation batch. Default: train.batch_size."""
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
-    """Arithmetic of the convolutions. bfloat16 keeps parameters, statistics and loss in float32."""
+    """Precision of the convolutions. bfloat16 keeps weights, statistics and loss in float32; float64 is for tests."""
     remat: bool = False
-    """Save memory: keep only what enters each block, and compute the rest a second time for the gradient."""
+    """Rematerialisation, to save memory: keep only block inputs and recompute the rest for the gradient."""
     log_every: Positive = 10
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines in metrics.jsonl."""
     eval_every: Positive = 500
     """Steps between validations."""
     save_every: Positive = 500
     """Steps between checkpoints."""
     keep_latest: Positive = 2
-    """Latest checkpoints that are kept."""
+    """Number of latest checkpoints to keep."""
     keep_best: Positive = 1
-    """Best checkpoints, by validation Dice, that are kept as well."""
+    """Number of best checkpoints, by validation Dice, to keep in addition."""
     samples: Count = 4
-    """Validation images drawn with their prediction at each validation."""
-    spike: Literal["off", "stop", "skip"] = "off"
-    """A loss far above those before: train on it as on any other, stop before its update, or skip its batch."""
-    spike_factor: Annotated[float, Field(gt=1)] = 5.0
-    """How many times the median of the last losses counts as far above."""
-    spike_window: Positive = 50
-    """Losses that this median is taken of; before there are as many, none is a spike."""
+    """Validation images to draw with their predictions at each validation."""
+    spike: Literal["off"] = "off"  # TEMPORARY: goes with its last use in train/step.py
+    spike_factor: float = 5.0
+    spike_window: int = 50
     deterministic: bool = False
-    """On GPUs: bit-equal repetition, at some cost in speed. CPUs always repeat."""
+    """Bit-identical repetition on GPUs, at some cost in speed. CPU runs always repeat."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig:
-    """What is written down beside the local metrics.jsonl."""
+    """Weights & Biases (W&B), in addition to the local metrics.jsonl."""
 
     __pydantic_config__ = STRICT
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """Weights & Biases: auto is online when logged in, else offline."""
+    """W&B mode. auto: online when logged in, else offline."""
     project: str = "pdrunet-jax"
     """W&B project."""
     entity: str | None = None
     """W&B user or team."""
     name: str | None = None
-    """W&B run name; the run folder's name when left out."""
+    """W&B run name. Default: the name of the run folder."""
     tags: tuple[str, ...] = ()
     """W&B tags."""
     artifact: bool = False
-    """Upload best.safetensors as a W&B artifact at the end."""
+    """Upload best.safetensors as a W&B artifact when training ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run depends on."""
+    """All settings of a run."""
 
     __pydantic_config__ = STRICT
 
     seed: int = 0
-    """Seed of initial weights, order of samples, augmentation and dropout."""
+    """Seed of initial weights, sample order, augmentation and dropout."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -268,28 +263,74 @@ class Config:
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
 
-def from_dict(values: Mapping[str, Any], source: str) -> Config:
-    """Check `values` and make them a `Config`; what is left out keeps its default.
+def load(name: str | Path) -> Config:
+    """Load a configuration by path or name.
 
-    `source` names the file or option in the message. Raises `UserError` that lists every unknown key, wrong type and
-    value out of bounds.
+    Looks for a file `name`, then `configs/NAME.toml`, then a shipped configuration NAME. Raises `UserError` if there is
+    none or it is invalid.
+    """
+    path = Path(name)
+    if path.suffix == ".toml" and not path.is_file():
+        raise UserError(f"--config {name}: no such file")
+    for candidate in (path, Path("configs") / f"{name}.toml"):
+        if candidate.is_file():
+            return read(candidate)
+    shipped = resources.files("pdrunet_jax") / "configs"
+    if not shipped.is_dir():  # an editable install: the configurations are next to the package
+        shipped = resources.files("pdrunet_jax").joinpath("..", "configs")
+    names = sorted(item.name.removesuffix(".toml") for item in shipped.iterdir() if item.name.endswith(".toml"))
+    if str(name) in names:
+        return parse((shipped / f"{name}.toml").read_text(encoding="utf-8"), f"configuration {name}")
+    raise UserError(
+        f"--config {name}: no such file, and no configs/{name}.toml; give a TOML file or one of the shipped "
+        f"configurations: {', '.join(names)}"
+    )
+
+
+def read(path: Path) -> Config:
+    """Read a TOML file; raises `UserError` that names it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return parse(text, str(path))
+
+
+def parse(text: str, source: str) -> Config:
+    """Parse TOML `text`; raises `UserError` that names `source`."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{source} is nested too deeply; refused") from None
+    values.pop("environment", None)  # versions recorded in a run's config.toml, not settings
+    return from_dict(values, source)
+
+
+def from_dict(values: Mapping[str, Any], source: str) -> Config:
+    """Build and check a `Config` from nested dictionaries; missing settings keep their defaults.
+
+    Settings of removed features are dropped where they are off, so that run folders of earlier versions stay readable.
+    Raises `UserError` that names `source` (a file or option) and lists every unknown key, wrong type and value out of
+    bounds.
     """
     try:
-        config = _adapter().validate_python(values)
+        config = _adapter().validate_python(_without_spikes(values, source))
     except ValidationError as error:
-        problems = "\n".join(f"  - {_explain(item)}" for item in error.errors())
-        raise UserError(f"{source} cannot be used:\n{problems}") from None
-    _check_combinations(config, source)
+        _refuse(source, map(_explain, error.errors()))
+    if problems := _conflicts(config):
+        _refuse(source, problems)
     return config
 
 
 def check(config: Config, source: str) -> Config:
-    """Check the bounds of a `Config` that was assembled without them, for example from the command line."""
+    """Check a `Config` built without validation, for example from the command line; raises as `from_dict`."""
     return from_dict(to_dict(config, none=True), source)
 
 
 def to_dict(config: Config, *, none: bool = False) -> dict[str, Any]:
-    """`config` as nested dictionaries; settings that are None are left out (TOML has no null) unless `none`."""
+    """Convert to nested dictionaries, without settings that are None (TOML has no null) unless `none`."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -301,61 +342,15 @@ def to_dict(config: Config, *, none: bool = False) -> dict[str, Any]:
 
 
 def to_toml(config: Config, header: str = "") -> str:
-    """`config` as TOML text below `header`, which becomes comment lines."""
+    """Format as TOML, with the lines of `header` as comments at the top."""
     comment = "".join(f"# {line}\n" if line else "#\n" for line in header.splitlines())
     return comment + tomli_w.dumps(to_dict(config))
 
 
-def load(name: str | Path) -> Config:
-    """The configuration `name`: a file, then `configs/NAME.toml`, then the copy inside the installed package.
-
-    Raises `UserError` if there is none or if it cannot be used.
-    """
-    path = Path(name)
-    if path.suffix == ".toml" and not path.is_file():
-        raise UserError(f"--config {name}: there is no such file")
-    if path.is_file():
-        return read(path)
-    local = Path("configs") / f"{name}.toml"
-    if local.is_file():
-        return read(local)
-    shipped = resources.files("pdrunet_jax") / "configs"
-    if not shipped.is_dir():  # an editable install, where the configurations lie beside the package
-        shipped = resources.files("pdrunet_jax").joinpath("..", "configs")
-    names = sorted(item.name.removesuffix(".toml") for item in shipped.iterdir() if item.name.endswith(".toml"))
-    if str(name) in names:
-        return parse((shipped / f"{name}.toml").read_text(encoding="utf-8"), f"configuration {name}")
-    raise UserError(
-        f"--config {name}: no file of that name, no configs/{name}.toml and none shipped; "
-        f"the shipped ones are {', '.join(names)}"
-    )
-
-
-def read(path: Path) -> Config:
-    """The configuration in a TOML file; raises `UserError` that names it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return parse(text, str(path))
-
-
-def parse(text: str, source: str) -> Config:
-    """TOML `text` as a `Config`; raises `UserError` that names `source`."""
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{source} is not valid TOML: {error}") from None
-    except RecursionError:
-        raise UserError(f"{source} is nested too deeply; refused") from None
-    values.pop("environment", None)  # a run's config.toml records versions there; they are no settings
-    return from_dict(values, source)
-
-
 def diff(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
-    """The settings that differ, one line each: `optim.learning_rate: 0.001 -> 0.003`.
+    """List the settings that differ, one line each: `optim.learning_rate: 0.001 -> 0.003`.
 
-    `ignore` holds settings (`train.steps`) and sections (`tracking`) that may differ.
+    `ignore` names settings (`train.steps`) and sections (`tracking`) to leave out.
     """
     before, after = _flat(to_dict(old, none=True)), _flat(to_dict(new, none=True))
     return [
@@ -378,8 +373,24 @@ def _adapter() -> TypeAdapter[Config]:
     return TypeAdapter(Config)
 
 
+def _without_spikes(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """Drop the settings of spike detection, which version 0.1 wrote into every config.toml; refuse any that is on."""
+    train = values.get("train")
+    if not isinstance(train, Mapping):
+        return values
+    if train.get("spike", "off") != "off":
+        problem = f"train.spike = {train['spike']!r}: spike detection was removed in version 0.2; delete this setting"
+        _refuse(source, [problem])
+    removed = ("spike", "spike_factor", "spike_window")
+    return {**values, "train": {key: value for key, value in train.items() if key not in removed}}
+
+
+def _refuse(source: str, problems: Iterable[str]) -> NoReturn:
+    raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
 def _explain(item: Any) -> str:
-    """One pydantic error in the words of a user of TOML and options."""
+    """Describe a pydantic error in terms of settings."""
     location = [str(part) for part in item["loc"]]
     name = ".".join(location)
     if item["type"] == "unexpected_keyword_argument":
@@ -392,18 +403,16 @@ def _explain(item: Any) -> str:
     return f"{name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}"
 
 
-def _check_combinations(config: Config, source: str) -> None:
-    """What no single setting shows."""
+def _conflicts(config: Config) -> list[str]:
+    """List settings that are valid one by one but not together."""
+    train, optim, data = config.train, config.optim, config.data
     problems = []
-    if config.train.batch_size % config.optim.accumulate:
-        problems.append(
-            f"optim.accumulate = {config.optim.accumulate} does not divide train.batch_size = {config.train.batch_size}"
-        )
-    if config.optim.warmup_steps >= config.train.steps:
-        problems.append(f"optim.warmup_steps = {config.optim.warmup_steps} leaves nothing of train.steps")
-    if config.data.val_fraction + config.data.test_fraction >= 1:
-        problems.append("data.val_fraction and data.test_fraction together leave nothing to train on")
-    if config.data.soft_masks and len(config.data.classes) > 1:
-        problems.append("data.soft_masks is for one class; data.classes declares more")
-    if problems:
-        raise UserError(f"{source} cannot be used:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    if train.batch_size % optim.accumulate:
+        problems.append(f"optim.accumulate = {optim.accumulate} must divide train.batch_size = {train.batch_size}")
+    if optim.warmup_steps >= train.steps:
+        problems.append(f"optim.warmup_steps = {optim.warmup_steps} must be less than train.steps = {train.steps}")
+    if data.val_fraction + data.test_fraction >= 1:
+        problems.append("data.val_fraction + data.test_fraction must be less than 1, to leave patients to train on")
+    if data.soft_masks and len(data.classes) > 1:
+        problems.append("data.soft_masks needs a dataset with one class, and data.classes declares several")
+    return problems

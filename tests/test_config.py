@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pdrunet_jax import config as config_io
-from pdrunet_jax.config import Config
+from pdrunet_jax.config import Config, diff, from_dict, load, parse, to_toml
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.train import options
 from tests.support import ROOT
@@ -22,11 +21,11 @@ def test_a_shipped_configuration_opens_with_its_command_and_loads(name: str, mon
     monkeypatch.chdir(tmp_path)  # so that it is the shipped copy, not ./configs
     path = ROOT / "configs" / f"{name}.toml"
     assert path.read_text().startswith(f"# python -m pdrunet_jax.train --config {name}")
-    assert config_io.load(name) == config_io.parse(path.read_text(), name)
+    assert load(name) == parse(path.read_text(), name)
 
 
 def test_toml_round_trip_keeps_every_setting() -> None:
-    config = config_io.from_dict(
+    config = from_dict(
         {
             "seed": 7,
             "data": {"size": [64, 96], "classes": {"femur": 1, "tibia": "#ff0000"}, "ignore": 255},
@@ -36,14 +35,14 @@ def test_toml_round_trip_keeps_every_setting() -> None:
         },
         "test",
     )
-    assert config_io.parse(config_io.to_toml(config, "a\n\nb"), "test") == config
-    assert config_io.parse(config_io.to_toml(Config()), "test") == Config()
+    assert parse(to_toml(config, "a\n\nb"), "test") == config
+    assert parse(to_toml(Config()), "test") == Config()
 
 
 def test_every_problem_of_a_configuration_is_reported_at_once() -> None:
     text = 'sed = 1\n[optim]\nlearning_rat = 1.0\nb1 = 1.5\n[model]\nfilters = "many"\n'
     with pytest.raises(UserError) as error:
-        config_io.parse(text, "my.toml")
+        parse(text, "my.toml")
     message = str(error.value)
     assert message.startswith("my.toml")
     assert "unknown setting sed; did you mean seed?" in message
@@ -64,26 +63,26 @@ def test_every_problem_of_a_configuration_is_reported_at_once() -> None:
 )
 def test_settings_that_do_not_work_are_refused_by_name(text: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        config_io.parse(text, "test")
+        parse(text, "test")
 
 
 def test_broken_toml_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "broken.toml"
     path.write_text("[data\n")
     with pytest.raises(UserError, match=r"broken\.toml"):
-        config_io.load(path)
+        load(path)
 
 
 def test_an_unknown_configuration_lists_the_shipped_ones() -> None:
     with pytest.raises(UserError, match="mura, mura_baseline, paper, phantom"):
-        config_io.load("mira")
+        load("mira")
 
 
 def test_the_difference_names_each_setting_with_both_values() -> None:
     old = Config()
     new = dataclasses.replace(old, seed=1, optim=dataclasses.replace(old.optim, learning_rate=3e-3))
-    assert config_io.diff(old, new) == ["optim.learning_rate: 0.001 -> 0.003", "seed: 0 -> 1"]
-    assert config_io.diff(old, new, ignore=("optim", "seed")) == []
+    assert diff(old, new) == ["optim.learning_rate: 0.001 -> 0.003", "seed: 0 -> 1"]
+    assert diff(old, new, ignore=("optim", "seed")) == []
 
 
 def test_options_override_the_configuration_with_hyphen_or_underscore() -> None:
@@ -91,7 +90,7 @@ def test_options_override_the_configuration_with_hyphen_or_underscore() -> None:
         ["--config", "phantom", "--train.batch_size", "4", "--optim.learning-rate", "0.1", "--data.size", "64", "96"]
     ).settings
     assert (parsed.train.batch_size, parsed.optim.learning_rate, parsed.data.height_width) == (4, 0.1, (64, 96))
-    assert parsed.train.steps == config_io.load("phantom").train.steps
+    assert parsed.train.steps == load("phantom").train.steps
 
 
 def test_classes_can_be_declared_as_options() -> None:
@@ -116,7 +115,24 @@ def test_an_unknown_option_leaves_with_code_2_and_proposes_the_right_one(capsys)
     assert "--train.steps" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("removed", ['spike = "off"\nspike_factor = 5.0\nspike_window = 50\n', "spike_factor = 3.0\n"])
+def test_spike_detection_that_was_off_in_an_older_run_is_ignored(removed: str) -> None:
+    assert parse(f"[train]\nsteps = 20\n{removed}", "config.toml") == parse("[train]\nsteps = 20\n", "config.toml")
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_spike_detection_that_was_on_in_an_older_run_is_refused_by_name(policy: str) -> None:
+    with pytest.raises(UserError, match=rf"config\.toml.*\n.*train\.spike = '{policy}': .*removed.*delete"):
+        parse(f'[train]\nspike = "{policy}"\n', "config.toml")
+
+
+@pytest.mark.parametrize("text", ["train = 1\n", "[train]\nspikes = 1\n"])
+def test_other_wrong_settings_of_training_are_still_refused(text: str) -> None:
+    with pytest.raises(UserError, match="train"):
+        parse(text, "config.toml")
+
+
 def test_a_run_records_its_environment_beside_its_settings() -> None:
-    text = config_io.to_toml(Config()) + '\n[environment]\njax = "0.10"\n'
+    text = to_toml(Config()) + '\n[environment]\njax = "0.10"\n'
     assert tomllib.loads(text)["environment"] == {"jax": "0.10"}
-    assert config_io.parse(text, "test") == Config()
+    assert parse(text, "test") == Config()
