@@ -1,6 +1,8 @@
-"""One folder with data, compiled programs and an undisturbed run for all faults."""
+"""One folder with data, compiled programs and an undisturbed run, shared by all worker processes of the tests."""
 
+import fcntl
 import os
+import shutil
 
 import pytest
 
@@ -10,8 +12,8 @@ from tests.support.live import CONFIG, Place
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    path = tmp_path_factory.mktemp("faults")
-    (path / "tiny.toml").write_text(CONFIG)
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "faults"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {
         "PYTHONPATH": str(ROOT),
@@ -21,6 +23,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     place = Place(path, environment)
-    result = place.train(workdir=place.undisturbed)
-    assert result.returncode == 0, result.stderr
+    # The first worker trains and compiles, the others wait for it. A folder without the mark is of a failed attempt.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (path / "ready").exists():
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+            (path / "tiny.toml").write_text(CONFIG)
+            result = place.train(workdir=place.undisturbed)
+            assert result.returncode == 0, result.stderr
+            (path / "ready").touch()
     return place

@@ -19,7 +19,7 @@ from tests.support.live import (
     stream,
 )
 
-KILLS = 200 if LONG else 10
+KILLS = 200 if LONG else 4
 LANES = 2
 """Runs that are killed side by side; the moments do not depend on it."""
 

@@ -23,7 +23,7 @@ from tests.support.live import (
     stream,
 )
 
-STOPS = 50 if LONG else 4
+STOPS = 50 if LONG else 2
 LANES = 2
 CATCHES_SIGTERM = 1 << (signal.SIGTERM - 1)
 
