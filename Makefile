@@ -1,47 +1,56 @@
-# make demo   train on synthetic bone X-rays, end with test scores and a report
-# make test   lint, types, tests and parity tests
-# make stress the long form of the fault tests: 200 kills, 50 signals, full disks, damage, fuzzing (half an hour)
-# make bench  every figure of docs/performance.md, on a machine that does nothing else (an hour and a half)
-# make venv   only the environment
-# Everything is plain pip underneath: see README.md.
+# Every target is plain pip, pytest and ruff underneath: see README.md and CONTRIBUTING.md.
 
 PYTHON ?= python3
+# Index to install torch from, for example one with CPU-only builds; empty uses pip's own settings.
+TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: venv demo test lint types unit parity stress bench clean
+.DEFAULT_GOAL := help
+.PHONY: help venv dev demo test lint types unit parity stress bench clean
 
-venv: .venv/installed
-demo: .venv/installed
+help:  ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: .venv/installed  ## Create .venv with the package and its required dependencies
+dev: .venv/installed-dev  ## Add what tests, linting and types need
+
+demo: .venv/installed  ## Train on synthetic bone X-rays; ends with test scores and a report (4 minutes)
 	$(BIN)/python -m pdrunet_jax.train --config phantom
 
-test: lint types unit parity
+test: lint types unit parity  ## Lint, types, tests and parity tests
 
-lint: .venv/installed-dev
+lint: .venv/installed-dev  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-types: .venv/installed-dev
+
+types: .venv/installed-dev  ## Check types
 	$(BIN)/mypy
-unit: .venv/installed-dev
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
-parity: .venv/installed-dev
-	$(BIN)/python -m pytest parity_tests -n 2 --dist loadfile --no-loadscope-reorder
-stress: .venv/installed-dev
-	STRESS=1 $(BIN)/python -m pytest tests/faults tests/data tests/distributed -n 2 --dist loadfile --timeout 3600
-bench: .venv/installed-dev
+
+unit: .venv/installed-dev  ## Run the tests without the parity tests
+	$(PYTEST) tests
+
+parity: .venv/installed-dev  ## Compare with PyTorch and print the error budget
+	$(PYTEST) --no-loadscope-reorder parity_tests
+
+stress: .venv/installed-dev  ## Run the long form of the tests: 200 kills, 50 signals, full disks, damage, fuzzing
+	$(PYTEST) tests/faults tests/data tests/distributed --stress --timeout 3600
+
+bench: .venv/installed-dev  ## Measure every figure of docs/performance.md on an otherwise idle machine (1.5 hours)
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m benchmarks
+
+clean:  ## Delete .venv, builds and caches
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
-# torch by itself and first: its exact version is what decides which build is taken.
+# torch first and on its own: its exact version decides which build pip picks.
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) --editable '.[dev]'
 	touch .venv/installed $@
-
-clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
