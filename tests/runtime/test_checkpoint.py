@@ -98,6 +98,16 @@ def test_every_type_and_every_bit_pattern_survives_whatever_jax_is_set_to(tmp_pa
     assert_same(restored.state, state)
 
 
+def test_a_checkpoint_of_an_earlier_version_that_says_halted_is_read_as_diverged(tmp_path: Path) -> None:
+    saved = state_of(3)
+    fields = {field.name: getattr(saved, field.name) for field in dataclasses.fields(saved)}
+    fields["halted"] = ~fields.pop("diverged")
+    Checkpoints(tmp_path, 1, 1).save(3, fields, {})
+    restored = Checkpoints(tmp_path, 1, 1).restore(saved)
+    assert restored is not None
+    assert_same(restored.state, dataclasses.replace(saved, diverged=jnp.ones((), bool)))
+
+
 def test_restored_arrays_do_not_make_the_step_compile_again(tmp_path: Path) -> None:
     traces = []
 
@@ -297,7 +307,7 @@ def test_a_run_folder_made_of_weights_alone_gives_them_back_and_is_not_overwritt
     assert options == {"filters": 4, "class_names": ["bone"]}
     assert is_checkpoint(tmp_path / "run")
     assert is_checkpoint(tmp_path / "run" / "checkpoints" / "0")
-    with pytest.raises(UserError, match="holds checkpoints already"):
+    with pytest.raises(UserError, match="already holds checkpoints"):
         save_weights(tmp_path / "run", state.params, state.stats, {})
     with pytest.raises(UserError, match="weights only"):
         reopened(tmp_path / "run" / "checkpoints").restore(state)
