@@ -118,8 +118,8 @@ class ModelConfig:
     filters: Positive = 40
     """Channels of every hidden layer."""
     shortcut: Literal["input", "conv1"] = "input"
-    """Start of a block's residual connection: its input (the public code) or its first convolution (the paper's
-    Figure 2)."""
+    """Start of a block's residual connection: its input (the public code) or its first convolution (the
+    paper's figure)."""
     norm: Literal["batch", "none"] = "batch"
     """Normalisation after each 3x3 convolution."""
     dropout: Rate = 0.3
