@@ -1,7 +1,7 @@
-"""python -m benchmarks: every figure of docs/performance.md, one benchmark after the other, and the plots.
+"""python -m benchmarks: run all benchmarks behind docs/performance.md in sequence, then draw the plots.
 
-An hour and a half on two cores; nothing else should run meanwhile. On a machine with a GPU it measures there:
-bfloat16 and float32, with PyTorch compiled, at the batches that memory allows.
+Takes 1.5 hours on two cores of an otherwise idle machine. If there is a GPU, it measures the GPU instead: bfloat16 and
+float32, with PyTorch compiled, at all batch sizes that fit in memory.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ GPU_JAX, GPU_TORCH = ("plain", "polyphase", "fused"), TORCH
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure everything and draw it."""
+    """Run all benchmarks and draw the plots."""
 
     only: str = ""
-    """Run only those whose command has this in it: steps_cpu, startup, pipeline, plots."""
+    """Run only commands that contain this text: steps_cpu, startup, pipeline or plots."""
 
 
 def steps(
@@ -34,19 +34,19 @@ def steps(
     torch: Sequence[str],
     *more: str,
 ) -> list[str]:
-    """The arguments of a table of steps, kept in `name`."""
+    """Command line of a table of steps, saved as NAME.json."""
     numbers = ["--sizes", *map(str, sizes), "--batches", *map(str, batches)]
     return ["benchmarks.steps", *numbers, "--jax", *jax, "--torch", *torch, *more, "--output", f"{RESULTS}/{name}.json"]
 
 
 def cpu() -> list[list[str]]:
-    """What is measured on a CPU."""
+    """Commands to run on a CPU."""
     return [
         steps("steps_cpu_batch1", [256], [1], ALL_JAX, ALL_TORCH, "--rounds", "7"),
         steps("steps_cpu_batch4", [256], [4], JAX, TORCH, "--rounds", "5"),
         steps("steps_cpu_small", [128], [1, 8, 32], ("auto", "remat"), TORCH[:1], "--rounds", "5"),
         steps("steps_cpu_large", [512], [1], ("auto", "remat"), TORCH, "--rounds", "3"),
-        # PyTorch's gradients with channels_last take over five minutes there.
+        # At this size PyTorch's gradients take over five minutes with channels_last.
         steps("steps_cpu_largest", [1024], [1], ("auto", "remat"), ("nchw",), "--rounds", "2", "--one-by-one"),
         ["benchmarks.startup", "--output", f"{RESULTS}/startup_cpu.json"],
         ["benchmarks.pipeline", "--rounds", "3", "--train-steps", "60", "--output", f"{RESULTS}/pipeline_cpu.json"],
@@ -55,7 +55,7 @@ def cpu() -> list[list[str]]:
 
 
 def gpu() -> list[list[str]]:
-    """What is measured on a GPU; larger batches one contender at a time, each then having all the memory."""
+    """Commands to run on a GPU: one contender at a time, so that each has all the memory."""
     plan = []
     for precision in ("bfloat16", "float32"):
         more = ("--precision", precision, "--rounds", "7", "--repeats", "5", "--one-by-one")
@@ -65,7 +65,7 @@ def gpu() -> list[list[str]]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the benchmark."""
     options = tyro.cli(Options, prog="python -m benchmarks")
     import torch
 

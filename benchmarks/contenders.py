@@ -1,4 +1,4 @@
-"""The two sides of a benchmark: one training step and one inference each, on the same shapes."""
+"""Training step and inference of JAX and PyTorch, on the same inputs."""
 
 import contextlib
 import dataclasses
@@ -13,13 +13,13 @@ FILTERS = 40
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is computed."""
+    """Image size, batch size and precision to measure."""
 
     size: int
     """Height and width, in pixels."""
     batch: int
     precision: str = "float32"
-    """Of the convolutions: float32, tf32 or bfloat16."""
+    """Precision of the convolutions: float32, tf32 or bfloat16."""
 
     def images(self) -> np.ndarray:
         """(N, H, W, 1), uint8."""
@@ -32,20 +32,20 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """A contender, ready to be timed; each call returns when the device has finished."""
+    """A compiled contender; each call returns when the device has finished."""
 
     train: Callable[[], None]
     infer: Callable[[], None]
     notes: dict[str, Any]
-    """What is known of it beside times: JAX's own figure for temporary memory, the device."""
+    """Device, compilation times, and the temporary memory that JAX reports."""
     device_memory: Callable[[], int | None]
-    """Bytes at the peak on the device; None on a CPU."""
+    """Peak memory on the device in bytes; None on a CPU."""
 
 
 def jax_side(variant: str, work: Work) -> Sides:
-    """JAX by the package's own training step, with `variant` as `model.conv`.
+    """Compile the package's own training step and forward pass, with `variant` as `model.conv`.
 
-    "naive" is plain convolutions as XLA compiles them by itself; "remat" is the default with rematerialisation.
+    "naive" is `plain` with XLA's default compiler options; "remat" is the default path with rematerialisation.
     """
     import jax
     import jax.numpy as jnp
@@ -53,8 +53,8 @@ def jax_side(variant: str, work: Work) -> Sides:
 
     from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
     from pdrunet_jax.model.pixels import unit_range
-    from pdrunet_jax.runtime import devices as startup
-    from pdrunet_jax.runtime.compile import compiler_options, keep_compiled_programs
+    from pdrunet_jax.runtime.compile import compiler_options, enable_compilation_cache
+    from pdrunet_jax.runtime.devices import configure_jax
     from pdrunet_jax.train.step import build_model, create_state, train_step
 
     conv: Any = {"naive": "plain", "remat": "auto"}.get(variant, variant)
@@ -64,8 +64,8 @@ def jax_side(variant: str, work: Work) -> Sides:
         data=DataConfig(size=(work.size,)),
         train=TrainConfig(batch_size=work.batch, precision=precision, remat=variant == "remat"),
     )
-    device = startup.configure_jax(precision, deterministic=False)
-    keep_compiled_programs()
+    device = configure_jax(precision, deterministic=False)
+    enable_compilation_cache()
     options = {} if variant == "naive" else compiler_options()
     graphdef, state = create_state(config, build_model(config, 1))
     batch = {
@@ -81,7 +81,7 @@ def jax_side(variant: str, work: Work) -> Sides:
     def forward(params: Any, stats: Any, images: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, params, stats, copy=True)(unit_range(images, jnp.float32))
 
-    params, stats = jax.tree.map(jnp.copy, (state.params, state.stats))  # the step donates the others
+    params, stats = jax.tree.map(jnp.copy, (state.params, state.stats))  # copies, because the step donates its state
     started = time.perf_counter()
     step = jax.jit(step, compiler_options=options, donate_argnums=0).lower(state, batch).compile()
     step_compiled = time.perf_counter() - started
@@ -112,10 +112,10 @@ def _temporary(compiled: Any) -> int:
 
 
 def torch_side(variant: str, work: Work) -> Sides:
-    """The PyTorch twin with the same loss, optimizer and metrics of nothing else.
+    """Prepare the PyTorch twin with the same loss and optimizer, and no metrics.
 
-    The words of `variant`: "nchw" or "channels_last", "compiled" for torch.compile, and "retained" for a C library
-    that keeps freed memory (see `pdrunet_jax.allocator`), which no user of PyTorch has unless they ask for it.
+    `variant` combines the words "nchw" or "channels_last", "compiled" for torch.compile, and "retained" for a C
+    allocator that keeps freed memory (`pdrunet_jax.runtime.malloc`), which PyTorch users do not have by default.
     """
     import torch
 
@@ -177,7 +177,7 @@ SIDES = {"jax": jax_side, "torch": torch_side}
 
 @contextlib.contextmanager
 def resident_peak() -> Iterator[Callable[[], int]]:
-    """Within the block, the highest resident memory of this process so far, in bytes; Linux alone can say."""
+    """Measure the peak resident memory of this process within the block, in bytes; Linux only."""
     from pathlib import Path
 
     with contextlib.suppress(OSError):
@@ -190,7 +190,7 @@ def resident_peak() -> Iterator[Callable[[], int]]:
 
 
 def resident() -> int:
-    """Resident memory of this process, in bytes."""
+    """Resident memory of this process in bytes."""
     return _status("VmRSS")
 
 

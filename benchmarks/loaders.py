@@ -1,8 +1,7 @@
-"""The input pipelines that are compared: ours, and the same work in a PyTorch DataLoader.
+"""Input pipelines compared by `benchmarks.pipeline`: ours, and equivalent PyTorch DataLoaders.
 
-PyTorch has no torchvision here: its transforms are Pillow's calls, as torchvision's own are. With augmentation, the
-work is flip, rotation, scale, shift and gamma: ours on whole batches in compiled code (as in training), PyTorch's per
-image by Pillow in the workers.
+The PyTorch side calls Pillow directly for its transforms, as torchvision does. Augmentation is flip, rotation, scale,
+shift and gamma: ours on whole batches in compiled code (as in training), PyTorch's per image by Pillow in the workers.
 """
 
 import json
@@ -20,7 +19,7 @@ DEGREES, ZOOM, SHIFT, GAMMA = 10.0, 0.1, 0.05, 0.3
 
 @dataclass(frozen=True)
 class Work:
-    """What one process does."""
+    """The measurement of one process."""
 
     variant: str
     data: str
@@ -31,7 +30,7 @@ class Work:
 
 
 def measure() -> None:
-    """Print images per second of the first and of the later epochs of one variant, as JSON."""
+    """Print the images per second of one variant as JSON: first epoch, later epochs, all epochs."""
     work = Work(**json.loads(sys.argv[1]))
     side = ours if work.variant.startswith("ours") else theirs
     epoch, finish = side(work)
@@ -47,7 +46,7 @@ def measure() -> None:
 
 
 def ours(work: Work) -> tuple[Callable[[], int], Callable[[], None]]:
-    """An epoch of our pipeline; the first one opens and checks the dataset."""
+    """One epoch of our pipeline, and its clean-up; the first epoch opens and checks the dataset."""
     from pdrunet_jax.config import DataConfig
     from pdrunet_jax.data.dataset import open_dataset
     from pdrunet_jax.data.pipeline import TrainBatches, train_batches
@@ -71,7 +70,7 @@ def ours(work: Work) -> tuple[Callable[[], int], Callable[[], None]]:
 
 
 def augmentation(work: Work) -> Callable[[dict[str, Any]], None]:
-    """Our augmentation, compiled beforehand as the training step is."""
+    """Our augmentation, compiled in advance like the training step."""
     import jax
     import numpy as np
 
@@ -94,7 +93,7 @@ def augmentation(work: Work) -> Callable[[dict[str, Any]], None]:
 
 
 def theirs(work: Work) -> tuple[Callable[[], int], Callable[[], None]]:
-    """An epoch of a PyTorch DataLoader."""
+    """One epoch of a PyTorch DataLoader, and its clean-up."""
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np
@@ -102,7 +101,7 @@ def theirs(work: Work) -> tuple[Callable[[], int], Callable[[], None]]:
     from PIL import Image
     from torch.utils.data import DataLoader, Dataset
 
-    torch.set_num_threads(1)  # batches are copied faster so, and its workers do the same
+    torch.set_num_threads(1)  # copies batches faster; the workers use one thread as well
     names = sorted(path.name for path in (Path(work.data) / "images").iterdir())
     size = (work.size, work.size)
     augmented = work.variant.endswith("augmented")
@@ -155,7 +154,7 @@ def theirs(work: Work) -> tuple[Callable[[], int], Callable[[], None]]:
 
     class InMemory(Files):
         def __getitems__(self, indices: list[int]) -> Any:
-            """A whole batch by one index into each tensor: nothing is faster here."""
+            """Fetch a batch with one indexing operation per tensor: the fastest way here."""
             rows = torch.tensor(indices)
             return [part.index_select(0, rows) for part in self.kept]
 
@@ -173,7 +172,7 @@ def theirs(work: Work) -> tuple[Callable[[], int], Callable[[], None]]:
 
     def epoch() -> int:
         if in_memory and dataset.kept is None:
-            dataset.fill()  # before the workers are forked, so that they share it
+            dataset.fill()  # before forking the workers, so that they share it
         return sum(len(images) for images, _ in loader)
 
     return epoch, lambda: None

@@ -1,4 +1,4 @@
-"""The machine's limits, measured: what a share of the roofline is a share of."""
+"""Machine description and measured peak performance (roofline)."""
 
 import os
 import platform
@@ -10,11 +10,11 @@ from typing import Any
 from pdrunet_jax.runtime.run_folder import git_revision
 
 FLOPS_PER_PIXEL = 0.721e6
-"""Multiply-adds, counted as two, of the forward pass at 40 filters; a training step takes three times that."""
+"""FLOPs of the forward pass with 40 filters, a multiply-add counted as two; a training step takes three times that."""
 
 
 def facts() -> dict[str, Any]:
-    """Processor, cores, versions and revision; nothing that names the machine or its owner."""
+    """Processor, cores, versions and revision; nothing that identifies the machine or its owner."""
     names = ("jax", "jaxlib", "flax", "torch", "numpy")
     return {
         "processor": _processor(),
@@ -33,7 +33,7 @@ def _processor() -> str:
 
 
 def roofline(precision: str = "float32") -> dict[str, float]:
-    """Matrix product in FLOP/s and memory traffic in bytes/s, the best of PyTorch's and NumPy's on this device."""
+    """Peak matrix product in FLOP/s and peak copy bandwidth in bytes/s, measured with PyTorch: the best of 10 each."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

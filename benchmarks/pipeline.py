@@ -1,12 +1,13 @@
-"""python -m benchmarks.pipeline: images per second of the input pipeline, beside the same work in PyTorch.
+"""python -m benchmarks.pipeline: images per second of the input pipeline and of equivalent PyTorch DataLoaders.
 
-Both sides read the same PNG files (grey images, two-valued masks), resize them (bilinear; nearest), and hand out
-shuffled batches of uint8 (`loaders.py`). Each variant runs in a process of its own, all of them in turn, several
-rounds; medians are reported. PyTorch gets its best: 0 or 2 persistent workers, and a variant that keeps decoded tensors
-in memory and fetches a batch by one index.
-The first epoch holds everything from the closed files to the last batch: for us the check of the whole dataset (two
-digests of each file, its patients, its mask values), in which the cache is filled; for PyTorch the start of workers,
-and the decoding for what is kept in memory, by threads. Imports and compilation are left out on both sides.
+Both sides read the same PNG files (grey images, two-valued masks), resize them (bilinear; nearest) and yield shuffled
+uint8 batches (`loaders.py`). Variants run in their own processes, in turns, for several rounds; medians are reported.
+PyTorch is measured at its best: 0 or 2 persistent workers, and a variant that keeps decoded tensors in memory and
+fetches a batch with one indexing operation.
+
+The first epoch includes everything from closed files to the last batch. For us that is the check of the whole dataset
+(two digests per file, patients, mask values), which also fills the cache; for PyTorch, starting workers and, for the
+in-memory variants, decoding in threads. Imports and compilation are excluded on both sides.
 """
 
 import importlib.metadata
@@ -39,28 +40,28 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Images per second of the input pipeline, beside the same work in a PyTorch DataLoader."""
+    """Compare the throughput of the input pipeline with equivalent PyTorch DataLoaders."""
 
     images: int = 96
-    """Images in the dataset, all for training."""
+    """Images in the dataset, all in the training split."""
     source: int = 512
-    """Side of the PNG files in pixels."""
+    """Height and width of the PNG files, in pixels."""
     size: int = 256
-    """Side that they are resized to."""
+    """Height and width after resizing, in pixels."""
     batch_size: int = 8
-    """Images in each batch."""
+    """Images per batch."""
     epochs: int = 6
-    """Epochs, of which the first is reported by itself."""
+    """Epochs; the first is reported separately."""
     rounds: int = 5
-    """Processes of each variant."""
+    """Processes per variant."""
     train_steps: int = 0
-    """Also train so long with the phantom configuration, and report the wait for data."""
+    """Also train this many steps with the phantom configuration and report the time spent waiting for data."""
     output: Path | None = None
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 def main() -> None:
-    """The command."""
+    """Run the benchmark."""
     options = tyro.cli(Options, prog="python -m benchmarks.pipeline")
     with tempfile.TemporaryDirectory() as name:
         result = compare(options, Path(name))
@@ -69,7 +70,7 @@ def main() -> None:
 
 
 def compare(options: Options, folder: Path) -> dict[str, Any]:
-    """Every variant in turn, `options.rounds` times."""
+    """Measure all variants in turn, `options.rounds` times."""
     data = folder / "data"
     draw(data, options.images, options.source)
     rounds: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
@@ -97,7 +98,7 @@ def compare(options: Options, folder: Path) -> dict[str, Any]:
 
 
 def draw(root: Path, count: int, side: int) -> None:
-    """Phantoms, all of them for training."""
+    """Draw phantoms and assign all of them to the training split."""
     from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 
     write_phantoms(root, PhantomOptions(count, size=side))
@@ -107,13 +108,15 @@ def draw(root: Path, count: int, side: int) -> None:
 
 
 def train(folder: Path, steps: int) -> dict[str, float]:
-    """The wait for data in a real run of the shipped phantom configuration."""
+    """Measure the wait for data in a run of the shipped phantom configuration."""
     run_folder = folder / "run"
     command = [sys.executable, "-m", "pdrunet_jax.train", "--config", str(ROOT / "configs" / "phantom.toml")]
     command += ["--workdir", str(run_folder), "--data.root", str(folder / "phantoms"), "--train.steps", str(steps)]
     run(command)
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    later = [line for line in lines if "time/data_wait" in line][1:]  # the first waits for the compiler and the cache
+    later = [line for line in lines if "time/data_wait" in line][
+        1:
+    ]  # the first includes compilation and filling the cache
     return {
         "steps": steps,
         "data_wait": statistics.median(line["time/data_wait"] for line in later),
@@ -131,7 +134,7 @@ def run(command: list[str]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Images per second and ratios to the fastest PyTorch variant of the same kind."""
+    """Format images per second and ratios to the fastest comparable PyTorch variant."""
     measured = result["images_per_second"]
     lines = [f"{'images/s':28}{'first epoch':>14}{'later epochs':>14}{'all epochs':>14}"]
     keys = ("first_epoch", "later_epochs", "all_epochs")
@@ -150,7 +153,7 @@ def table(result: dict[str, Any]) -> str:
             label = f"ratio to {'in memory' if memory else 'DataLoader'}{ending.replace('_', ', ')}"
             lines.append(f"{label:28}" + "".join(f"{ratio:14.2f}" for ratio in ratios))
     if training := result.get("training"):
-        lines.append(f"training: waits for data {training['data_wait']:.2%} of the time")
+        lines.append(f"training waits for data: {training['data_wait']:.2%} of the time")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.plots: the pictures of docs/performance.md from benchmarks/results."""
+"""python -m benchmarks.plots: draw the figures of docs/performance.md from benchmarks/results."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ COLOURS = {"jax": "#2a6fbb", "torch": "#d9822b"}
 
 
 def runs(pattern: str) -> list[dict[str, Any]]:
-    """Every piece of work in the result files that match."""
+    """Load the runs of all result files that match `pattern`."""
     found = []
     for path in sorted(RESULTS.glob(pattern)):
         found += json.loads(path.read_text(encoding="utf-8"))["runs"]
@@ -23,7 +23,7 @@ def runs(pattern: str) -> list[dict[str, Any]]:
 
 
 def bars(run: dict[str, Any]) -> plt.Figure:
-    """Time of each contender for one piece of work, training and inference."""
+    """Draw the training and inference time of each contender in one run."""
     rows = [row for row in run["results"] if "train_s" in row]
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.4 * len(rows) + 1.2), layout="constrained", sharey=True)
     work = run["work"]
@@ -40,20 +40,20 @@ def bars(run: dict[str, Any]) -> plt.Figure:
 
 
 def belongs(contender: str, line: str, key: str) -> bool:
-    """Whether a contender counts for a line of `growth`; PyTorch with our settings is out of competition."""
+    """Whether a contender counts for a line of `growth`; PyTorch with our allocator settings does not."""
     if not line.startswith("torch"):
         return contender == line
-    # NCHW, the one form that trains at 1024x1024 in reasonable time, is far from PyTorch's best in inference.
+    # NCHW is the only variant that trains at 1024x1024 in reasonable time, and far from PyTorch's best in inference.
     best = key == "train_s" or "channels_last" in contender
     return contender.startswith("torch") and best and "retained" not in contender
 
 
 def growth(found: list[dict[str, Any]]) -> plt.Figure:
-    """Time a pixel over image size, batch 1, beside the fastest of PyTorch's forms at each size."""
+    """Draw time per pixel over image size at batch 1, with PyTorch's fastest variant at each size."""
     single = sorted((run for run in found if run["work"]["batch"] == 1), key=lambda run: run["work"]["size"])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, key, title in zip(axes, ("train_s", "infer_s"), ("training step", "inference"), strict=True):
-        for name, style in (("jax auto", "o-"), ("jax remat", "o--"), ("torch at its best", "s-")):
+        for name, style in (("jax auto", "o-"), ("jax remat", "o--"), ("torch, best variant", "s-")):
             points = []
             for run in single:
                 size = run["work"]["size"]
@@ -62,7 +62,7 @@ def growth(found: list[dict[str, Any]]) -> plt.Figure:
                     points.append((size, min(times) / size**2 * 1e6))
             if points and not (name == "jax remat" and key == "infer_s"):
                 axis.plot(*zip(*points, strict=True), style, label=name, color=COLOURS[name.split()[0]])
-        axis.set(xscale="log", xlabel="image size in pixels", ylabel="µs a pixel", title=title)
+        axis.set(xscale="log", xlabel="image size in pixels", ylabel="µs per pixel", title=title)
         axis.set_xticks(sizes := [run["work"]["size"] for run in single], [str(size) for size in sizes], minor=False)
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
@@ -72,7 +72,7 @@ def growth(found: list[dict[str, Any]]) -> plt.Figure:
 
 
 def main() -> None:
-    """The command."""
+    """Draw all figures."""
     plt.rcParams |= {"svg.hashsalt": "pdrunet-jax", "svg.fonttype": "none", "font.family": "sans-serif"}
     found = runs("steps_cpu*.json")
     pictures = {"growth_cpu": growth(found)}

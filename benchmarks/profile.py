@@ -1,8 +1,7 @@
-"""python -m benchmarks.profile: where the time of a training step or an inference goes, by kind of operation.
+"""python -m benchmarks.profile: time per kind of operation in a training step or inference.
 
-JAX's profiler records the step; its trace stays in --output, to be opened in Perfetto or XProf. The table adds up what
-ran on the device by kind of operation. Operations of several threads may overlap, so that the shares are of the time
-that is spent in operations, not of the step.
+Records the step with JAX's profiler and sums the device operations by kind; --output keeps the trace for Perfetto or
+XProf. Operations of different threads may overlap, so shares are of the total time in operations, not of the step.
 """
 
 import collections
@@ -22,35 +21,35 @@ from benchmarks.contenders import Work, jax_side
 from pdrunet_jax.runtime.malloc import configure_malloc
 
 CONTAINERS = ("while", "conditional", "call")
-"""Operations made of others, which the trace has as well: counted, they would be there twice."""
+"""Operations that contain others; the trace lists both, so counting these would count time twice."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Say where a step's time goes."""
+    """Profile a training step or inference by kind of operation."""
 
     what: Literal["train", "infer"] = "train"
-    """A training step or an inference."""
+    """Profile a training step or inference."""
     size: int = 256
     """Image size in pixels."""
     batch: int = 1
-    """Images a step."""
+    """Images per step."""
     precision: str = "float32"
     """float32, tf32 or bfloat16."""
     variant: str = "auto"
-    """`model.conv`, or remat, or naive."""
+    """Value of model.conv, or remat, or naive."""
     steps: int = 3
-    """Steps that are recorded."""
+    """Steps to record."""
     lines: int = 15
-    """Lines of the table."""
+    """Maximum number of table rows."""
     output: Path | None = None
-    """Folder that keeps the trace."""
+    """Folder to save the trace in."""
 
 
 def by_kind(events: Sequence[Mapping[str, object]]) -> dict[str, tuple[float, int]]:
-    """Seconds and calls of each kind of operation in a trace's events, longest first.
+    """Sum seconds and calls per kind of operation in trace events, longest first.
 
-    A kind is an operation's name in the compiled program without its number: `convolution.12` is a convolution.
+    The kind is the name in the compiled program without its number: `convolution` for `convolution.12`.
     """
     totals: dict[str, list[float]] = collections.defaultdict(list)
     for event in events:
@@ -65,7 +64,7 @@ def by_kind(events: Sequence[Mapping[str, object]]) -> dict[str, tuple[float, in
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the benchmark."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.profile")
     configure_malloc()
     import jax
@@ -83,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             kinds = by_kind(json.load(file)["traceEvents"])
     total = sum(seconds for seconds, _ in kinds.values())
     print(f"{options.what}, {options.size}x{options.size}, batch {options.batch}, {sides.notes['device']}\n")
-    print("| operation | calls a step | ms a step | share |\n|---|---|---|---|")
+    print("| operation | calls per step | ms per step | share |\n|---|---|---|---|")
     for kind, (seconds, calls) in list(kinds.items())[: options.lines]:
         per_step = seconds / options.steps * 1e3
         print(f"| {kind} | {calls / options.steps:g} | {per_step:.1f} | {seconds / total:.0%} |")
-    print(f"| all | | {total / options.steps * 1e3:.1f} | 100% |")
+    print(f"| total | | {total / options.steps * 1e3:.1f} | 100% |")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""python -m benchmarks.startup: seconds to import the package, and to the first training step of a real command.
+"""python -m benchmarks.startup: import time and time to the first step of the training command.
 
-Each figure is of fresh processes, started in turn. The command trains on phantoms at the given size, first with
-an empty cache of compiled programs, then with a warm one; the time to the first step is from the process's start to
-the line of metrics.jsonl that the step writes, at which the process is killed.
+Every figure comes from fresh processes. The command trains on phantoms of the given size, first with an empty cache of
+compiled programs, then with a warm one. Time to the first step runs from process start until the step's line appears in
+metrics.jsonl; the process is then killed.
 """
 
 import dataclasses
@@ -20,25 +20,25 @@ import tyro
 
 from benchmarks import machine, output
 
-IMPORTS = ("pdrunet_jax", "jax", "torch", "pdrunet_jax.train")
+IMPORTS = ("pdrunet_jax", "jax", "torch", "pdrunet_jax.train.run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Measure how long starting takes."""
+    """Measure import time and time to the first training step."""
 
     size: int = 256
     """Image size in pixels."""
     filters: int = 40
-    """Channels of the network."""
+    """Channels of every hidden layer."""
     rounds: int = 5
-    """Processes for each figure; their median counts."""
+    """Processes per figure; the median is reported."""
     output: Path | None = None
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 def import_seconds(module: str, rounds: int) -> float:
-    """The median time that importing `module` takes in a fresh process, the interpreter's own start left out."""
+    """Median time to import `module` in a fresh process, without interpreter start-up."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     return statistics.median(
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
@@ -47,7 +47,7 @@ def import_seconds(module: str, rounds: int) -> float:
 
 
 def first_step_seconds(folder: Path, cache: Path, number: int, options: Options) -> float:
-    """From the start of the training command to its first logged step."""
+    """Time from the start of the training command to its first logged step."""
     workdir = folder / f"run_{number}"
     command = [sys.executable, "-m", "pdrunet_jax.train", "--config", "phantom", "--workdir", str(workdir)]
     command += ["--data.root", str(folder / "data"), "--data.size", str(options.size), "--train.batch-size", "1"]
@@ -68,7 +68,7 @@ def first_step_seconds(folder: Path, cache: Path, number: int, options: Options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the benchmark."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.startup")
     result: dict[str, Any] = {"machine": machine.facts(), "settings": {"size": options.size, "rounds": options.rounds}}
     result["import_s"] = {module: import_seconds(module, options.rounds) for module in IMPORTS}
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         draw = [sys.executable, "-m", "pdrunet_jax.data", "phantom", str(folder / "data"), "--count", "24"]
         subprocess.run([*draw, "--size", str(options.size)], check=True, capture_output=True)
         cold = first_step_seconds(folder, folder / "cache", 0, options)
-        first_step_seconds(folder, folder / "cache", 1, options)  # fills what the killed process left out
+        first_step_seconds(folder, folder / "cache", 1, options)  # completes the cache after the killed process
         warm = [first_step_seconds(folder, folder / "cache", number + 2, options) for number in range(options.rounds)]
     result["first_step_s"] = {"cold": cold, "warm": statistics.median(warm)}
     for module, seconds in result["import_s"].items():

@@ -1,7 +1,7 @@
-"""python -m benchmarks.steps: training step and inference of JAX beside PyTorch, in one run.
+"""python -m benchmarks.steps: compare training steps and inference of JAX and PyTorch in one run.
 
-Every contender lives in a process of its own, and they take turns, a few repetitions each, so that whatever else the
-machine does falls on all alike. What is quoted is the ratio to PyTorch's fastest variant.
+Each contender runs in its own process and they take turns, a few repetitions each, so that disturbances of the machine
+affect all alike. Ratios are relative to PyTorch's fastest variant.
 """
 
 import contextlib
@@ -27,36 +27,36 @@ TORCH = ("nchw", "channels_last", "channels_last compiled")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Time training steps and inference of JAX and PyTorch side by side."""
+    """Time training steps and inference of JAX and PyTorch."""
 
     sizes: tuple[int, ...] = (256,)
     """Image sizes, in pixels."""
     batches: tuple[int, ...] = (1, 4)
-    """Images a step."""
+    """Batch sizes."""
     precision: str = "float32"
     """float32, tf32 or bfloat16."""
     jax: tuple[str, ...] = JAX
-    """Variants of JAX: auto, plain, polyphase, fused, naive."""
+    """JAX variants: auto, plain, polyphase, fused, remat, naive."""
     torch: tuple[str, ...] = TORCH
-    """Variants of PyTorch: nchw or channels_last, and compiled."""
+    """PyTorch variants: nchw or channels_last, optionally compiled or retained."""
     rounds: int = 7
-    """Turns of each contender; the median of all repetitions counts."""
+    """Turns per contender; the median of all repetitions is reported."""
     repeats: int = 1
-    """Repetitions a turn."""
+    """Repetitions per turn."""
     one_by_one: bool = False
-    """Each contender alone, all its turns at once: for sizes of which memory does not hold two at a time."""
+    """Run each contender alone, all its turns at once, if memory does not hold two of them."""
     stored: bool = False
-    """Load programs that earlier runs have stored; without it every contender compiles, as at a user's first start."""
+    """Use cached programs of earlier runs. Otherwise every contender compiles, as on a user's first run."""
     output: Path | None = None
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 class Contender:
-    """A worker process and what it has measured."""
+    """A worker process and its measurements."""
 
     def __init__(self, framework: str, variant: str, work: Work, *, stored: bool) -> None:
         self.name = f"{framework} {variant}"
-        # Left alone, JAX would take most of a GPU's memory from the others.
+        # By default JAX preallocates most of a GPU's memory, which would leave none for the others.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._store = tempfile.TemporaryDirectory(prefix="benchmark")
         if not stored:
@@ -81,20 +81,20 @@ class Contender:
         return json.loads(line) if line else None
 
     def start(self) -> None:
-        """Wait until it is compiled and has done one step of each."""
+        """Wait until the worker has compiled, then warm up with one training step and one inference."""
         self.notes = self._answer() or {}
         for order in self.seconds:
             self.turn(order, 1, keep=False)
 
     def ask(self, order: str, count: int) -> Any:
-        """Send an order and wait for the answer; None if the process has died."""
+        """Send an order and wait for the answer; None if the process died."""
         if self.failed:
             return None
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{order} {count}\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # killed, as a rule for its memory; the others go on
+        except BrokenPipeError:  # killed, usually out of memory; the others continue
             self.failed = True
             return None
         return self._answer()
@@ -106,7 +106,7 @@ class Contender:
             self.seconds[order] += answer
 
     def end(self) -> None:
-        """Close the process."""
+        """End the process."""
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -114,7 +114,7 @@ class Contender:
         self._store.cleanup()
 
     def result(self) -> dict[str, Any]:
-        """Medians and everything else that is known."""
+        """Medians, all times, and the notes of the worker."""
         times: dict[str, Any] = {}
         for order, seconds in self.seconds.items():
             if seconds:
@@ -123,7 +123,7 @@ class Contender:
 
 
 def measure(work: Work, options: Options) -> list[dict[str, Any]]:
-    """All contenders on one piece of work, taking turns, or one after the other."""
+    """Measure all contenders on one piece of work, in turns or one after the other."""
     sides = [("jax", variant) for variant in options.jax] + [("torch", variant) for variant in options.torch]
     if options.one_by_one:
         return [result for side in sides for result in _compete([side], work, options)]
@@ -132,12 +132,12 @@ def measure(work: Work, options: Options) -> list[dict[str, Any]]:
 
 def _compete(sides: Sequence[tuple[str, str]], work: Work, options: Options) -> list[dict[str, Any]]:
     contenders = []
-    for framework, variant in sides:  # one after the other: compiling takes all cores
+    for framework, variant in sides:  # one at a time: compilation uses all cores
         contender = Contender(framework, variant, work, stored=options.stored)
         contender.start()
         contenders.append(contender)
     for _ in range(options.rounds):
-        # Inference is so short that one burst of a neighbour of this machine can fall on all of it.
+        # Inference is short: one burst of load on a shared host could cover all of it, so it is measured three times.
         for order in ("train", "infer", "infer", "infer"):
             for contender in contenders:
                 contender.turn(order, options.repeats)
@@ -149,8 +149,8 @@ def _compete(sides: Sequence[tuple[str, str]], work: Work, options: Options) -> 
 
 
 def table(results: Sequence[dict[str, Any]], work: Work, limits: dict[str, float]) -> str:
-    """The results of one piece of work in Markdown."""
-    # "retained" is out of competition: no user of PyTorch has it, but it says what of our lead is the allocator's.
+    """Format the results of one piece of work as a Markdown table."""
+    # "retained" is out of competition: PyTorch users do not have it. It shows how much of our lead is the allocator.
     rivals = [row for row in results if row["name"].startswith("torch") and "retained" not in row["name"]]
     theirs = [row for row in rivals if "train_s" in row]
     best = {key: min((row[key] for row in theirs), default=float("nan")) for key in ("train_s", "infer_s")}
@@ -177,7 +177,7 @@ def table(results: Sequence[dict[str, Any]], work: Work, limits: dict[str, float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the benchmark."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.steps")
     limits = machine.roofline(options.precision)
     print(f"{machine.facts()['processor']}, {machine.facts()['cores']} cores")

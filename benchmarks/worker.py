@@ -1,6 +1,6 @@
-"""One contender in a process of its own: told what to do on standard input, a line each, it answers with JSON.
+"""Worker process of `benchmarks.steps`: one contender, which reads orders from stdin and answers in JSON, a line each.
 
-`train COUNT` and `infer COUNT` time so many repetitions, `memory COUNT` says the highest resident memory of training.
+`train COUNT` and `infer COUNT` time COUNT repetitions; `memory COUNT` reports the peak memory of COUNT training steps.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from pdrunet_jax.runtime.malloc import configure_malloc, trim_malloc
 
 
 def timed(function: Callable[[], None], count: int) -> list[float]:
-    """Seconds of each of `count` calls."""
+    """Time each of `count` calls, in seconds."""
     seconds = []
     for _ in range(count):
         started = time.perf_counter()
@@ -24,22 +24,22 @@ def timed(function: Callable[[], None], count: int) -> list[float]:
 
 
 def main() -> None:
-    """The process; its arguments are the framework, the variant and the work as JSON."""
+    """Serve orders; the arguments are framework, variant, and the work as JSON."""
     framework, variant, work = sys.argv[1:]
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between the answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # keeps library output out of the answers
     if (framework == "jax" and variant != "naive") or "retained" in variant:
-        configure_malloc()  # as every command of pdrunet_jax does
+        configure_malloc()  # as all our commands do
     started = time.perf_counter()
     if framework == "torch":
         importlib.import_module("torch")
     else:
         import jax
 
-        from pdrunet_jax.runtime.compile import dispatch_in_turn
+        from pdrunet_jax.runtime.compile import disable_async_dispatch
 
-        dispatch_in_turn()  # as every command does
+        disable_async_dispatch()  # likewise
         jax.devices()
-        importlib.import_module("pdrunet_jax.step")
+        importlib.import_module("pdrunet_jax.train.step")
     imported = time.perf_counter() - started
     baseline = resident()
     sides = SIDES[framework](variant, Work(**json.loads(work)))
@@ -47,7 +47,7 @@ def main() -> None:
     for line in sys.stdin:
         order, count = line.split()
         if order == "memory":
-            trim_malloc()  # what compiling has left, as training does after its first step; PyTorch's likewise
+            trim_malloc()  # frees what compilation left over, as training does after its first step
             with resident_peak() as peak:
                 timed(sides.train, int(count))
                 answer: object = {"resident": peak() - baseline, "device": sides.device_memory()}

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks` starts: commands that exist, with options that they have, each with a file of its own."""
+"""The commands of `python -m benchmarks` exist, accept their options, and each write a file of their own."""
 
 import importlib
 import importlib.util
@@ -14,18 +14,18 @@ PLANS = {"cpu": cpu(), "gpu": gpu()}
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_planned_commands_are_understood_and_keep_files_of_their_own(plan: list[list[str]]) -> None:
+def test_planned_commands_parse_and_write_different_files(plan: list[list[str]]) -> None:
     kept = []
     for name, *arguments in plan:
         if arguments:
             kept.append(tyro.cli(importlib.import_module(name).Options, args=arguments).output)
         else:
-            assert importlib.util.find_spec(name)  # the plots: matplotlib need not be here
+            assert importlib.util.find_spec(name)  # the plots, which need matplotlib
     assert len(kept) == len(set(kept)) == len(plan) - 1
     assert all(file.parent == Path("benchmarks/results") and file.suffix == ".json" for file in kept)
 
 
-def test_results_are_kept_in_the_file_that_is_named(tmp_path: Path) -> None:
+def test_results_replace_those_in_the_named_file(tmp_path: Path) -> None:
     file = tmp_path / "new" / "result.json"
     output.write({"a": 1}, file)
     output.write({"a": 2}, file)
