@@ -1,7 +1,7 @@
-"""Digests that show whether files are still what was written: a checkpoint counts only with a digest that matches.
+"""SHA-256 digests that detect damaged checkpoints and weights.
 
-The digest file of a folder is in the form of `sha256sum` (`sha256sum -c digest.sha256` checks it by hand) with one
-comment line that guards the list itself. Files of weights carry the digest of their arrays and options in their header.
+The digest file of a folder has the format of `sha256sum` (check it by hand with `sha256sum -c digest.sha256`), plus a
+comment line that guards the list itself. Weights files carry the digest of their arrays and options in their header.
 """
 
 import hashlib
@@ -14,25 +14,27 @@ from pdrunet_jax.runtime.files import atomic_write, sync
 
 DIGEST = "digest.sha256"
 CONTENT = "digest"
-"""Key of the options of a file of weights under which its `content_digest` is."""
+"""Key of `content_digest` in the options of a weights file."""
 _GUARD = "# sha256 of the lines above: "
 
 
 def seal(folder: Path) -> None:
-    """Bring every file of `folder` to the disk, then write their digests beside them, as the last thing.
+    """Flush every file in `folder` to disk, then write the digest file.
 
-    Raises `OSError` if the disk refuses.
+    Raises `OSError` if a file cannot be written.
     """
-    for path in sorted(folder.rglob("*"), reverse=True):  # files and subfolders before the folder that names them
+    paths = sorted(folder.rglob("*"))
+    for path in reversed(paths):  # files and subfolders before the folder that names them
         sync(path)
-    lines = "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in _files(folder))
+    files = [path for path in paths if path.is_file() and path != folder / DIGEST]
+    lines = "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
     atomic_write(folder / DIGEST, f"{lines}{_GUARD}{_guard(lines)}\n")
 
 
 def faults(folder: Path) -> Iterator[str]:
-    """Everything that is wrong with a sealed folder, a few words for each file; nothing if it is what was sealed."""
+    """Describe everything that changed in a sealed folder, a few words for each file; empty if nothing did."""
     if not folder.is_dir():
-        yield "it is no folder"
+        yield "it is not a folder"
         return
     try:
         text = (folder / DIGEST).read_bytes().decode()
@@ -50,9 +52,9 @@ def faults(folder: Path) -> Iterator[str]:
         digest, _, name = line.partition("  ")
         path, parts = folder / name, PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts:  # neither followed nor opened: it could be a device
-            yield f"{DIGEST} names {name}, which is not in it"
+            yield f"{DIGEST} lists {name}, which is outside the folder"
         elif not path.is_file():
-            yield f"{name} is missing" if not path.exists() else f"{name} is no file"
+            yield f"{name} is missing" if not path.exists() else f"{name} is not a file"
         else:
             try:
                 found = sha256(path)
@@ -60,23 +62,19 @@ def faults(folder: Path) -> Iterator[str]:
                 yield f"{name} cannot be read ({error.strerror})"
                 continue
             if found != digest:
-                yield f"{name} is not what was written"
+                yield f"{name} does not match its digest"
 
 
 def content_digest(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """SHA-256 of NumPy arrays with their names, types and shapes, and of the options beside them."""
+    """SHA-256 of NumPy arrays with their names, types and shapes, and of the options stored with them."""
     digest = hashlib.sha256(json.dumps({**options, CONTENT: None}, sort_keys=True).encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
     return digest.hexdigest()
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / DIGEST)
-
-
 def sha256(path: Path) -> str:
-    """The digest of a file. Raises `OSError`."""
+    """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,28 +1,27 @@
-"""The exceptions a user may meet, and the exit code that each one stands for."""
+"""Exceptions with a message for the user, and their exit codes."""
 
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """The input is wrong and the user can mend it: exit code 2, one message, no traceback.
+    """Invalid input that the user can fix: exit code 2, one message, no traceback.
 
-    The message names the file or the option and says what to do.
+    The message names the file or option and the remedy.
     """
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """The work could not be finished although the input was right: exit code 1."""
+    """A failure in spite of valid input, such as a full disk: exit code 1, one message, no traceback."""
 
     exit_code = 1
 
 
 class DataError(UserError):
-    """Everything that is wrong with a dataset, found in one pass."""
+    """All problems of a dataset, collected in one pass."""
 
     def __init__(self, what: str, problems: Iterable[str]) -> None:
-        self.what = what
         self.problems = tuple(problems)
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{what}:\n{lines}")

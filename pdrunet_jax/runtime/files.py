@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic files and folders: complete or absent, whatever happens."""
 
 import os
 import shutil
@@ -11,13 +11,14 @@ from pdrunet_jax.runtime.errors import RunError, UserError
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write `path` so that it holds either what it held before or all of `data`, whatever happens.
+    """Replace the contents of `path` by `data`, or leave it unchanged if that fails.
 
-    Raises `OSError` if the disk refuses; the earlier file is then intact.
+    Raises `OSError` if the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name, so that a killed process leaves no litter behind
+    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed process leaves is replaced next time
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # exclusively: never through a link that somebody put there
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -30,7 +31,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses inside the block becomes a `RunError` that names `path`."""
+    """Turn an `OSError` inside the block into a `RunError` that names `path`."""
     try:
         yield
     except OSError as error:
@@ -38,7 +39,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, from the system's memory to the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,7 +48,7 @@ def sync(path: Path) -> None:
 
 
 def require_vacant(root: Path) -> None:
-    """Raise `UserError` if `root` is anything but absent or an empty folder."""
+    """Raise `UserError` unless `root` is absent or an empty folder."""
     try:
         vacant = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     except OSError as error:
@@ -58,19 +59,17 @@ def require_vacant(root: Path) -> None:
 
 @contextmanager
 def new_folder(root: Path, what: str = "the dataset") -> Iterator[Path]:
-    """A folder to write to that becomes `root` in one step when the block ends well, and vanishes when it does not.
+    """A temporary folder that becomes `root` if the block succeeds, and is removed if it raises.
 
-    Raises `UserError` if `root` holds something already, or `what` cannot be written to it.
+    Raises `UserError` if `root` is not vacant, or `what` cannot be written to it.
     """
     require_vacant(root)
+    workplace = None
     try:
         parent = root.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         workplace = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=parent))
-    except OSError as error:
-        raise UserError(f"{what} cannot be written to {root}: {error.strerror}") from None
-    try:
-        folder = workplace / "dataset"  # made here with the usual permissions; mkdtemp's own folder is private
+        folder = workplace / "dataset"  # created here with the usual permissions; mkdtemp's own folder is private
         folder.mkdir()
         yield folder
         if root.exists():
@@ -79,4 +78,5 @@ def new_folder(root: Path, what: str = "the dataset") -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{what} cannot be written to {root}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        if workplace is not None:
+            shutil.rmtree(workplace, ignore_errors=True)

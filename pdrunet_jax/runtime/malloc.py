@@ -1,4 +1,4 @@
-"""How the C library hands memory out: a step should get the pages of the last one, not new ones, and large ones."""
+"""Tune glibc malloc: reuse pages between steps and request huge pages."""
 
 import ctypes
 import mmap
@@ -12,59 +12,57 @@ from pathlib import Path
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _HUGE_PAGES = 14
 
-_ARENAS_A_CORE = 4
-"""Half of what glibc would open. With one for all, threads wait for each other in a heap that compiling has left in
-pieces: a step after it takes 10 to 15 % longer than with stored programs, inference a quarter. With more than these,
-each keeps some memory of its own and nothing gets faster."""
+_ARENAS_PER_CORE = 4
+"""Half of glibc's default. With a single arena, threads wait for each other in a heap fragmented by compilation: a step
+takes 10 to 15 % longer than with cached programs, inference 25 %. More arenas keep more memory and gain no speed."""
 
 _OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 _STRICT = "2"
-"""The kernel then counts what is reserved as used."""
+"""In this mode the kernel counts reserved memory as used."""
 
 
 def configure_malloc() -> bool:
-    """Let this process keep what it frees, for its next allocation; whether that could be arranged.
+    """Keep freed memory in this process for its next allocation. Returns whether that was possible.
 
-    XLA on CPUs allocates the temporary memory of a program at each call, some 500 MiB for one training step at 256x256,
-    and glibc takes blocks of that size from the kernel and gives them straight back: the kernel then clears every page
-    of every step anew, which costs a tenth to a third of the step's time. The peak stays what it is; what is freed
-    after it is not given back to other processes.
+    XLA on CPUs allocates the temporary memory of a program at each call, about 500 MiB for one training step at
+    256x256. By default glibc takes blocks of that size from the kernel and returns them at once, so that the kernel
+    clears every page again at every step: 10 to 33 % of the step's time. Peak memory does not change, but memory freed
+    after the peak is not available to other processes.
 
-    Where the kernel has huge pages on request (Linux's transparent_hugepage is "madvise", as on most distributions),
-    they are requested: with small ones, looking addresses up costs 4 to 30 % of a step, the more the more other
-    processes do.
+    Huge pages are requested where the kernel provides them on request (transparent_hugepage is "madvise", as on most
+    Linux distributions). With small pages, address translation takes 4 to 30 % of a step, more on a busy machine.
 
-    Call it before JAX is used: a thread that has allocated keeps the arena that it allocated from. Does nothing where
-    the C library is not glibc, or where the environment already sets it (MALLOC_..., GLIBC_TUNABLES).
+    Call this before JAX is used: a thread that has allocated memory keeps its arena. Does nothing if the C library is
+    not glibc, or if the environment already sets it (MALLOC_..., GLIBC_TUNABLES).
     """
-    if (library := _glibc()) is None or not _ours():
+    if (library := _glibc()) is None or not _may_tune():
         return False
     mallopt = library.mallopt
-    arenas = _ARENAS_A_CORE * len(os.sched_getaffinity(0))
-    # Without mappings, large blocks come from the main thread's arena, where programs that run in turn take their
-    # memory (`compiling.dispatch_in_turn`). Other threads' arenas hold 64 MiB, and glibc maps what is larger anew.
+    arenas = _ARENAS_PER_CORE * len(os.sched_getaffinity(0))
+    # Without mmap, large blocks come from the main thread's arena, where synchronous programs take their memory
+    # (`compile.disable_async_dispatch`). Arenas of other threads hold 64 MiB; glibc still maps larger blocks each time.
     kept = all([mallopt(_ARENA_MAX, arenas), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])
     if kept:
-        _ask_for_huge_pages(library)
+        _request_huge_pages(library)
     return kept
 
 
 def trim_malloc() -> None:
-    """Return what is free to other processes, once: compiling takes, and leaves, more memory than a small run needs.
+    """Return free memory to the system once. Compiling takes more memory than a small run needs.
 
-    Does nothing where the C library is not glibc.
+    Does nothing if the C library is not glibc.
     """
     if library := _glibc():
         library.malloc_trim(0)
-        if _ours():
-            _ask_for_huge_pages(library)
+        if _may_tune():
+            _request_huge_pages(library)
 
 
-def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
-    """Ask for huge pages for the heap and the addresses after it, which it will grow into.
+def _request_huge_pages(library: ctypes.CDLL) -> None:
+    """Request huge pages for the heap and for the addresses that it will grow into.
 
-    The advice holds for addresses that are in the heap already; so it is made as large as memory for a moment, by a
-    block that nobody writes to. Freed, the block stays a part of the heap, and takes no memory until it is used.
+    The request covers only addresses that already belong to the heap. A block of most of the machine's memory, freed at
+    once, extends it; nobody writes to the block, so it takes no memory.
     """
     if not _may_reserve():
         return
@@ -78,7 +76,7 @@ def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
 
 
 def _may_reserve() -> bool:
-    """Whether addresses may be reserved without being missed elsewhere."""
+    """Whether reserving addresses costs nothing: no limit on them, no strict overcommit accounting."""
     import resource  # Windows has none
 
     limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
@@ -90,14 +88,14 @@ def _may_reserve() -> bool:
         return False
 
 
-def _ours() -> bool:
-    """Whether the environment leaves the settings of the C library to us."""
+def _may_tune() -> bool:
+    """Whether the environment leaves malloc's settings alone."""
     return "GLIBC_TUNABLES" not in os.environ and not any(name.startswith("MALLOC_") for name in os.environ)
 
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    """The C library of this process, if it is glibc."""
+    """The C library of this process, or None if it is not glibc."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return None
     library = ctypes.CDLL(None)

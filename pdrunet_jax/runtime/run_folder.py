@@ -1,4 +1,4 @@
-"""A run's folder: what lies where, the configuration it was started with, and one trainer at a time."""
+"""The folder of a training run: file names, the lock that admits one trainer, the record of the environment."""
 
 import contextlib
 import fcntl
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.files import writing
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class RunFolder:
-    """The layout of one run (`runs/NAME/`); makes nothing by itself."""
+    """Paths inside the folder of one run (`runs/NAME/`); the constructor creates nothing."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = self.path / "config.toml"
+        self.config_file = self.path / "config.toml"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best.safetensors"
@@ -32,15 +33,13 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for this process; the operating system lets go when the process ends, however it ends.
+        """Lock the folder for this process; the operating system releases the lock however the process ends.
 
-        Raises `UserError` that names the holder if another process has it.
+        Raises `UserError` that names the holder if another process has it, `RunError` if the file cannot be locked.
         """
         path = self.path / "lock"
-        try:
+        with writing(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error.strerror})") from None
         try:
             self._take(descriptor)
             os.ftruncate(descriptor, 0)
@@ -50,10 +49,10 @@ class RunFolder:
             os.close(descriptor)
 
     def require_free(self) -> None:
-        """Raise `UserError` that names the holder if another process has the folder now; writes nothing."""
+        """Raise `UserError` that names the holder if another process holds the lock; writes nothing."""
         try:
             descriptor = os.open(self.path / "lock", os.O_RDONLY)
-        except OSError:  # whatever it is, `lock` says it where it matters
+        except OSError:  # no lock file yet, or one that `lock` will report
             return
         try:
             self._take(descriptor)
@@ -66,15 +65,16 @@ class RunFolder:
         except BlockingIOError:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
             raise UserError(
-                f"{self.path} is in use by {holder}: one run folder takes one trainer at a time; "
-                "wait for that one, stop it, or choose another --workdir"
+                f"{self.path} is in use by {holder}; wait until that process ends, stop it, or choose another --workdir"
             ) from None
         except OSError as error:
-            raise RunError(f"{self.path}: this file system offers no locks ({error.strerror})") from None
+            raise RunError(
+                f"{self.path}: this file system has no file locks ({error.strerror}); choose another --workdir"
+            ) from None
 
 
 def environment(device: str = "") -> dict[str, Any]:
-    """Versions, platform, git revision and time, for the record; nothing of the process's environment variables."""
+    """Versions, platform, git revision and time of the start; no environment variables."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     with contextlib.suppress(metadata.PackageNotFoundError):
         versions["pdrunet_jax"] = metadata.version("pdrunet-jax")
@@ -89,7 +89,7 @@ def environment(device: str = "") -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """The commit this package was run from (`-dirty` appended if changed since), or None if it is no git checkout."""
+    """The commit of this package, with `-dirty` if files changed since; None outside a git checkout."""
     package = Path(__file__).parent
     tracked = ["git", "-C", str(package), "ls-files", "--error-unmatch", Path(__file__).name]
     describe = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

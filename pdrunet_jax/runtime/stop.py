@@ -1,4 +1,4 @@
-"""Asked to stop: SIGTERM and SIGINT only set a flag, and the loop saves and leaves at its next step."""
+"""Stop requests: SIGTERM and SIGINT set a flag, and the training loop saves and exits at its next step."""
 
 import signal
 import threading
@@ -9,13 +9,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopFlag:
-    """A context in which SIGTERM and SIGINT set a flag instead of ending the process; further signals change nothing.
+    """Context in which SIGTERM and SIGINT set a flag instead of ending the process; further signals change nothing.
 
-    `if stop:` asks for the flag; `stop.signal` names the first signal. The earlier handlers come back on exit. Outside
-    the main thread, where Python allows no handlers, the flag is only set by `request`.
-
-    With `last`, the process ends with the context: signals that arrive after it are ignored, because all they could
-    still do is to spoil the exit code.
+    The flag is the object's truth value; `signal` names the first signal. On exit the earlier handlers are restored or,
+    with `last`, both signals are ignored from then on: the process is ending and they could only spoil its exit code.
+    Outside the main thread, where Python allows no handlers, only `request` sets the flag.
     """
 
     def __init__(self, last: bool = False) -> None:
@@ -40,7 +38,7 @@ class StopFlag:
         return self.signal is not None
 
     def ask(self) -> bool:
-        """Whether to stop; `AgreedStop` asks the other processes here."""
+        """Whether to stop; `AgreedStop` overrides this to agree with the other processes."""
         return bool(self)
 
     def request(self, name: str = "request") -> None:

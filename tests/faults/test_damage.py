@@ -223,7 +223,12 @@ def test_verify_names_every_damaged_file_and_changes_nothing(place: Place, capsy
     (run / "config.toml").write_text("[optim\n")
     with pytest.raises(RunError) as caught:
         verify(run)
-    for part in (f"{newest}: ", "meta/metadata is not what", "_CHECKPOINT_METADATA is missing", "best.safetensors is "):
+    for part in (
+        f"{newest}: ",
+        "meta/metadata does not match its digest",
+        "_CHECKPOINT_METADATA is missing",
+        "best.safetensors is ",
+    ):
         assert part in str(caught.value)
     assert f"metrics.jsonl: no JSON object with a step in line {len(lines_of_text(run))}" in str(caught.value)
     assert "config.toml is not valid TOML" in str(caught.value)

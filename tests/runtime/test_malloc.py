@@ -10,8 +10,8 @@ PROGRAM = """
 import resource, sys
 from pdrunet_jax.runtime.malloc import configure_malloc
 kept = configure_malloc() if sys.argv[1] == "keep" else False
-from pdrunet_jax.runtime.compile import dispatch_in_turn
-dispatch_in_turn()
+from pdrunet_jax.runtime.compile import disable_async_dispatch
+disable_async_dispatch()
 import jax, jax.numpy as jnp
 program = jax.jit(lambda x, w: (x @ w).T @ (x @ w))  # temporaries of 80 MB: more than glibc keeps by itself
 x, w = jnp.ones((80_000, 8)), jnp.ones((8, 128))

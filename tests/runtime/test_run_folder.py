@@ -144,6 +144,17 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_file_is_not_written_through_a_link_in_its_way(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_text("kept")
+    (tmp_path / ".file.tmp").symlink_to(other)
+    (tmp_path / "file").symlink_to(other)
+    atomic_write(tmp_path / "file", "new")
+    assert other.read_text() == "kept"
+    assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+
+
 def test_the_git_revision_is_that_of_the_package_if_it_is_tracked() -> None:
     revision = git_revision()
     assert environment().get("git") == revision
