@@ -54,7 +54,7 @@ def jax_side(variant: str, work: Work) -> Sides:
     from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
     from pdrunet_jax.model.pixels import unit_range
     from pdrunet_jax.runtime.compile import compiler_options, enable_compilation_cache
-    from pdrunet_jax.runtime.devices import configure_jax
+    from pdrunet_jax.runtime.devices import configure_jax, describe_device
     from pdrunet_jax.train.step import build_model, create_state, train_step
 
     conv: Any = {"naive": "plain", "remat": "auto"}.get(variant, variant)
@@ -64,7 +64,7 @@ def jax_side(variant: str, work: Work) -> Sides:
         data=DataConfig(size=(work.size,)),
         train=TrainConfig(batch_size=work.batch, precision=precision, remat=variant == "remat"),
     )
-    device = configure_jax(precision, deterministic=False)
+    configure_jax(precision)
     enable_compilation_cache()
     options = {} if variant == "naive" else compiler_options()
     graphdef, state = create_state(config, build_model(config, 1))
@@ -89,7 +89,7 @@ def jax_side(variant: str, work: Work) -> Sides:
     forward = jax.jit(forward, compiler_options=options).lower(params, stats, batch["image"]).compile()
     holder = [state]
     notes = {
-        "device": device,
+        "device": describe_device(precision),
         "compile_train_s": step_compiled,
         "compile_infer_s": time.perf_counter() - started,
         "temporary_mib": _temporary(step) / 2**20,
