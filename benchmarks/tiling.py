@@ -43,7 +43,7 @@ def run(image: str, tile: int, weights: str | None, logits: str) -> None:
     from pdrunet_jax.model.network import PDRUNet
     from pdrunet_jax.predict.inference import forward, forward_in_tiles
 
-    model = PDRUNet(rngs=nnx.Rngs(0)) if weights is None else load_model(weights)
+    model = PDRUNet.from_options(rngs=nnx.Rngs(0)) if weights is None else load_model(weights)
     pixels = np.load(image)
     found = forward_in_tiles(model, pixels, tile) if tile else np.asarray(forward(model, pixels))
     np.save(logits, found)

@@ -49,7 +49,7 @@ def test_table_is_a_bijection_between_the_two_networks(case: Case, budget: Budge
     assert {name: array.shape for name, array in state.items()} == {row.public: row.shape for row in rows} | dead
     assert [name for name in state if name not in dead] == [row.public for row in rows], "the order differs"
 
-    model = nnx.eval_shape(lambda: PDRUNet(**case.options, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: PDRUNet.from_options(**case.options, rngs=nnx.Rngs(0)))
     for kind in (nnx.Param, nnx.BatchStat):
         paths = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
         wanted = {row.path: row.shape for row in rows if row.variable is kind}
@@ -79,7 +79,7 @@ def test_torch_to_jax_to_torch_is_bit_equal(case: Case, dtype: str, budget: Budg
 @pytest.mark.parametrize("case", CASES[3::10], ids=str)
 def test_jax_to_torch_to_jax_is_bit_equal(case: Case, dtype: str, budget: Budget) -> None:
     case = case.replace(dtype=dtype)
-    model = PDRUNet(**case.options, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(7))
+    model = PDRUNet.from_options(**case.options, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(7))
     _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     twin = Twin(**case.options).to(getattr(torch, dtype))
     arrays = to_public(params, stats)
@@ -116,7 +116,7 @@ def test_parameter_counts_are_those_of_the_public_code() -> None:
     assert count(public) - count(live(public)) == 29_040
     assert count(live(state_arrays(Twin(outputs=2)))) == 363_562
     assert count(live(state_arrays(Twin(outputs=2, norm="none")))) == 361_482
-    model = nnx.eval_shape(lambda: PDRUNet(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: PDRUNet.from_options(rngs=nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 363_521
 
 

@@ -16,6 +16,7 @@ from parity_tests.support.cases import DTYPES, state_of
 from parity_tests.support.compare import compare_paths
 from parity_tests.support.jax_side import compiled, loss_of
 from pdrunet_jax.config import LossConfig
+from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.fast import winograd
 from pdrunet_jax.model.fast import xla as parts
 from pdrunet_jax.model.network import PDRUNet
@@ -40,25 +41,24 @@ def outcome(
     dtype = jnp.dtype(case.dtype)
 
     def build() -> PDRUNet:
-        return PDRUNet(
-            **case.options,
-            conv=case.path,
-            remat=remat,
-            param_dtype=dtype,
-            dtype=None if compute is None else jnp.dtype(compute),
-            mesh=mesh,
-            rngs=nnx.Rngs(0),
-        )
+        compute_dtype = None if compute is None else jnp.dtype(compute)
+        return PDRUNet.from_options(**case.options, param_dtype=dtype, dtype=compute_dtype, rngs=nnx.Rngs(0))
+
+    execution = Execution.of(case.path, remat=remat, mesh=mesh)
 
     graph = nnx.graphdef(nnx.eval_shape(build))
     params, stats = (jax.tree.map(jnp.asarray, part) for part in (imported.params, imported.stats))
     images, masks, objective = make_images(case), make_masks(case), make_objective(case)
     if not train:
-        return {"logits": np.asarray(compiled(lambda p, s: nnx.merge(graph, p, s)(images))(params, stats))}
+        return {
+            "logits": np.asarray(
+                compiled(lambda p, s: nnx.merge(graph, p, s)(images, execution=execution))(params, stats)
+            )
+        }
 
     def forward(params: Any, stats: Any) -> Any:
         model = nnx.merge(graph, params, stats, copy=True)
-        logits = model(images, train=True, dropout_masks=[jnp.asarray(mask) for mask in masks])
+        logits = model(images, train=True, dropout_masks=[jnp.asarray(mask) for mask in masks], execution=execution)
         return loss_of(objective)(logits), (logits, nnx.state(model, nnx.BatchStat))
 
     (loss, (logits, stats)), gradients = compiled(jax.value_and_grad(forward, has_aux=True))(params, stats)
@@ -124,9 +124,9 @@ def accumulated(case: Case, parts: int, compute: str | None = None, remat: bool 
     def build() -> PDRUNet:
         dtype = None if compute is None else jnp.dtype(compute)
         param_dtype = jnp.dtype(case.dtype)
-        return PDRUNet(
-            **case.options, conv=case.path, remat=remat, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0)
-        )
+        return PDRUNet.from_options(**case.options, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+
+    execution = Execution.of(case.path, remat=remat)
 
     graph = nnx.graphdef(nnx.eval_shape(build))
     objective: Objective = make_objective(case)
@@ -134,7 +134,7 @@ def accumulated(case: Case, parts: int, compute: str | None = None, remat: bool 
     valid = np.ones_like(objective.valid)  # the mean over a part's pixels is then the batch's
     data = tuple(jnp.asarray(array) for array in (make_images(case), objective.target, valid))
     loss = make_loss(LossConfig(name="bce_dice"), 1)
-    run = compiled(lambda p, s: accumulate(graph, loss, p, s, data, jax.random.key(0), parts))
+    run = compiled(lambda p, s: accumulate(graph, execution, loss, (p, s), data, jax.random.key(0), parts))
     value, logits, gradients, stats = run(params, stats)
     return {
         "loss": np.asarray(value),

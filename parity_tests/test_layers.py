@@ -18,6 +18,7 @@ from parity_tests.support.compare import compare_initialisation, relative
 from parity_tests.support.jax_side import compiled, make_flax
 from parity_tests.support.torch_side import on_torch, state_arrays
 from pdrunet_jax.model import layers
+from pdrunet_jax.model.execution import Execution, run_block
 from pdrunet_jax.model.layers import PATHS
 from pdrunet_jax.model.network import BLOCKS, PDRUNet
 from pdrunet_jax.model.weights import to_public
@@ -34,7 +35,9 @@ def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
 def layer(
     x: jax.Array, conv: layers.Conv, norm: layers.BatchNorm | None, *, dilation: int, path: Any, train: bool
 ) -> jax.Array:
-    out = layers.conv_norm_relu(layers.from_image(x, path), conv, norm, None, dilation=dilation, path=path, train=train)
+    execution = Execution(path)
+    x = execution.first_activation(x)
+    out = layers.conv_norm_relu(x, conv, norm, None, dilation=dilation, train=train, execution=execution)
     return out.image()
 
 
@@ -113,7 +116,7 @@ def compare_batch_norm(budget: Budget, mean: float, deviation: float, path: str,
 def test_every_block_agrees_on_an_input_of_its_own(
     path: Any, shortcut: str, norm: str, train: bool, dtype: str, budget: Budget
 ) -> None:
-    case = Case(shortcut=shortcut, norm=norm, path=path, dtype=dtype)
+    case, execution = Case(shortcut=shortcut, norm=norm, path=path, dtype=dtype), Execution(path)
     height, width = SIZES[path][1]
     arrays = state_of(case)
     graph, params, stats = nnx.split(make_flax(arrays, case), nnx.Param, nnx.BatchStat)
@@ -126,7 +129,9 @@ def test_every_block_agrees_on_an_input_of_its_own(
     def every(params: Any, stats: Any, inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         model = nnx.merge(graph, params, stats, copy=True)
         return {
-            name: getattr(model, name)(layers.from_image(x, path), path=path, train=train, tap=None).image()
+            name: run_block(
+                getattr(model, name), execution.first_activation(x), train=train, execution=execution
+            ).image()
             for name, x in inputs.items()
         }
 
@@ -155,7 +160,7 @@ def initial_twin() -> Arrays:
 
 @cache
 def initial_model(dtype: str) -> Arrays:
-    model = PDRUNet(param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    model = PDRUNet.from_options(param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     return to_public(nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat), dead_block=False)
 
 

@@ -157,7 +157,7 @@ def test_dilation_off_by_one(block: str, dilation: int, dtype: str, caught: Any)
 def test_residual_dropped_in_one_block(dtype: str, caught: Any) -> None:
     case = SMALL.replace(dtype=dtype)
     model, twin = intact(case)
-    model.d2.residual = False
+    model.d2.shortcut = "none"
     message = caught(compare_outputs, case, "eval", *both(case, model, twin, train=False))
     assert "first d2 " in message
 

@@ -1,5 +1,6 @@
 """The Flax model on the twin's weights, and one pass of it, named as the twin's."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from flax import nnx
 
 from parity_tests.support.case import Arrays, Case, Objective, Pass
 from pdrunet_jax.config import LossConfig
+from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.compile import compiler_options
@@ -26,7 +28,7 @@ def make_flax(arrays: Arrays, case: Case) -> PDRUNet:
     dtype = jnp.dtype(case.dtype)
 
     def build() -> PDRUNet:
-        return PDRUNet(**case.options, conv=case.path, param_dtype=dtype, rngs=nnx.Rngs(0))
+        return PDRUNet.from_options(**case.options, conv=case.path, param_dtype=dtype, rngs=nnx.Rngs(0))
 
     graph = nnx.graphdef(nnx.eval_shape(build))
     return nnx.merge(graph, *(jax.tree.map(jnp.asarray, state) for state in (imported.params, imported.stats)))
@@ -62,7 +64,8 @@ def make_jax_pass(
     def forward(params: Any, stats: Any, images: jax.Array, keep: Any) -> Any:
         inner = nnx.merge(graph, params, stats, copy=True)
         activations: dict[str, jax.Array] = {}
-        logits = inner(images, train=train, dropout_masks=keep, tap=activations.__setitem__)
+        execution = dataclasses.replace(Execution.of(inner.config.conv), tap=activations.__setitem__)
+        logits = inner(images, train=train, dropout_masks=keep, execution=execution)
         value = jnp.zeros(()) if loss is None else loss(logits)
         return value, (logits, activations, nnx.state(inner, nnx.BatchStat))
 

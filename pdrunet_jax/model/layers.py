@@ -1,7 +1,7 @@
-"""Convolution, batch normalisation with PyTorch's semantics, and their execution paths."""
+"""Convolution, batch normalisation with PyTorch's semantics, dropout, and the layer that the network is made of."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,41 +10,32 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from pdrunet_jax.model.fast import convolution as fused
-from pdrunet_jax.model.fast.block import LayerWeights, Shortcut, block
-from pdrunet_jax.model.fast.convolution import EPSILON, convolve, moments, per_channel, pixel_count
-from pdrunet_jax.model.fast.phases import Activation, finest_phases
+from pdrunet_jax.model.fast.block import LayerWeights, block
+from pdrunet_jax.model.fast.convolution import EPSILON as EPSILON
+from pdrunet_jax.model.fast.convolution import convolve, moments, per_channel, pixel_count
+from pdrunet_jax.model.fast.phases import Activation
+
+if TYPE_CHECKING:
+    from pdrunet_jax.model.execution import Execution
 
 Path = Literal["plain", "polyphase", "fused"]
-"""How a 3x3 convolution is carried out; parity level 10 holds them to one another.
+"""Implementation of a 3x3 convolution; parity level 10 compares them.
 
-plain: XLA's dilated convolution. polyphase: dense convolutions on phases. fused: polyphase, with the gradient of
-`pdrunet_jax.fused_block` in training, and in evaluation with the normalisation folded into the kernel and, where it
-pays, convolutions by `pdrunet_jax.winograd`.
+plain: XLA's dilated convolution. polyphase: dense convolutions on phases (`fast/phases.py`). fused: polyphase; in
+training with the gradient of `fast/block.py`, in evaluation with the normalisation folded into the kernel and, where it
+is faster, Winograd convolutions (`fast/winograd.py`).
 """
 
 PATHS: tuple[Path, ...] = ("plain", "polyphase", "fused")
+
+State = nnx.State[Any, Any]
+"""Arrays of a network, or of a part of it, by path."""
 
 MOMENTUM = 0.1
 """Weight of the newest batch in the running statistics (PyTorch's convention)."""
 
 Tap = Callable[[str, jax.Array], None]
-"""Is called with the public name and the value (N, H, W, C) of intermediate activations."""
-
-
-def choose_path(conv: str) -> Path:
-    """The execution path that `model.conv` stands for; "auto" chooses by platform, from measurement."""
-    if conv == "auto":
-        return "fused" if jax.default_backend() == "cpu" else "plain"
-    for path in PATHS:
-        if path == conv:
-            return path
-    raise ValueError(f"conv = {conv!r}; it is one of auto, {', '.join(PATHS)}")
-
-
-def from_image(images: jax.Array, path: Path) -> Activation:
-    """`images` (N, H, W, C) as the network's first activation, with the layouts that `path` and the size allow."""
-    height, width = images.shape[1:3]
-    return Activation.of(images, 1 if path == "plain" else finest_phases(height, width))
+"""Called with the public name and the value (N, H, W, C) of intermediate activations."""
 
 
 class Conv(nnx.Module):
@@ -61,8 +52,8 @@ class Conv(nnx.Module):
         shape = (size, size, inputs, outputs)
         fan_in = size * size * inputs
         if init == "torch":
-            # torch.nn.Conv2d draws kernel and bias from U(-b, b) with b = 1 / sqrt(fan_in): its kaiming_uniform with
-            # a = sqrt(5) comes to just that.
+            # torch.nn.Conv2d draws kernel and bias from U(-b, b) with b = 1 / sqrt(fan_in), which is its
+            # kaiming_uniform with a = sqrt(5).
             bound = fan_in**-0.5
             kernel = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
             bias = jax.random.uniform(rngs.params(), (outputs,), dtype, -bound, bound)
@@ -76,15 +67,15 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation as torch.nn.BatchNorm2d has it (eps 1e-5, momentum 0.1).
+    """Batch normalisation with the semantics of torch.nn.BatchNorm2d (eps 1e-5, momentum 0.1).
 
-    The batch is normalised with its biased variance; `running_var` averages the unbiased one. Flax's own stores the
-    biased one, keeps it in float32 whatever the parameters' type, and counts momentum the other way round.
+    A batch is normalised with its biased variance; `running_var` averages the unbiased one. Flax's own layer stores the
+    biased variance, always in float32, and defines momentum the other way round.
 
     Attributes:
         scale, bias: (channels,), parameters.
         running_mean, running_var: (channels,).
-        num_batches_tracked: batches that the running statistics have seen, int32.
+        num_batches_tracked: number of batches in the running statistics, int32.
     """
 
     def __init__(self, channels: int, *, dtype: DTypeLike) -> None:
@@ -95,7 +86,7 @@ class BatchNorm(nnx.Module):
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def track(self, mean: jax.Array, var: jax.Array, pixels: int) -> None:
-        """Bring a batch's mean and biased variance, each (channels,) over `pixels` values, into the running ones."""
+        """Update the running statistics with a batch's mean and biased variance, (channels,), of `pixels` values."""
         mean, var = lax.stop_gradient(mean), lax.stop_gradient(var)
         unbiased = var * (pixels / (pixels - 1))
         self.running_mean[...] = (1 - MOMENTUM) * self.running_mean[...] + MOMENTUM * mean
@@ -107,80 +98,72 @@ def conv_norm_relu(
     x: Activation,
     conv: Conv,
     norm: BatchNorm | None,
-    residual: Activation | None,
+    skip: Activation | None,
     *,
     dilation: int,
-    path: Path,
     train: bool,
-    tap: Tap | None = None,
+    execution: "Execution",
     names: tuple[str, str] = ("conv", "norm"),
 ) -> Activation:
-    """relu(norm(conv(x)) + residual), the layer that the whole network is made of.
+    """Compute relu(norm(conv(x)) + skip), the layer that the whole network is made of.
 
     Args:
-        x: input in any layout; computation is in its dtype, statistics in that of the parameters.
+        x: input. Convolutions are computed in its dtype, statistics in the parameters' dtype.
         conv: a 3x3 convolution.
-        norm: None leaves the normalisation out.
-        residual: None adds nothing.
+        norm: None for no normalisation.
+        skip: None for no shortcut.
         dilation: spacing of the kernel's taps in pixels.
-        path: how it is carried out.
         train: normalise with the batch's statistics and update the running ones in `norm`.
-        tap: sees the values after convolution and normalisation under `names`, except on the fused path, where they
-            do not exist one by one.
-        names: see `tap`.
+        execution: its path and tap. The tap sees the values after convolution and after normalisation under `names`,
+            except in evaluation on the fused path, where they do not exist separately.
+        names: see `execution`.
 
     Raises:
-        ValueError: training with a single pixel a channel, which has no variance (PyTorch refuses it, too).
+        ValueError: training with a single pixel a channel, which has no variance (PyTorch refuses it too).
     """
     x = x.for_dilation(dilation)
-    skip = None if residual is None else residual.for_dilation(dilation).values
-    spacing = dilation // x.layout
     values, dtype = x.values, x.values.dtype
+    tap, fold = execution.tap, execution.path == "fused" and norm is not None and not train
     pixels = pixel_count(values)
     kernel, bias = conv.kernel[...], conv.bias[...]
     if train and norm is not None:
         _check_pixels(pixels)
 
-    if path == "fused" and norm is not None and not train:
-        # In evaluation the normalisation is a fixed affine map: folded into kernel and bias it costs nothing.
+    # In evaluation the normalisation is a fixed affine map: folded into kernel and bias it costs nothing.
+    if fold and norm is not None:
         a = norm.scale[...] * lax.rsqrt(norm.running_var[...] + EPSILON)
         kernel = kernel * per_channel(a)
         bias = (bias - norm.running_mean[...]) * a + norm.bias[...]
         norm = None
-        tap = None
 
-    convolution = fused.convolution if path == "fused" else convolve
-    z = convolution(values, kernel.astype(dtype), spacing).astype(bias.dtype) + per_channel(bias)
-    if tap is not None:
+    convolution = fused.convolution if execution.path == "fused" else convolve
+    z = convolution(values, kernel.astype(dtype), dilation // x.phases).astype(bias.dtype) + per_channel(bias)
+    if tap is not None and not fold:
         tap(names[0], x.with_values(z).image())
     if norm is not None:
         z = _normalise(z, norm, pixels, train)
         if tap is not None:
             tap(names[1], x.with_values(z).image())
     if skip is not None:
-        z = z + skip.astype(z.dtype)
+        z = z + skip.for_dilation(dilation).values.astype(z.dtype)
     return x.with_values(jax.nn.relu(z).astype(dtype))
 
 
-def block_fused(
+def fused_training_block(
     x: Activation,
-    first: Conv,
-    norm1: BatchNorm,
-    second: Conv,
-    norm2: BatchNorm,
+    first: tuple[Conv, BatchNorm],
+    second: tuple[Conv, BatchNorm],
     *,
-    shortcut: Shortcut,
+    shortcut: str,
     dilation: int,
 ) -> Activation:
-    """Two layers of `conv_norm_relu` in training, with the gradient of `pdrunet_jax.fused_block`.
+    """Train through two layers of `conv_norm_relu` at once, with the gradient of `fast/block.py`.
 
     Args:
-        x: input in any layout.
-        first: the 3x3 convolution that comes first.
-        norm1: its normalisation, whose running statistics are updated.
-        second: the 3x3 convolution that comes second.
-        norm2: its normalisation, likewise.
-        shortcut: what is added before the last ReLU.
+        x: input.
+        first: convolution and normalisation of the first layer; the running statistics are updated.
+        second: the same of the second layer.
+        shortcut: the term added before the last ReLU, "none", "input" or "conv1".
         dilation: spacing of both kernels' taps in pixels.
 
     Raises:
@@ -190,13 +173,18 @@ def block_fused(
     dtype, pixels = x.values.dtype, pixel_count(x.values)
     _check_pixels(pixels)
     weights = [
-        LayerWeights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...])
-        for conv, norm in ((first, norm1), (second, norm2))
+        LayerWeights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...]) for conv, norm in (first, second)
     ]
-    out, *batch = block(x.values, *weights, shortcut, dilation // x.layout)
-    for conv, norm, (mean, var) in zip((first, second), (norm1, norm2), batch, strict=True):
+    out, *batch = block(x.values, *weights, shortcut, dilation // x.phases)
+    for (conv, norm), (mean, var) in zip((first, second), batch, strict=True):
         norm.track(mean + conv.bias[...], var, pixels)
     return x.with_values(out)
+
+
+def split_state(module: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State]:
+    """Split a network, or a part of it, into its static structure, its parameters and its running statistics."""
+    parts: Any = nnx.split(module, nnx.Param, nnx.BatchStat)
+    return tuple(parts)
 
 
 def _check_pixels(pixels: int) -> None:
@@ -215,10 +203,10 @@ def _normalise(z: jax.Array, norm: BatchNorm, pixels: int, train: bool) -> jax.A
 
 
 def keep_masks(key: jax.Array, rate: float, shape: Sequence[int], count: int = 2) -> list[jax.Array]:
-    """Random boolean masks of `shape`, true with probability 1 - `rate`: what each dropout of a step keeps."""
+    """Draw `count` boolean dropout masks of `shape`, true (kept) with probability 1 - `rate`."""
     return [jax.random.bernoulli(part, 1 - rate, tuple(shape)) for part in jax.random.split(key, count)]
 
 
 def dropout(x: jax.Array, rate: float, keep: jax.Array) -> jax.Array:
-    """Zero where `keep` (bool, the shape of `x`) is false, and scale the rest by 1 / (1 - rate)."""
+    """Zero `x` where `keep` (bool, same shape) is false, and scale the rest by 1 / (1 - rate)."""
     return jnp.where(keep, x / (1 - rate), 0)

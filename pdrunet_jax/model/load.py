@@ -1,4 +1,4 @@
-"""Trained weights from wherever they are: a run folder, a checkpoint in it, `.safetensors`, or a public `.pth`."""
+"""Load trained weights from a run folder, one of its checkpoints, a `.safetensors` file, or a public `.pth` file."""
 
 import logging
 import sys
@@ -12,60 +12,43 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from pdrunet_jax import config as config_io
+from pdrunet_jax import config
+from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
-from pdrunet_jax.runtime.compile import dispatch_in_turn
+from pdrunet_jax.runtime.compile import disable_async_dispatch
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.run_folder import RunFolder
 
-
-def restore_weights(
-    path: str | Path, which: Literal["best", "latest"] = "best"
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Weights of a checkpoint: parameters and statistics as nested dictionaries of NumPy arrays, and model options.
-
-    `path` is a checkpoint (`RUN/checkpoints/STEP`) or a run folder, of which the intact checkpoint with the best
-    validation Dice is taken, or the latest if `which` says so or none was validated; damaged ones are named on standard
-    error. The average of the weights is taken where the run kept one. The options are `[model]` of the run's
-    config.toml, then `extra["options"]` of the checkpoint. Raises `UserError` if there is no intact checkpoint.
-    """
-    from pdrunet_jax.runtime.checkpoint import _choose_intact, read_meta, read_state
-
-    folder = _choose_intact(Path(path), which)
-    state, meta = read_state(folder), read_meta(folder)
-    options: dict[str, Any] = {}
-    config = RunFolder(folder.parent.parent).config
-    if config.is_file():
-        options = config_io.to_dict(config_io.read(config))["model"]
-    params = state.get("ema") or state["params"]
-    options |= meta["extra"].get("options", {})
-    return params, state.get("stats", {}), options
-
-
 Which = Literal["best", "latest"]
 
-MODEL_OPTIONS = ("in_channels", "outputs", "filters", "shortcut", "norm", "dropout")
-"""Those options of `PDRUNet` that belong to the weights."""
-
 WIRING = ("in_channels", "outputs", "filters", "shortcut", "norm")
-"""Those of them that decide which arrays there are and what they mean."""
+"""Options of the network that decide which arrays there are and what they mean."""
+
+MODEL_OPTIONS = (*WIRING, "dropout")
+"""Options of the network that are stored with its weights."""
 
 PUBLIC_DEFAULTS = {"shortcut": "input", "dropout": 0.3}
-"""What the public code has and its files do not say."""
+"""Options of the public code, which its files do not state."""
 
 
 class Loaded(NamedTuple):
-    """Weights with everything that their source says about them."""
+    """Weights, and everything that their source says about them."""
 
     options: dict[str, Any]
-    """`MODEL_OPTIONS`, all of them, and what training added: size, class_names, ..."""
+    """`MODEL_OPTIONS`, all of them, and entries that training added: size, class_names, ..."""
     params: nnx.State[Any, Any]
     stats: nnx.State[Any, Any]
     notes: tuple[str, ...]
-    """What was unwrapped, dropped, widened or assumed, a sentence each."""
+    """Sentences on anything unwrapped, dropped, widened or assumed."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) that the weights were trained at, where known."""
+        size = self.options.get("size")
+        return (int(size[0]), int(size[-1])) if size else None
 
 
 def load_model(
@@ -77,53 +60,54 @@ def load_model(
     conv: str = "auto",
     which: Which = "best",
 ) -> PDRUNet:
-    """The trained network, ready to be called on images (N, H, W, C) in [0, 1].
-
-    Where the source says the size it was trained at, the network has it as `size` (height, width), for `predict`.
+    """Load a trained network, ready to be called on images (N, H, W, C) in [0, 1].
 
     Args:
-        weights: a run folder, a checkpoint in it, a `.safetensors`, or a `.pth` of the public code.
-        shortcut: "conv1" for a `.pth` of the paper's wiring, which a `.pth` cannot say; other sources say it.
-        dtype: arithmetic of the convolutions; that of the parameters when None.
-        param_dtype: of parameters and logits; None keeps the file's (float64 only where JAX has it enabled).
-        conv: execution path, as in `PDRUNet`.
-        which: "best" or "latest" of a run folder; what is damaged gives way to what is not, with a warning.
+        weights: a run folder, a checkpoint in it, a `.safetensors` file, or a `.pth` file of the public code.
+        shortcut: "conv1" for a `.pth` with the paper's wiring, which such files cannot state; other sources state it.
+        dtype: arithmetic of the convolutions; the parameters' dtype when None.
+        param_dtype: dtype of parameters and logits; None keeps the file's (float64 only where JAX has it enabled).
+        conv: execution path, as `model.conv`.
+        which: "best" or "latest" checkpoint of a run folder. A damaged one gives way to an intact one, with a warning.
 
     Raises:
         UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named.
     """
-    dispatch_in_turn()
     loaded = load_weights(weights, shortcut=shortcut, which=which)
     for note in loaded.notes:
         logging.getLogger(__name__).info("%s: %s", weights, note)
+    return build_loaded(loaded, dtype=dtype, param_dtype=param_dtype, conv=conv)
+
+
+def build_loaded(
+    loaded: Loaded, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None, conv: str = "auto"
+) -> PDRUNet:
+    """Build the network of `load_weights`. Arguments and errors as for `load_model`."""
+    disable_async_dispatch()
     chosen = _param_dtype(loaded.params, param_dtype)
     options = {name: loaded.options[name] for name in MODEL_OPTIONS}
 
     def build() -> PDRUNet:
-        return PDRUNet(**options, conv=conv, dtype=dtype, param_dtype=chosen, rngs=nnx.Rngs(0))
+        settings = ModelConfig(**options, conv=conv)  # type: ignore[arg-type] # checked by the network
+        return PDRUNet(settings, dtype=dtype, param_dtype=chosen, size=loaded.size, rngs=nnx.Rngs(0))
 
     def place(array: np.ndarray) -> jax.Array:
         return jnp.asarray(array.astype(chosen) if array.dtype.kind == "f" else array)
 
     graph = nnx.graphdef(nnx.eval_shape(build))  # shapes only: no initial weights are drawn
     model: PDRUNet = nnx.merge(graph, jax.tree.map(place, loaded.params), jax.tree.map(place, loaded.stats))
-    if size := loaded.options.get("size"):
-        model.size = (int(size[0]), int(size[-1]))
     return model
 
 
 def load_options(weights: str | Path, *, which: Which = "best") -> dict[str, Any]:
-    """What `weights` says about itself: the options of the model, and size, class_names and the like where known.
-
-    Raises as `load_model`.
-    """
+    """Read what `weights` says about itself: `Loaded.options`. Raises as `load_model`."""
     return load_weights(weights, which=which).options
 
 
 def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Which = "best") -> Loaded:
-    """The arrays of `weights` (as in `load_model`) on the host, in the dtype they are stored in.
+    """Read the arrays of `weights` into host memory, in the dtype that they are stored in.
 
-    Raises as `load_model`.
+    Arguments and errors as for `load_model`.
     """
     path = Path(weights)
     if which not in ("best", "latest"):
@@ -148,9 +132,9 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
 
 
 def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
-    """As `load_weights`, for the network whose `WIRING` is given.
+    """Load weights for a network whose `WIRING` is given.
 
-    Raises as `load_model`, and `UserError` that names each option which differs.
+    Raises as `load_model`, and `UserError` that names each option that differs.
     """
     loaded = load_weights(weights)
     problems = [
@@ -165,23 +149,50 @@ def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
 
 
 def start_from(model: PDRUNet, weights: str | Path) -> None:
-    """Replace the arrays of `model` by those of `weights`, in its own dtype. Raises as `load_same`."""
-    loaded = load_same(weights, {name: getattr(model, name) for name in WIRING})
+    """Replace the arrays of `model` by those of `weights`, in the model's dtype. Raises as `load_same`."""
+    loaded = load_same(weights, {**vars(model.config), "outputs": model.outputs})
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     given = nnx.merge_state(loaded.params, loaded.stats)
     nnx.update(model, jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state, given))
 
 
 def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
-    """Names of the foreground classes; numbered where the weights do not tell."""
-    count = max(model.outputs - 1, 1)
+    """Names of the foreground classes: `names` if they fit the model, numbers otherwise."""
+    count = model.foreground_classes
     if names and len(names) == count:
         return list(names)
     return ["foreground"] if count == 1 else [f"class_{index}" for index in range(1, count + 1)]
 
 
+def restore_weights(path: str | Path, which: Which = "best") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Read the weights of a checkpoint: parameters and statistics as nested dictionaries of arrays, and model options.
+
+    Args:
+        path: a checkpoint (`RUN/checkpoints/STEP`) or a run folder.
+        which: of a run folder, the intact checkpoint with the best validation Dice, or the latest. The latest is taken
+            as well if none was validated. Damaged ones are named on standard error.
+
+    Returns:
+        The averaged weights where the run keeps an average. The options are `[model]` of the run's config.toml, updated
+        by `extra["options"]` of the checkpoint.
+
+    Raises:
+        UserError: there is no intact checkpoint.
+    """
+    from pdrunet_jax.runtime.checkpoint import choose_intact, read_meta, read_state  # Orbax, needed here only
+
+    folder = choose_intact(Path(path), which)
+    state, meta = read_state(folder), read_meta(folder)
+    options: dict[str, Any] = {}
+    run = RunFolder(folder.parent.parent)
+    if run.config_file.is_file():
+        options = config.to_dict(config.read(run.config_file))["model"]
+    params = state.get("ema") or state["params"]
+    return params, state.get("stats", {}), options | meta["extra"].get("options", {})
+
+
 def _from_best(best: Path) -> Loaded:
-    """Of a run folder's best weights; where the file is damaged, the checkpoint that it was made of has them too."""
+    """Load a run folder's best weights; if that file is damaged, the checkpoint that it was made from."""
     from pdrunet_jax.runtime.checkpoint import is_checkpoint
 
     try:
@@ -189,7 +200,7 @@ def _from_best(best: Path) -> Loaded:
     except UserError as error:
         if not is_checkpoint(best.parent):
             raise
-        print(f"warning: {error}; the best checkpoint is taken in its place", file=sys.stderr)
+        print(f"warning: {error}; using the best checkpoint instead", file=sys.stderr)
         return _from_checkpoint(best.parent, "best")
 
 
@@ -210,16 +221,16 @@ def _from_checkpoint(path: Path, which: Which) -> Loaded:
     from pdrunet_jax.runtime.checkpoint import is_checkpoint
 
     if not is_checkpoint(path):
-        raise UserError(f"{path} is no run folder: neither best.safetensors nor a checkpoint is in it")
+        raise UserError(f"{path} is not a run folder: it has neither best.safetensors nor a checkpoint")
     params, stats, options = restore_weights(path, which)
-    # Through the public names and back: one place checks that every array is there and has its shape.
+    # To the public names and back: one place checks that every array is there and has its shape.
     imported = from_public(to_public(params, stats, dead_block=False), str(path))
     _check_options(options, imported.options, path)
     return Loaded({**options, **imported.options}, imported.params, imported.stats, imported.notes)
 
 
 def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:
-    """What the source says must be what its arrays show, or one of the two is not the model's."""
+    """Raise `UserError` where the options that the source states contradict its arrays."""
     problems = [
         f"{name} is stated as {stated[name]!r}, but the arrays show {value!r}"
         for name, value in found.items()

@@ -1,6 +1,6 @@
-"""The training state and the two compiled steps: state in, state out.
+"""The training state, and the compiled training and validation steps: state in, state out.
 
-`make_train_step` and `make_eval_step` return functions of arrays alone; nothing outside their arguments changes.
+The functions that `make_train_step` and `make_eval_step` return depend on their arguments alone.
 """
 
 import dataclasses
@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from pdrunet_jax.config import Config
 from pdrunet_jax.data.augment import augment, sample_keys
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.evaluate import metrics
-from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.execution import Execution
+from pdrunet_jax.model.layers import State, split_state
+from pdrunet_jax.model.network import PDRUNet, foreground_classes
 from pdrunet_jax.model.pixels import predict_classes, unit_range
 from pdrunet_jax.runtime.compile import jit
 from pdrunet_jax.runtime.devices import batch_sharding, replicated
@@ -27,11 +30,9 @@ from pdrunet_jax.train.optim import make_optimizer, make_schedule
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+Graph = nnx.GraphDef[Any]
 
-MOST_IN_ROW = 10
-"""Batches that may be skipped one after the other. The weights do not change meanwhile, so it is they that are bad."""
-
-# Streams of random numbers that one seed gives rise to.
+# Independent streams of random numbers, all from one seed.
 _INIT, _AUGMENT, _DROPOUT = range(3)
 
 
@@ -44,73 +45,42 @@ class TrainState:
         params: parameters by path.
         stats: BatchNorm's running statistics by path.
         opt_state: optax's state.
-        ema: moving average of the parameters, or None.
-        step: updates done, int32.
-        halted: a loss or gradient was not finite, or spiked; from then on no step changes anything.
-        spikes: what a loss is compared with to be called a spike, or None where `train.spike` is off.
+        ema: exponential moving average of the parameters, or None.
+        step: number of updates, int32.
+        diverged: a loss or gradient was not finite; no later step changes anything.
     """
 
-    params: Any
-    stats: Any
-    opt_state: Any
-    ema: Any
+    params: State
+    stats: State
+    opt_state: optax.OptState
+    ema: State | None
     step: jax.Array
     diverged: jax.Array
-    spikes: "Spikes | None" = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Spikes:
-    """The losses of the last updates; zeros throughout before the first.
-
-    Attributes:
-        losses: float32 (train.spike_window,), the newest last.
-        filled: how many of them there are yet, int32.
-        skipped: batches without an update, int32.
-        in_row: those since the last update, int32.
-    """
-
-    losses: jax.Array
-    filled: jax.Array
-    skipped: jax.Array
-    in_row: jax.Array
 
 
 def random_stream(seed: int, stream: int) -> jax.Array:
-    """The key of one of the independent streams of random numbers of a run."""
+    """The key of one of a run's independent streams of random numbers."""
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def dropout_key(seed: int, step: int | jax.Array) -> jax.Array:
-    """The key that the dropouts of a step draw from; `step` counts the updates before it."""
+    """The key of a step's dropout masks; `step` is the number of updates before it."""
     return jax.random.fold_in(random_stream(seed, _DROPOUT), step)
 
 
-def build_model(config: Config, outputs: int, mesh: Mesh | None = None) -> PDRUNet:
-    """The network of `config`, on a mesh or not, with its initial weights, drawn from `config.seed`."""
-    wide = jnp.float64 if config.train.precision == "float64" else jnp.float32
+def build_model(config: Config, outputs: int) -> PDRUNet:
+    """Build the network of `config` with initial weights drawn from `config.seed`."""
     return PDRUNet(
-        in_channels=config.model.in_channels,
-        outputs=outputs,
-        filters=config.model.filters,
-        shortcut=config.model.shortcut,
-        norm=config.model.norm,
-        dropout=config.model.dropout,
-        conv=config.model.conv,
-        remat=config.train.remat,
-        init=config.model.init,
-        dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else wide,
-        param_dtype=wide,
-        mesh=mesh,
+        dataclasses.replace(config.model, outputs=outputs),
+        dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else _dtype(config),
+        param_dtype=_dtype(config),
         rngs=nnx.Rngs(params=random_stream(config.seed, _INIT)),
     )
 
 
-def create_state(config: Config, model: PDRUNet) -> tuple[Any, TrainState]:
-    """Split `model` into its static part (a graph definition) and the state that training starts from."""
-    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
-    graphdef, params, stats = parts
+def create_state(config: Config, model: PDRUNet) -> tuple[Graph, TrainState]:
+    """Split `model` into its graph definition and the state that training starts from."""
+    graphdef, params, stats = split_state(model)
     state = TrainState(
         params=params,
         stats=stats,
@@ -119,22 +89,16 @@ def create_state(config: Config, model: PDRUNet) -> tuple[Any, TrainState]:
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
         step=jnp.zeros((), jnp.int32),
         diverged=jnp.zeros((), bool),
-        spikes=_no_losses(config.train.spike_window) if config.train.spike != "off" else None,
     )
     return graphdef, state
 
 
-def _no_losses(window: int) -> Spikes:
-    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return Spikes(jnp.zeros(window, jnp.float32), *zeros)
-
-
-def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """What losses compare with, from a uint8 mask (N, H, W) of class indices, or of grey values if `soft`.
+def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
+    """Convert a uint8 mask (N, H, W) of class indices, or of grey values if `soft`, to the target of a loss.
 
     Returns:
-        target (N, H, W), the foreground's probability for one output, else the class index, int32; valid (N, H, W),
-        bool, false where the mask is to be ignored.
+        target (N, H, W): the probability of foreground for one output, otherwise class indices, int32.
+        valid (N, H, W): bool, false for ignored pixels.
     """
     if soft:
         return unit_range(mask, dtype), jnp.ones(mask.shape, bool)
@@ -143,115 +107,91 @@ def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: Any) -> tuple[j
 
 
 def make_train_step(
-    config: Config, graphdef: Any, outputs: int, mesh: Mesh | None = None
-) -> Callable[[TrainState, Batch], Any]:
-    """The compiled training step: (state, batch) -> (state, metrics). The state's buffers are donated.
+    config: Config, graphdef: Graph, outputs: int, mesh: Mesh | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile the training step, (state, batch) -> (state, metrics). The state's buffers are donated.
 
     The batch holds `image` uint8 (N, H, W, C), `mask` uint8 (N, H, W), `index` and `epoch` int32 (N,). Metrics are
-    scalars: loss, dice (mean over images and classes), grad_norm, learning_rate, finite, halted; and unless
-    `train.spike` is off, spike and median. An update whose loss or gradient is not finite is not made; the state then
-    counts as halted and stays as it was before. Nor is one whose loss is a spike: with "stop" it halts likewise, with
-    "skip" only the step is counted, until `MOST_IN_ROW`.
+    scalars: loss, dice (mean over images and classes), grad_norm, learning_rate and diverged. A step whose loss or
+    gradient is not finite leaves the state as it was, marked as diverged.
 
-    `mesh` is that of the model, or None. On a mesh the state and the metrics are on every device, and the batch comes
-    from `pdrunet_jax.mesh.place_batch`.
+    On a mesh, state and metrics are on every device, and batches come from `place_batch` of `runtime/devices.py`.
     """
     where = {} if mesh is None else {"out_shardings": replicated(mesh)}
-    return jit(partial(train_step, config, graphdef, outputs), donate_argnums=0, **where)
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jit(
+        partial(train_step, config, graphdef, outputs, mesh=mesh), donate_argnums=0, **where
+    )
+    return step
 
 
 def train_step(
-    config: Config, graphdef: Any, outputs: int, state: TrainState, batch: Batch
+    config: Config, graphdef: Graph, outputs: int, state: TrainState, batch: Batch, *, mesh: Mesh | None = None
 ) -> tuple[TrainState, Metrics]:
-    """One update, not compiled: what `make_train_step` compiles, with its static arguments first."""
-    loss_function = make_loss(config.loss, outputs)
-    soft = config.data.soft_masks
-    dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32
+    """Update the weights once; `make_train_step` compiles this, with its static arguments first."""
+    # Augment the images, on the device.
+    soft, dtype = config.data.soft_masks, _dtype(config)
     keys = sample_keys(random_stream(config.seed, _AUGMENT), batch["epoch"], batch["index"])
     images, mask = augment(unit_range(batch["image"], dtype), batch["mask"], keys, config.augment, soft=soft)
     target, valid = targets(mask, outputs=outputs, soft=soft, dtype=dtype)
-    key = dropout_key(config.seed, state.step)
 
+    # Loss, logits and gradients; the forward pass also updates the running statistics.
     loss, logits, gradients, stats = accumulate(
         graphdef,
-        loss_function,
-        state.params,
-        state.stats,
+        Execution.of(config.model.conv, remat=config.train.remat, mesh=mesh),
+        make_loss(config.loss, outputs),
+        (state.params, state.stats),
         (images, target, valid),
-        key,
+        dropout_key(config.seed, state.step),
         config.optim.accumulate,
     )
-    updates, opt_state = make_optimizer(config.optim, config.train.steps).update(
-        gradients, state.opt_state, state.params
-    )
+
+    # Update the parameters and their moving average.
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
 
+    # Keep the old state if the loss or a gradient is not finite.
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    diverged = ~finite | state.diverged
-    spike, spikes, about = jnp.zeros((), bool), state.spikes, {}
-    if state.spikes is not None:
-        median = jnp.median(state.spikes.losses)
-        full = state.spikes.filled == config.train.spike_window
-        spike = full & (loss > config.train.spike_factor * median)
-        diverged |= spike & ((config.train.spike == "stop") | (state.spikes.in_row >= MOST_IN_ROW))
-        spikes = _counted(state.spikes, loss, spike, diverged)
-        about = {"spike": spike, "median": median}
-    after, before = (params, stats, opt_state, ema), (state.params, state.stats, state.opt_state, state.ema)
-    kept: Any = jax.tree.map(lambda a, b: jnp.where(diverged | spike, b, a), after, before)
-    params, stats, opt_state, ema = kept
-    truth = jnp.round(target).astype(jnp.int32)
-    counts = metrics.confusion(predict_classes(logits), truth, valid, max(outputs - 1, 1))
-    updates_done = state.step if state.spikes is None else state.step - state.spikes.skipped
+    diverged = ~(jnp.isfinite(loss) & jnp.isfinite(norm)) | state.diverged
     step = jnp.where(diverged, state.step, state.step + 1)
-    return TrainState(params, stats, opt_state, ema, step, diverged, spikes), {
+    after = TrainState(params, stats, opt_state, ema, step, diverged)
+    kept = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
+
+    truth = jnp.round(target).astype(jnp.int32)
+    counts = metrics.confusion(predict_classes(logits), truth, valid, foreground_classes(outputs))
+    return dataclasses.replace(kept, diverged=diverged), {
         "loss": loss,
         "dice": metrics.dice(counts).mean(),
         "grad_norm": norm,
-        "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(updates_done)),
-        "finite": finite,
+        "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(state.step)),
         "diverged": diverged,
-        **about,
     }
 
 
-def _counted(spikes: Spikes, loss: jax.Array, spike: jax.Array, diverged: jax.Array) -> Spikes:
-    """`spikes` after a step with this `loss`: as they were if the run halted, else with an update or a skip more."""
-    updated = Spikes(
-        jnp.roll(spikes.losses, -1).at[-1].set(loss.astype(jnp.float32)),
-        jnp.minimum(spikes.filled + 1, spikes.losses.size),
-        spikes.skipped,
-        jnp.zeros_like(spikes.in_row),
-    )
-    skipped = dataclasses.replace(spikes, skipped=spikes.skipped + 1, in_row=spikes.in_row + 1)
-    kept: Spikes = jax.tree.map(
-        lambda old, skip, new: jnp.where(diverged, old, jnp.where(spike, skip, new)), spikes, skipped, updated
-    )
-    return kept
-
-
 def accumulate(
-    graphdef: Any,
+    graphdef: Graph,
+    execution: Execution,
     loss_function: Loss,
-    params: Any,
-    stats: Any,
+    weights: tuple[State, State],
     data: tuple[jax.Array, jax.Array, jax.Array],
     dropout_key: jax.Array,
     parts: int,
-) -> tuple[jax.Array, jax.Array, Any, Any]:
-    """Loss, logits, mean gradient and new statistics of a batch, taken in `parts` micro-batches one after the other.
+) -> tuple[jax.Array, jax.Array, State, State]:
+    """Compute the loss, logits, mean gradient and new statistics of a batch, in `parts` micro-batches one by one.
 
-    `data` is images (N, H, W, C) in [0, 1], and target and valid pixels as `targets` has them; `parts` must divide N.
+    `weights` are parameters and running statistics; `data` is images (N, H, W, C) in [0, 1], and target and valid pixels
+    as from `targets`. `parts` must divide N.
     """
 
-    def forward(params: Any, stats: Any, part: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    def forward(params: State, stats: State, part: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, State]]:
         images, target, valid = part
         model = nnx.merge(graphdef, params, stats, copy=True)
-        logits = model(images, train=True, dropout_key=key)
+        logits = model(images, train=True, dropout_key=key, execution=execution)
         return loss_function(logits, target, valid), (logits, nnx.state(model, nnx.BatchStat))
 
     gradient = jax.value_and_grad(forward, has_aux=True)
+    params, stats = weights
     if parts == 1:
         (loss, (logits, stats)), gradients = gradient(params, stats, data, dropout_key)
         return loss, logits, gradients, stats
@@ -262,38 +202,49 @@ def accumulate(
         return (stats, jax.tree.map(jnp.add, total, gradients)), (loss, logits)
 
     split = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), data)
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (stats, total), (losses, logits) = jax.lax.scan(body, (stats, zeros), (split, jax.random.split(dropout_key, parts)))
+    start = stats, jax.tree.map(jnp.zeros_like, params)
+    (stats, total), (losses, logits) = jax.lax.scan(body, start, (split, jax.random.split(dropout_key, parts)))
     gradients = jax.tree.map(lambda g: g / parts, total)
     return losses.mean(), logits.reshape(-1, *logits.shape[2:]), gradients, stats
 
 
 def make_eval_step(
-    config: Config, graphdef: Any, outputs: int, mesh: Mesh | None = None
-) -> Callable[[Any, Any, Batch], Metrics]:
-    """The compiled validation step: (params, stats, batch) -> values for each image.
+    config: Config, graphdef: Graph, outputs: int, mesh: Mesh | None = None
+) -> Callable[[State, State, Batch], Metrics]:
+    """Compile the validation step, (params, stats, batch) -> values for each image.
 
     `loss` (N,), each image's own; `tp`, `fp`, `fn`, `tn` (N, foreground classes); `prediction` (N, H, W), uint8 class
-    indices. On a mesh (that of the model) all of them lie as the batch does.
+    indices. On a mesh they are spread over the devices as the batch is.
     """
     where = {} if mesh is None else {"out_shardings": batch_sharding(mesh)}
-    return jit(partial(_eval_step, config, graphdef, outputs), **where)
+    step: Callable[[State, State, Batch], Metrics] = jit(
+        partial(_eval_step, config, graphdef, outputs, mesh=mesh), **where
+    )
+    return step
 
 
-def _eval_step(config: Config, graphdef: Any, outputs: int, params: Any, stats: Any, batch: Batch) -> Metrics:
-    soft = config.data.soft_masks
-    dtype = jnp.float64 if config.train.precision == "float64" else jnp.float32
-    target, valid = targets(batch["mask"], outputs=outputs, soft=soft, dtype=dtype)
-    logits = nnx.merge(graphdef, params, stats, copy=True)(unit_range(batch["image"], dtype))
+def _eval_step(
+    config: Config, graphdef: Graph, outputs: int, params: State, stats: State, batch: Batch, *, mesh: Mesh | None
+) -> Metrics:
+    dtype = _dtype(config)
+    target, valid = targets(batch["mask"], outputs=outputs, soft=config.data.soft_masks, dtype=dtype)
+    model = nnx.merge(graphdef, params, stats, copy=True)
+    logits = model(unit_range(batch["image"], dtype), execution=Execution.of(config.model.conv, mesh=mesh))
     loss_function = make_loss(config.loss, outputs)
 
     def one(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
         return loss_function(logits[None], target[None], valid[None])
 
     prediction = predict_classes(logits)
-    counts = metrics.confusion(prediction, jnp.round(target).astype(jnp.int32), valid, max(outputs - 1, 1))
+    truth = jnp.round(target).astype(jnp.int32)
+    counts = metrics.confusion(prediction, truth, valid, foreground_classes(outputs))
     return {
         "loss": jax.vmap(one)(logits, target, valid),
         "prediction": prediction.astype(jnp.uint8),
         **counts._asdict(),
     }
+
+
+def _dtype(config: Config) -> DTypeLike:
+    """Dtype of parameters, statistics and losses."""
+    return jnp.float64 if config.train.precision == "float64" else jnp.float32

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,22 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from pdrunet_jax.data.images import resize_image
 from pdrunet_jax.data.phantoms.phantom import draw
 from pdrunet_jax.export import __main__ as command
-from pdrunet_jax.export.__main__ import export, main
-from pdrunet_jax.export.check import Agreement, Run, check_images, compare
+from pdrunet_jax.export.__main__ import ExportOptions, main
+from pdrunet_jax.export.check import Agreement, Run, check_images, compare_outputs
 from pdrunet_jax.export.onnx_graph import build_onnx, open_onnx
-from pdrunet_jax.export.stablehlo import build_stablehlo, open_stablehlo, tall_images_vertically_first
+from pdrunet_jax.export.stablehlo import (
+    GraphSpec,
+    build_stablehlo,
+    open_stablehlo,
+    resizes_tall_images_vertically_first,
+)
 from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.model.load import load_model
 from pdrunet_jax.model.network import PDRUNet
-from pdrunet_jax.predict.inference import forward, network_input, predict
+from pdrunet_jax.predict.inference import forward, segment
 from pdrunet_jax.runtime.errors import RunError, UserError
 from tests.support.tiny import brightness_model, save_image, save_model
 
@@ -35,20 +42,25 @@ OPEN = {"onnx": open_onnx, "stablehlo": open_stablehlo}
 
 def trained(**options: object) -> PDRUNet:
     """A network whose normalisations are not the initial ones."""
-    model = PDRUNet(**{"filters": 4, "dropout": 0.0, "rngs": nnx.Rngs(0), **options})
+    model = PDRUNet.from_options(**{"filters": 4, "dropout": 0.0, "rngs": nnx.Rngs(0), **options})
     numbers = np.random.default_rng(0)
     for block in vars(model).values():
         for norm in filter(None, (getattr(block, "bnorm1", None), getattr(block, "bnorm2", None))):
             for variable, low in ((norm.scale, 0.5), (norm.bias, -0.2), (norm.running_mean, -0.3)):
-                drawn = numbers.uniform(low, low + 0.5, model.filters)
+                drawn = numbers.uniform(low, low + 0.5, model.config.filters)
                 variable.set_value(jnp.asarray(drawn, variable[...].dtype))
-            norm.running_var.set_value(jnp.asarray(numbers.uniform(0.3, 2, model.filters), norm.running_var[...].dtype))
+            norm.running_var.set_value(
+                jnp.asarray(numbers.uniform(0.3, 2, model.config.filters), norm.running_var[...].dtype)
+            )
     return model
 
 
 def opened(model: PDRUNet, form: str, size: tuple[int, int], threshold: float = 0.5, tall_first: bool = True) -> Run:
-    data = BUILD[form](model, size=size, threshold=threshold, tall_first=tall_first, metadata={})
-    return OPEN[form](data)
+    return OPEN[form](BUILD[form](model, GraphSpec(size, threshold, tall_first)))
+
+
+def export(weights: Path, output: Path, **options: Any) -> list[str]:
+    return command.export(ExportOptions(str(weights), output=output, **options))
 
 
 @pytest.fixture
@@ -82,8 +94,8 @@ def test_a_file_agrees_with_the_model_it_was_made_of(form: str, options: dict[st
         assert got["mask"].shape == (count, height, width)
         assert got["probability"].dtype == got["logits"].dtype == np.float32
         for number, image in enumerate(images):
-            want = predict(model, image)
-            logits = np.asarray(forward(model, network_input(image, size)[None]))[0]
+            want = segment(model, image)
+            logits = np.asarray(forward(model, resize_image(image, size)[None]))[0]
             np.testing.assert_allclose(got["logits"][number], logits, rtol=0, atol=1e-4)
             np.testing.assert_allclose(got["probability"][number], want.probability, rtol=0, atol=1e-5)
             assert np.mean(got["mask"][number] != want.mask) < 0.001
@@ -92,14 +104,14 @@ def test_a_file_agrees_with_the_model_it_was_made_of(form: str, options: dict[st
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_network_sees_pillows_pixels_bit_for_bit(form: str) -> None:
     """Seen through a model whose logits are 32 times its input, less 16."""
-    run = opened(brightness_model(), form, (24, 40), tall_first=tall_images_vertically_first())
+    run = opened(brightness_model(), form, (24, 40), tall_first=resizes_tall_images_vertically_first())
     shapes = [(24, 40), (60, 90), (72, 40), (72, 41), (7, 9), (24, 13)]  # the third and fourth vertically first
     if form == "onnx":  # StableHLO is compiled for each shape
         shapes += [tuple(shape) for shape in np.random.default_rng(1).integers(1, 200, (40, 2))]
     for shape in shapes:
         pixels = np.random.default_rng(0).integers(0, 256, (1, *shape, 1), np.uint8)
         seen = np.rint((run(pixels)["logits"][0] + 16) / 32 * 255)
-        np.testing.assert_array_equal(seen, network_input(pixels[0], (24, 40)), err_msg=str(shape))
+        np.testing.assert_array_equal(seen, resize_image(pixels[0], (24, 40)), err_msg=str(shape))
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -116,7 +128,7 @@ def test_a_pillow_that_always_starts_horizontally_is_followed(form: str) -> None
 def test_the_threshold_is_inside(form: str) -> None:
     model = trained()
     image = draw(0, size=64).image[None, ..., None]
-    probability = predict(model, image[0], size=(32, 32)).probability
+    probability = segment(model, image[0], size=(32, 32)).probability
     threshold = float(np.quantile(probability, 0.9))
     share = opened(model, form, (32, 32), threshold)(image)["mask"].mean()
     assert share == pytest.approx(0.1, abs=0.01)
@@ -144,7 +156,7 @@ print(json.dumps([json.loads(artifact.fun_name), artifact.platforms]))
     assert platforms == ["cpu", "cuda", "tpu"]
     assert facts["class_names"] == ["background", "bone"]
     assert (facts["size"], facts["threshold"]) == ([32, 48], 0.4)
-    want = [predict(load_model(weights), image, threshold=0.4).mask for image in images]
+    want = [segment(load_model(weights), image, threshold=0.4).mask for image in images]
     assert np.mean(np.load(tmp_path / "mask.npy") != want) < 0.001
 
 
@@ -161,15 +173,15 @@ def test_an_onnx_file_states_what_it_takes(weights: Path, tmp_path: Path) -> Non
 
 
 def test_a_file_that_disagrees_is_not_written(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(model: PDRUNet, **options: object) -> bytes:
+    def wrong(model: PDRUNet, spec: GraphSpec) -> bytes:
         model.final_conv.bias.set_value(model.final_conv.bias[...] + 1e-3)
-        data = build_onnx(model, **options)
+        data = build_onnx(model, spec)
         model.final_conv.bias.set_value(model.final_conv.bias[...] - 1e-3)
         return data
 
     monkeypatch.setattr(command, "build_onnx", wrong)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(RunError, match=r"does not agree.*logits 1\.0e-03"):
+    with pytest.raises(RunError, match=r"do not agree.*logits 1\.0e-03"):
         export(weights, tmp_path / "model.onnx", format="onnx")
     assert sorted(tmp_path.iterdir()) == before
     (tmp_path / "model.onnx").write_text("precious")
@@ -188,15 +200,15 @@ def test_nan_is_no_agreement(weights: Path) -> None:
         return got
 
     images = check_images((), 1)
-    assert compare(run, model, images, size=(32, 48), threshold=0.5).good
-    assert not compare(broken, model, images, size=(32, 48), threshold=0.5).good
+    assert compare_outputs(run, model, images, size=(32, 48), threshold=0.5).good
+    assert not compare_outputs(broken, model, images, size=(32, 48), threshold=0.5).good
 
 
 def test_large_logits_may_differ_in_proportion() -> None:
     small = Agreement(2e-4, 5.0, 0.0, 0, 0, 1, 1, ((1, 1),))
     assert not small.good
     assert small._replace(largest_logit=30.0).good
-    assert not small._replace(largest_logit=30.0, undecided=1).good
+    assert not small._replace(largest_logit=30.0, inconsistent=1).good
 
 
 def test_images_to_check_on_can_be_given(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,7 +221,7 @@ def test_images_to_check_on_can_be_given(weights: Path, tmp_path: Path, capsys: 
     assert target.exists()
     (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(UserError, match=r"bad\.png"):
-        export(weights, tmp_path / "b.onnx", format="onnx", check=[tmp_path / "bad.png"])
+        export(weights, tmp_path / "b.onnx", format="onnx", check_image=(tmp_path / "bad.png",))
     assert not (tmp_path / "b.onnx").exists()
 
 
@@ -221,7 +233,7 @@ def test_nothing_is_overwritten_without_force(weights: Path, tmp_path: Path) -> 
     assert target.read_text() == "precious"
     export(weights, target, format="onnx", force=True)
     onnx.checker.check_model(str(target))
-    with pytest.raises(UserError, match="is --weights itself"):
+    with pytest.raises(UserError, match="is the --weights file itself"):
         export(weights, weights, format="onnx", force=True)
     with pytest.raises(UserError, match="is a folder"):
         export(weights, tmp_path, format="onnx", force=True)
@@ -252,8 +264,9 @@ def test_a_missing_package_is_named_with_its_remedy(package: str, weights: Path,
     program = f"""
 import sys
 sys.modules[{package!r}] = None
-from pdrunet_jax import cli, export
-cli.run(lambda: export.main(["--weights", {str(weights)!r}, "--format", "onnx", "--output", "out"]))
+from pdrunet_jax.export.__main__ import main
+from pdrunet_jax.runtime import cli
+cli.run(lambda: main(["--weights", {str(weights)!r}, "--format", "onnx", "--output", "out"]))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -262,6 +275,6 @@ cli.run(lambda: export.main(["--weights", {str(weights)!r}, "--format", "onnx", 
 
 
 def test_importing_the_command_loads_no_optional_library() -> None:
-    program = "import sys, pdrunet_jax.export; print({'onnx', 'onnxruntime', 'torch'} & set(sys.modules))"
+    program = "import sys, pdrunet_jax.export.__main__; print({'onnx', 'onnxruntime', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

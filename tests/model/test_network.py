@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.fast.convolution import (
     channel_sum,
     channel_sum_of,
@@ -14,8 +15,8 @@ from pdrunet_jax.model.fast.convolution import (
     convolve,
     filter_gradient,
     moments,
+    pad_rows,
     product_filter_gradient,
-    rows_around,
 )
 from pdrunet_jax.model.fast.phases import finest_phases, to_phases
 from pdrunet_jax.model.fast.xla import force_materialize
@@ -24,7 +25,7 @@ from pdrunet_jax.model.network import BLOCKS, PDRUNet
 
 
 def build(**options) -> PDRUNet:
-    return PDRUNet(**{"filters": 4, "rngs": nnx.Rngs(0)} | options)
+    return PDRUNet.from_options(**{"filters": 4, "rngs": nnx.Rngs(0)} | options)
 
 
 def run(model: PDRUNet, images: jax.Array, **options) -> jax.Array:
@@ -90,7 +91,8 @@ def test_evaluation_changes_no_state() -> None:
 
 def test_every_block_is_tapped_in_order() -> None:
     names: list[str] = []
-    build(conv="fused")(jnp.zeros((1, 32, 32, 1)), tap=lambda name, value: names.append(name))
+    execution = Execution("fused", tap=lambda name, value: names.append(name))
+    build()(jnp.zeros((1, 32, 32, 1)), execution=execution)
     assert names == [name.replace("_", ".") if "bottleneck" in name else name for name in BLOCKS] + ["final_conv"]
 
 
@@ -125,11 +127,11 @@ def test_dropout_drops_its_share_and_only_in_training() -> None:
     assert not (one == two).all()
 
 
-LAYOUTS = [(a, b) for a, b in itertools.product((1, 2, 8), (1, 4, 8)) if a % b == 0 or b % a == 0]
+PHASES = [(a, b) for a, b in itertools.product((1, 2, 8), (1, 4, 8)) if a % b == 0 or b % a == 0]
 
 
-@pytest.mark.parametrize(("source", "target"), LAYOUTS)
-def test_relay_puts_each_pixel_into_its_phase(source: int, target: int) -> None:
+@pytest.mark.parametrize(("source", "target"), PHASES)
+def test_each_pixel_goes_to_its_phase(source: int, target: int) -> None:
     x = jnp.arange(2 * 16 * 24 * 3).reshape(2, 16, 24, 3)
     phases = to_phases(to_phases(x, 1, source), source, target)
     for n, i, j in itertools.product(range(2), range(target), range(target)):
@@ -137,12 +139,12 @@ def test_relay_puts_each_pixel_into_its_phase(source: int, target: int) -> None:
     assert (to_phases(phases, target, 1) == x).all()
 
 
-LAYOUTS = {(256, 256): 32, (96, 80): 16, (97, 61): 1, (512, 20): 4, (96, 32): 32, (64, 64): 16, (32, 16): 8, (2, 2): 1}
+FINEST = {(256, 256): 32, (96, 80): 16, (97, 61): 1, (512, 20): 4, (96, 32): 32, (64, 64): 16, (32, 16): 8, (2, 2): 1}
 
 
-@pytest.mark.parametrize(("size", "layout"), LAYOUTS.items())
-def test_the_finest_layout_divides_both_sides_into_phases_of_a_few_pixels(size: tuple[int, int], layout: int) -> None:
-    assert finest_phases(*size) == layout
+@pytest.mark.parametrize(("size", "phases"), FINEST.items())
+def test_the_finest_phases_divide_both_sides_and_have_a_few_pixels(size: tuple[int, int], phases: int) -> None:
+    assert finest_phases(*size) == phases
 
 
 @pytest.mark.parametrize(("shape", "dilation"), [((2, 16, 16), 1), ((3, 7, 5), 2), ((1, 20, 12), 8)])
@@ -164,7 +166,7 @@ def test_the_filter_gradient_is_that_of_the_convolution(
     x, g = jax.random.normal(keys[0], (*shape, 3)), jax.random.normal(keys[1], (*shape, 5))
     kernel = jax.random.normal(keys[2], (3, 3, 3, 5))
     expected = jax.jit(jax.grad(lambda kernel: (convolve(x, kernel, dilation) * g).sum()))(kernel)
-    actual = jax.jit(lambda x, g: function(x, rows_around(g, dilation), dilation))(x, g)
+    actual = jax.jit(lambda x, g: function(x, pad_rows(g, dilation), dilation))(x, g)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 

@@ -12,7 +12,7 @@ from tests.support.tiny import brightness_model, save_model
 
 
 def network(**options):
-    return PDRUNet(filters=2, dropout=0.1, rngs=nnx.Rngs(1), **options)
+    return PDRUNet.from_options(filters=2, dropout=0.1, rngs=nnx.Rngs(1), **options)
 
 
 def arrays(model):

@@ -29,7 +29,7 @@ def public() -> Arrays:
 
 
 def public_arrays(dtype: str = "float32", **options: Any) -> Arrays:
-    model = PDRUNet(**{"filters": 4, **options}, rngs=nnx.Rngs(0))
+    model = PDRUNet.from_options(**{"filters": 4, **options}, rngs=nnx.Rngs(0))
     arrays = to_public(nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat))
     rng = np.random.default_rng(0)
     for name, array in arrays.items():
@@ -191,7 +191,7 @@ def test_options_travel_in_the_header(tmp_path: Path) -> None:
         "norm": "none",
     }
     model = load_model(tmp_path / "a.safetensors")
-    assert (model.shortcut, model.dropout, model.outputs, model.in_channels) == ("conv1", 0.1, 2, 3)
+    assert (model.config.shortcut, model.config.dropout, model.outputs, model.in_channels) == ("conv1", 0.1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, public: Arrays) -> N
 
 
 def test_misshapen_state_cannot_be_written() -> None:
-    model = PDRUNet(filters=4, rngs=nnx.Rngs(0))
+    model = PDRUNet.from_options(filters=4, rngs=nnx.Rngs(0))
     params, stats = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
     del params["e1"]["first"]["bias"]
     params["e2"]["first"]["bias"] = jnp.zeros(5)

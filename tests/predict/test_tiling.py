@@ -16,7 +16,7 @@ from tests.support.tiny import brightness_model
 
 def lively_model() -> PDRUNet:
     """Two filters whose activations neither die nor explode, so that the whole receptive field counts."""
-    model = PDRUNet(filters=2, norm="none", dropout=0.0, rngs=nnx.Rngs(0))
+    model = PDRUNet.from_options(filters=2, norm="none", dropout=0.0, rngs=nnx.Rngs(0))
     for name, block in vars(model).items():
         if hasattr(block, "second"):
             for number, conv in enumerate((block.first, block.second)):

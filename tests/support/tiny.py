@@ -24,7 +24,7 @@ def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
     With 3 outputs: above 0.25 is class 1, above 0.75 class 2. The first block passes the image on, every other one is
     the identity, and the long skips add up to 32 times the image.
     """
-    model = PDRUNet(
+    model = PDRUNet.from_options(
         in_channels=in_channels, outputs=outputs, filters=1, norm="none", dropout=0.0, conv="plain", rngs=nnx.Rngs(0)
     )
     for name, block in vars(model).items():

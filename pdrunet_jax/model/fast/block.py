@@ -1,10 +1,9 @@
-"""One differentiable block in training, two layers and the shortcut around them, with a gradient written by hand.
+"""A block in training (Figure 2) as one function with a hand-written gradient.
 
-Automatic differentiation keeps the input, the convolution's result and the output of every layer for the gradient.
-Here a block keeps three activations: its input and the results of its two convolutions. What follows from these by
-multiply-adds, the activation between the layers and where the ReLUs were open, is computed again in the backward pass,
-which costs it a few percent of its time and saves a third of its memory. The gradient through a normalisation is two
-multiply-adds an element.
+Automatic differentiation keeps the input, the convolution's result and the output of every layer. This function keeps
+three activations a block: its input and the results of its two convolutions. The activation between the layers and the
+ReLUs' signs are multiply-adds away from these, and are computed again in the backward pass: a few percent more time, a
+third less memory. The gradient through a normalisation is two multiply-adds an element.
 """
 
 from typing import Literal, NamedTuple
@@ -25,25 +24,25 @@ from pdrunet_jax.model.fast.convolution import (
 )
 
 Shortcut = Literal["none", "input", "conv1"]
-"""What is added before a block's last ReLU: nothing, its input, or what its first layer gave."""
+"""Term added before a block's last ReLU: nothing, the block's input, or its first layer's output."""
 
 Moments = tuple[jax.Array, jax.Array]
 """Mean and biased variance of each channel, (K,) and (K,)."""
 
 
 class LayerWeights(NamedTuple):
-    """The parameters of one layer. The convolution's bias would cancel in the normalisation, and is not among them."""
+    """Parameters of one layer, without the convolution's bias, which would cancel in the normalisation."""
 
     kernel: jax.Array
-    """(3, 3, C, K), in the dtype of the activations."""
+    """(3, 3, C, K), in the activations' dtype."""
     scale: jax.Array
-    """(K,), in the dtype of the statistics."""
+    """(K,), in the statistics' dtype."""
     shift: jax.Array
-    """(K,), in the dtype of the statistics."""
+    """(K,), in the statistics' dtype."""
 
 
 class _Normalised(NamedTuple):
-    """A convolution's result and what it is normalised with."""
+    """A convolution's result with its mean and inverse standard deviation."""
 
     z: jax.Array
     mean: jax.Array
@@ -51,7 +50,7 @@ class _Normalised(NamedTuple):
     """1 / sqrt(variance + epsilon)."""
 
     def before_relu(self, weights: LayerWeights, skip: jax.Array | None) -> jax.Array:
-        """batch_norm(z) + skip, in the dtype of the statistics."""
+        """batch_norm(z) + skip, in the statistics' dtype."""
         y = self.centred() * per_channel(self.inv * weights.scale) + per_channel(weights.shift)
         return y if skip is None else y + skip.astype(y.dtype)
 
@@ -69,12 +68,12 @@ def _block(
 
 
 block = jax.custom_vjp(_block, nondiff_argnums=(3, 4))
-block.__doc__ = """relu(bn2(conv2(c1)) + shortcut) with c1 = relu(bn1(conv1(x))), with the batch's own statistics.
+block.__doc__ = """relu(bn2(conv2(c1)) + skip) with c1 = relu(bn1(conv1(x))), normalised with the batch's statistics.
 
-Args, in order: x (N, H, W, C), the weights of the first and of the second layer, the shortcut, the dilation.
+Args, in order: x (N, H, W, C), weights of the first layer, weights of the second layer, shortcut, dilation.
 
-Returns the activation (N, H, W, K) in the dtype of x, and the moments of the two convolutions' results, through which
-no gradient flows: they feed the running statistics.
+Returns the activation (N, H, W, K) in the dtype of x, and the moments of the two convolutions' results for the running
+statistics; no gradient flows through the moments.
 """
 
 
@@ -103,8 +102,8 @@ def _backward(
 ) -> tuple[jax.Array, LayerWeights, LayerWeights]:
     x, first, second, one, two = saved
     d_out = gradients[0]
-    # Nothing holds XLA on CPUs back from computing this in the forward pass and keeping it after all, unless it
-    # depends on the gradient: on a zero, or on NaN where the gradient is not finite.
+    # Without a dependence on the gradient, XLA on CPUs would compute this in the forward pass and keep it after all. The
+    # added term is zero, or NaN where the gradient is not finite.
     later = one._replace(mean=one.mean + (0 * d_out.ravel()[0]).astype(one.mean.dtype))
     c1 = jax.nn.relu(later.before_relu(first, None)).astype(x.dtype)
 
@@ -121,11 +120,11 @@ def _backward(
 def _layer_gradient(
     x: jax.Array, weights: LayerWeights, saved: _Normalised, d_y: jax.Array, dilation: int
 ) -> tuple[jax.Array, LayerWeights]:
-    """Gradients of a layer's input and weights from that of what enters its ReLU, zero where the ReLU was shut."""
+    """Gradients of a layer's input and weights from the gradient before its ReLU, zero where it was closed."""
     pixels = pixel_count(d_y)
     d_shift = channel_sum(d_y)
     d_scale = channel_sum_of(lambda d_y, z: d_y * saved._replace(z=z).centred(), d_y, saved.z) * saved.inv
-    # Depends on a sum of the gradient, so that XLA does not keep what it has computed of this before.
+    # This depends on a sum of the gradient, so that XLA does not keep an earlier result.
     saved = saved._replace(mean=saved.mean + 0 * d_shift)
     a = saved.inv * weights.scale
     # d z = a (d_y - mean(d_y) - z_hat mean(d_y z_hat)), Ioffe and Szegedy (2015), as two multiply-adds an element.

@@ -1,8 +1,8 @@
-"""The polyphase layout, in which a dilated convolution is a dense one.
+"""The polyphase layout, which turns a dilated convolution into a dense one.
 
-A 3x3 convolution with dilation d on an (H, W) grid never mixes pixels whose rows or columns differ modulo d: it is d*d
-independent dense convolutions, one on each phase, zero padding included. Normalisation, ReLU and additions do not care
-about the order of pixels, so an activation can stay in its phases from one block to the next.
+A 3x3 convolution with dilation d on an (H, W) grid never mixes pixels whose rows or columns differ modulo d. It is d*d
+independent dense convolutions, one on each phase, zero padding included. Normalisation, ReLU and addition do not depend
+on the order of pixels, so an activation can stay in phases from one block to the next.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ from functools import partial
 import jax
 
 MAX_DILATION = 32
-"""The largest dilation of the network; all its dilations are powers of two up to this one."""
+"""Largest dilation of the network; all its dilations are powers of two."""
 
 MIN_SIDE = 3
-"""Pixels of a phase's longer side, at least. Phases of 2x2 pixels are mostly padding: on a 2-core CPU a step at 64x64
-takes a third of the time with fewer phases and what is left of the dilation within them."""
+"""Least number of pixels on a phase's longer side. Phases of 2x2 pixels are mostly padding: on a 2-core CPU, a step at
+64x64 takes a third of the time with fewer phases and the remaining dilation within them."""
 
 
 def to_phases(x: jax.Array, source: int, target: int) -> jax.Array:
-    """Bring `x` from the layout of `source` phases a side to that of `target`; one must divide the other.
+    """Convert `x` from `source` phases a side to `target`; one must divide the other.
 
-    The layout of d phases a side stores an (N, H, W, C) activation as (N*d*d, H/d, W/d, C): entry (n*d + i)*d + j holds
-    the pixels whose row is i and whose column is j modulo d. d = 1 is the ordinary layout.
+    With d phases a side, an (N, H, W, C) activation is stored as (N*d*d, H/d, W/d, C): entry (n*d + i)*d + j holds the
+    pixels whose row is i and whose column is j modulo d. d = 1 is the ordinary layout.
     """
     if source == target:
         return x
@@ -41,49 +41,52 @@ def to_phases(x: jax.Array, source: int, target: int) -> jax.Array:
 
 
 def finest_phases(height: int, width: int) -> int:
-    """The most phases a side, up to `MAX_DILATION`, that (height, width) is split into: a power of two.
+    """The most phases a side for images of (height, width): a power of two, at most `MAX_DILATION`.
 
-    One that divides both, and leaves phases whose longer side has `MIN_SIDE` pixels or more.
+    It divides both sides, and each phase has at least `MIN_SIDE` pixels on its longer side.
     """
-    layout = math.gcd(height, width, MAX_DILATION)
-    while layout > 1 and max(height, width) < MIN_SIDE * layout:
-        layout //= 2
-    return layout
+    phases = math.gcd(height, width, MAX_DILATION)
+    while phases > 1 and max(height, width) < MIN_SIDE * phases:
+        phases //= 2
+    return phases
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["layout", "limit"])
+@partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["phases", "limit"])
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """An activation together with the layout it is kept in.
+    """An activation and the number of phases it is stored in.
 
     Attributes:
-        values: (N*layout*layout, H/layout, W/layout, C).
-        layout: phases a side.
-        limit: the most phases a side that this image size and execution path allow; 1 keeps the ordinary layout.
+        values: (N*phases*phases, H/phases, W/phases, C).
+        phases: phases a side; 1 is the ordinary layout.
+        limit: the most phases a side that the image size and the execution path allow.
     """
 
     values: jax.Array
-    layout: int
+    phases: int
     limit: int
 
     @classmethod
     def of(cls, images: jax.Array, limit: int) -> "Activation":
-        """`images` (N, H, W, C) in the ordinary layout."""
+        """Wrap `images` (N, H, W, C), which are in the ordinary layout."""
         return cls(images, 1, limit)
 
+    def in_phases(self, phases: int) -> "Activation":
+        """Convert to this number of phases a side."""
+        return dataclasses.replace(self, values=to_phases(self.values, self.phases, phases), phases=phases)
+
     def for_dilation(self, dilation: int) -> "Activation":
-        """The same activation in the layout closest to dense convolutions at `dilation`."""
-        target = min(dilation, self.limit)
-        return dataclasses.replace(self, values=to_phases(self.values, self.layout, target), layout=target)
+        """Convert to the layout in which convolutions at `dilation` are densest."""
+        return self.in_phases(min(dilation, self.limit))
 
     def __add__(self, other: "Activation") -> "Activation":
-        """The sum, in the layout of the left operand."""
-        return self.with_values(self.values + to_phases(other.values, other.layout, self.layout))
+        """Add, in the layout of the left operand."""
+        return self.with_values(self.values + other.in_phases(self.phases).values)
 
     def with_values(self, values: jax.Array) -> "Activation":
-        """New values in the same layout."""
+        """Replace the values; the layout stays."""
         return dataclasses.replace(self, values=values)
 
     def image(self) -> jax.Array:
-        """The values in the ordinary layout (N, H, W, C)."""
-        return to_phases(self.values, self.layout, 1)
+        """The values in the ordinary layout, (N, H, W, C)."""
+        return self.in_phases(1).values

@@ -1,9 +1,9 @@
-"""Dense 3x3 convolutions with fewer multiplications: Winograd's minimal filtering F(2x2, 3x3).
+"""Dense 3x3 convolution with fewer multiplications: Winograd's minimal filtering F(2x2, 3x3).
 
-Lavin and Gray (arXiv:1509.09308), section 4.1: four pixels of the result come from sixteen products of sums of pixels
-with sums of weights in place of thirty-six products. With many channels the sixteen are matrix products, which take
-most of the time; the sums are additions over data that stay in the caches, because the image is taken in strips. In
-float32 the result is as far from the exact one as that of a direct convolution, within a factor of 1.5.
+Lavin and Gray (arXiv:1509.09308), section 4.1: sixteen products of sums of pixels and sums of weights give four pixels
+of the result, instead of thirty-six products. With many channels the products are matrix products, which take most of
+the time. The image is processed in strips, so that the sums stay in the caches. In float32 the rounding error is at
+most 1.5 times the error of a direct convolution.
 """
 
 import math
@@ -12,26 +12,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pdrunet_jax.model import sharding as shards
-from pdrunet_jax.model.fast.xla import map_chunks, map_into
+from pdrunet_jax.model.fast.xla import map_chunks, map_into, on_cpu
 
 STRIP_PIXELS = 8192
-"""Pixels of a strip, about: less, and starting the operations counts; more, and the sums go through the memory."""
+"""Approximate pixels of a strip. Smaller: starting operations takes time; larger: the sums leave the caches."""
 
 MIN_CHANNELS, MIN_PIXELS = 32, 16_384
 """Channels and pixels from which it beats XLA's direct convolution, measured on a 2-core AVX-512 CPU: by 10 to 25 %
-with 40 channels, not at all with 24."""
+with 40 channels, not with 24."""
 
 Planes = list[jax.Array]
-"""Sixteen arrays (N, H / 2, W / 2, C), one for each product, row by row of its 4x4 pattern."""
+"""Sixteen arrays (N, H / 2, W / 2, C), one for each product, row by row of the 4x4 pattern."""
 
 
-def pays(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether the convolution of `x` (N, H, W, C) is faster this way, and as exact."""
+def is_faster(x: jax.Array, kernel: jax.Array) -> bool:
+    """Whether Winograd's method is faster for `x` (N, H, W, C), and as exact."""
     n, height, width, _ = x.shape
     return (
-        jax.default_backend() == "cpu"
-        and not shards.split_rows()
+        on_cpu()
         and kernel.shape[:2] == (3, 3)
         and min(kernel.shape[2:]) >= MIN_CHANNELS
         and height % 2 == width % 2 == 0
@@ -41,7 +39,7 @@ def pays(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def winograd_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """3x3 convolution with zero padding that keeps the size.
+    """Convolve with zero padding that keeps the size.
 
     Args:
         x: (N, H, W, C), H and W even.
@@ -75,7 +73,7 @@ def winograd_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def strip_rows(height: int, width: int) -> int:
-    """Rows of a strip: the even divisor of `height` that comes closest to `STRIP_PIXELS`, or all of them."""
+    """Rows of a strip: the even divisor of `height` that is closest to `STRIP_PIXELS`, or all rows."""
     if height * width <= STRIP_PIXELS:
         return height
     divisors = [2 * rows for rows in range(1, height // 2 + 1) if height % (2 * rows) == 0]
@@ -92,7 +90,7 @@ def _kernel_sums(kernel: jax.Array) -> list[jax.Array]:
 
 
 def _input_sums(x: jax.Array) -> Planes:
-    """B^T d B of all tiles of `x` (N, H + 2, W + 2, C): tiles are 4x4, two apart."""
+    """B^T d B of all tiles of `x` (N, H + 2, W + 2, C); tiles are 4x4 and two pixels apart."""
     n, height, width, c = x.shape
 
     def pixels(row: int, column: int) -> jax.Array:

@@ -1,0 +1,90 @@
+"""How and where a pass is computed. Nothing here changes what the network computes; parity level 10 holds that."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Self
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from pdrunet_jax.model.fast.phases import Activation, finest_phases
+from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks, on_cpu
+from pdrunet_jax.model.layers import PATHS, Path, State, Tap, fused_training_block, split_state
+
+if TYPE_CHECKING:
+    from pdrunet_jax.model.network import Block
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How and where a pass is computed."""
+
+    path: Path = "plain"
+    """Implementation of the 3x3 convolutions."""
+    remat: bool = False
+    """In training, keep only the input of each block and compute the rest again for the gradient."""
+    mesh: Mesh | None = None
+    """Devices to split the batch over, from `pdrunet_jax.runtime.devices.make_mesh`; None for one device."""
+    tap: Tap | None = None
+    """Called with the public name and the value of each block's output and, on the plain and polyphase paths, of each
+    convolution and normalisation. Not on a mesh."""
+
+    @classmethod
+    def of(cls, conv: str, *, remat: bool = False, mesh: Mesh | None = None) -> Self:
+        """The execution for a setting of `model.conv`; "auto" chooses the path by platform."""
+        if conv == "auto":
+            conv = "fused" if on_cpu() else "plain"
+        for path in PATHS:
+            if path == conv:
+                return cls(path, remat, mesh)
+        raise ValueError(f"conv = {conv!r}; it is one of auto, {', '.join(PATHS)}")
+
+    def first_activation(self, images: jax.Array) -> Activation:
+        """`images` (N, H, W, C) as the first activation, free to take the phases that path and size allow."""
+        height, width = images.shape[1:3]
+        return Activation.of(images, 1 if self.path == "plain" else finest_phases(height, width))
+
+
+def run_block(block: "Block", x: Activation, *, train: bool, execution: Execution) -> Activation:
+    """Apply a block as `execution` says."""
+    if execution.tap is None and train and execution.remat:
+        return _rematerialised(block, x, execution)
+    if execution.tap is None and not train and execution.path == "fused":
+        return _in_chunks(block, x, execution)
+    return _run(block, x, train, execution)
+
+
+def _run(block: "Block", x: Activation, train: bool, execution: Execution) -> Activation:
+    if train and execution.path == "fused" and block.bnorm1 is not None and block.bnorm2 is not None:
+        layers = (block.first, block.bnorm1), (block.second, block.bnorm2)
+        out = fused_training_block(x, *layers, shortcut=block.shortcut, dilation=block.dilation)
+    else:
+        out = block(x, train=train, execution=execution)
+    if execution.tap is not None:
+        execution.tap(block.name, out.image())
+    return out
+
+
+def _rematerialised(block: "Block", x: Activation, execution: Execution) -> Activation:
+    """Train through a block that keeps nothing but its input for the gradient."""
+    if execution.mesh is None and block.shortcut != "none":
+        # Otherwise XLA keeps two activations a block: this one, and the one that it is computed from again.
+        x = x.for_dilation(block.dilation)
+        x = x.with_values(force_materialize(x.values))
+    graphdef, params, stats = split_state(block)
+
+    def compute(params: State, stats: State, x: Activation) -> tuple[Activation, State]:
+        inner = nnx.merge(graphdef, params, stats, copy=True)
+        return _run(inner, x, True, execution), nnx.state(inner, nnx.BatchStat)
+
+    out, stats = checkpoint_block(compute)(params, stats, x)
+    nnx.update(block, stats)
+    return out
+
+
+def _in_chunks(block: "Block", x: Activation, execution: Execution) -> Activation:
+    """Evaluate a block on a few phases or images at a time, which then stay in the caches between its layers."""
+    x = x.for_dilation(block.dilation)
+    return x.with_values(
+        map_chunks(lambda values: _run(block, x.with_values(values), False, execution).values, x.values)
+    )
