@@ -1,33 +1,28 @@
-"""python -m pdrunet_jax.evaluate: scores of a model on a dataset, per image and summed up with intervals.
+"""`python -m pdrunet_jax.evaluate`: score a model on a dataset, per image and in summary, and compare two models.
 
-With --against, the differences to another evaluation of the same images, tested (see `pdrunet_jax.compare`). Scores are
-computed at each input's own resolution, ignored pixels left out (see `pdrunet_jax.evaluation`).
+Scores are computed at each input's own resolution, without ignored pixels (see `pdrunet_jax.evaluate.evaluation`).
+--against compares with another evaluation of the same images (see `pdrunet_jax.evaluate.compare`).
 """
 
-import argparse
-import dataclasses
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import jax
 import tyro
-from flax import nnx
 
-from pdrunet_jax import config as config_io
+from pdrunet_jax import config as configuration
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
 from pdrunet_jax.evaluate import compare, scores
-from pdrunet_jax.evaluate.compare import comparison_table, remove_comparison, write_comparison
-from pdrunet_jax.evaluate.evaluation import Evaluation, evaluate_split, spacings_of, unit_of, write_evaluation
+from pdrunet_jax.evaluate.evaluation import Evaluation, evaluate_split, read_spacings, write_evaluation
 from pdrunet_jax.evaluate.report.page import write_evaluation_report
 from pdrunet_jax.evaluate.scores import ScoringOptions
-from pdrunet_jax.model.load import load_model, load_options
-from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.load import Loaded, build_loaded, load_weights
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
@@ -40,37 +35,50 @@ from pdrunet_jax.runtime.run_folder import RunFolder, environment
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Score a model on a dataset: a table here, report.html, per_image.csv, summary.json and more in a folder."""
+    """Score a model on a dataset. Prints a table; writes report.html, per_image.csv, summary.json and more."""
 
     weights: str
     """Run folder, checkpoint, .safetensors or public .pth."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The dataset; what is left out is as the run folder's config.toml has it."""
+    """Dataset. Defaults come from the run folder's config.toml."""
     split: Literal["train", "val", "test", "all"] = "test"
-    """Part of the dataset; all takes every image, for a dataset the model has never seen."""
+    """Split to score; all takes every image, for a dataset unseen in training."""
     output: Path | None = None
-    """Folder for the results; evaluation/SPLIT in the run folder for the run's own data, else evaluation here."""
+    """Output folder. Default: evaluation/SPLIT in the run folder if --data.root is the run's own, else evaluation."""
     batch_size: int = 8
-    """Images in each batch."""
+    """Images per batch."""
     threshold: Threshold = 0.5
-    """Probability above which a pixel is foreground, or validation: the one that scored best on the validation images
-    of the training. For one output only."""
+    """Probability above which a pixel is foreground, or validation for the best one on the validation set. Models with
+    one output only."""
     tolerance: float = ScoringOptions.tolerance
-    """Distance up to which nsd counts a boundary as right: in mm if the pixel spacing of every image is known (DICOM,
-    or spacing in dataset.toml), else in pixels."""
+    """Largest distance at which nsd counts a boundary pixel as correct: in mm if the pixel spacing of every image is
+    known (DICOM, or spacing in dataset.toml), else in pixels."""
     empty_dice: float = ScoringOptions.empty_dice
-    """Dice of a class that is in neither truth nor prediction; nan leaves it out of means."""
+    """Dice of a class absent from both truth and prediction; nan excludes it from means."""
     against: str | None = None
-    """What to compare with on the same images: the folder of another evaluation, or weights, which are then evaluated
-    too (at the size that they were trained at). A table here, comparison.json and comparison.csv in the folder."""
+    """Compare on the same images with this evaluation folder, or with these weights (evaluated too, at the size they
+    were trained at). Prints a table; writes comparison.json and comparison.csv."""
     cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
     detect: DetectCluster = False
-    """Evaluate in several processes, as SLURM, Kubernetes or Cloud TPU have started them; the first one writes."""
+    """Evaluate in several processes started by SLURM, Kubernetes or Cloud TPU; the first one writes."""
     distributed: Distributed = field(default_factory=Distributed)
 
 
-def run_of(weights: str | Path) -> RunFolder | None:
-    """The run folder that `weights` is, or lies in; None if there is none."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command. Raises `UserError` for invalid options or data, `RunError` if the results cannot be written."""
+    options, loaded = _parse(list(sys.argv[1:] if arguments is None else arguments))
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
+    if not (math.isfinite(options.tolerance) and options.tolerance >= 0):
+        raise UserError(f"--tolerance {options.tolerance}: must be a distance of 0 or more")
+    if not (math.isnan(options.empty_dice) or 0 <= options.empty_dice <= 1):
+        raise UserError(f"--empty-dice {options.empty_dice}: must be between 0 and 1, or nan")
+    with join(options.distributed, options.detect) as group:
+        _run(options, loaded or load_weights(options.weights), group)
+
+
+def find_run(weights: str | Path) -> RunFolder | None:
+    """Find the run folder that `weights` is or belongs to; None if there is none."""
     path = Path(weights)
     places = [path, path.parent if path.name == "best.safetensors" else path]
     if path.parent.name == "checkpoints":
@@ -78,118 +86,116 @@ def run_of(weights: str | Path) -> RunFolder | None:
     return next((RunFolder(place) for place in places if (place / "config.toml").is_file()), None)
 
 
-def data_defaults(weights: str) -> DataConfig:
-    """Data settings that go with `weights`: the run's, or the size that the file tells."""
-    if run := run_of(weights):
-        return config_io.parse(run.config.read_text(encoding="utf-8"), str(run.config)).data
-    size = load_options(weights).get("size")
-    return DataConfig(size=tuple(size)) if size else DataConfig()
+def _parse(arguments: list[str]) -> tuple[EvaluateOptions, Loaded | None]:
+    """The options, with data settings checked and defaults from the weights; and the weights, if read for that."""
+    weights = cli.first_value(arguments, "--weights")
+    run = find_run(weights) if weights else None
+    loaded = load_weights(weights) if weights and not run else None
+    defaults = DataConfig()
+    if run:
+        defaults = configuration.read(run.config_file).data
+    elif loaded and loaded.size:
+        defaults = DataConfig(size=loaded.size)
+    default = EvaluateOptions(weights=weights or tyro.MISSING, data=defaults)
+    options = tyro.cli(EvaluateOptions, args=arguments, default=default, prog=cli.program("evaluate"))
+    data = configuration.check(Config(data=options.data), "the command line").data
+    own = run.path / "evaluation" / options.split if run and data.root == defaults.root else Path("evaluation")
+    return replace(options, data=data, output=options.output or own), loaded
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
-    options, defaults = _parse(list(sys.argv[1:] if arguments is None else arguments))
-    config = config_io.check(Config(data=options.data), "the command line").data
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: at least one image makes a batch")
-    if not (math.isfinite(options.tolerance) and options.tolerance >= 0):
-        raise UserError(f"--tolerance {options.tolerance}: a distance is 0 or more")
-    if not (math.isnan(options.empty_dice) or 0 <= options.empty_dice <= 1):
-        raise UserError(f"--empty-dice {options.empty_dice}: give a number from 0 to 1, or nan")
-    with join(options.distributed, options.detect) as group:
-        _run(options, defaults, config, group)
+@dataclass(frozen=True)
+class _Candidate:
+    """A model to evaluate."""
+
+    weights: str
+    loaded: Loaded
+    threshold: float
 
 
-def _run(options: EvaluateOptions, defaults: DataConfig, config: DataConfig, group: Group) -> None:
-    """Evaluate, and, in the first process, say and write what was found."""
-    threshold = _threshold(options, options.weights)
-    dataset = open_dataset(config)
+def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
+    """Evaluate; in the main process, print and write the results."""
+    # Check everything before computing anything.
+    threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
+    candidate = _Candidate(options.weights, loaded, threshold)
+    dataset = open_dataset(options.data)
     require_same_data(group, dataset)
-    other = _other(options, dataset)
-    model = _model(options.weights, dataset)
-    rival = None if other or options.against is None else _model(options.against, dataset)
-    their_threshold = threshold if rival is None else _threshold(options, str(options.against))
+    other, rival = _opponent(options, dataset)
+    for each in (candidate, rival):
+        _check_order(each, dataset)
     for note in dataset.notes:
         group.log(note)
+
+    # Score the model, and the one to compare with unless its scores are known.
     began = time.monotonic()
-    evaluation = _evaluate(model, dataset, config, options, threshold, group)
+    evaluation = _evaluate(candidate, dataset, options.data, options, group)
     seconds = time.monotonic() - began
-    if rival is not None:
-        size = load_options(str(options.against)).get("size")
-        resized = dataclasses.replace(config, size=tuple(size)) if size else config
-        rows = _evaluate(rival, dataset, resized, options, their_threshold, group).rows
-        other = compare.Other(str(options.against), rows)
+    if rival:
+        resized = replace(options.data, size=rival.loaded.size or options.data.size)
+        other = compare.Other(rival.weights, _evaluate(rival, dataset, resized, options, group).rows)
     if not group.is_main:
         return
-    run = run_of(options.weights)
-    folder = options.output
-    if folder is None:
-        own = run is not None and config.root == defaults.root
-        folder = run.path / "evaluation" / options.split if run and own else Path("evaluation")
+
     about = {
         "weights": options.weights,
-        "data": config.root,
-        "size": list(config.height_width),
+        "data": options.data.root,
+        "size": list(options.data.height_width),
         "threshold": threshold,
         "threshold_from": "validation" if options.threshold == "validation" else "option",
         "cleaning": asdict(options.cleaning),
         "seconds": round(seconds, 3),
     }
+    folder = options.output or Path("evaluation")
     write_evaluation(evaluation, folder, about, environment(jax.devices()[0].device_kind))
     print(scores.text_table(evaluation.summary))
     print(*evaluation.remarks(), sep="\n")
-    remove_comparison(folder)
-    if other is not None:
+    if other:
         comparison = compare.compare(evaluation.rows, other, evaluation.summary.rules)
-        write_comparison(comparison, evaluation.rows, other, folder)
-        print(comparison_table(comparison))
-    print(f"results in {folder}, to look at: {write_evaluation_report(folder)}")
+        compare.write_comparison(comparison, evaluation.rows, other, folder)
+        print(compare.comparison_text(comparison))
+    print(f"results: {folder}, report: {write_evaluation_report(folder)}")
     print(evaluation.line)
 
 
-def _parse(arguments: list[str]) -> tuple[EvaluateOptions, DataConfig]:
-    """The options, and the data settings that the weights came with."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--weights")
-    weights = first.parse_known_args(arguments)[0].weights
-    defaults = DataConfig() if weights is None else data_defaults(weights)
-    default = EvaluateOptions(weights=tyro.MISSING if weights is None else weights, data=defaults)
-    return tyro.cli(EvaluateOptions, args=arguments, default=default, prog="python -m pdrunet_jax.evaluate"), defaults
+def _opponent(options: EvaluateOptions, dataset: Dataset) -> tuple[compare.Other | None, _Candidate | None]:
+    """What --against names: a finished evaluation, checked to be comparable, or a model to evaluate."""
+    against, samples = options.against, dataset.of(options.split)
+    if against is None:
+        return None, None
+    if not Path(against).exists():
+        raise UserError(f"--against {against}: there is no such file or folder")
+    if other := compare.read_other(Path(against)):
+        unit = read_spacings(dataset, samples)[1]
+        if samples:
+            compare.check_rules(ScoringOptions(unit, options.tolerance, options.empty_dice), other)
+            compare.check_pairs(((sample.id, name) for sample in samples for name in dataset.class_names), other)
+        return other, None
+    loaded = load_weights(against)
+    return None, _Candidate(against, loaded, resolve_threshold(options.threshold, loaded.options, against))
 
 
-def _other(options: EvaluateOptions, dataset: Dataset) -> compare.Other | None:
-    """The evaluation that --against names, if it is one, checked before anything is computed."""
-    if options.against is None:
-        return None
-    if not Path(options.against).exists():
-        raise UserError(f"--against {options.against}: there is no such file or folder")
-    samples = dataset.of(options.split)
-    other = compare.read_other(Path(options.against))
-    if other and samples:
-        unit = unit_of(spacings_of(dataset, samples)[0])
-        compare.check_rules(ScoringOptions(unit, options.tolerance, options.empty_dice), other)
-        compare.check_pairs(((sample.id, name) for sample in samples for name in dataset.class_names), other)
-    return other
-
-
-def _model(weights: str, dataset: Dataset) -> PDRUNet:
-    _check_order(load_options(weights).get("class_names"), dataset)
-    return load_model(weights)
-
-
-def _threshold(options: EvaluateOptions, weights: str) -> float:
-    return resolve_threshold(options.threshold, load_options(weights), weights)
+def _check_order(candidate: _Candidate | None, dataset: Dataset) -> None:
+    """Refuse a model with the dataset's classes in another order: one class would be scored as another."""
+    names = candidate.loaded.options.get("class_names") if candidate else None
+    if names and tuple(names) != dataset.class_names and sorted(names) == sorted(dataset.class_names):
+        raise UserError(
+            f"the class order differs: the model has {', '.join(names)}, {dataset.root} has "
+            f"{', '.join(dataset.class_names)}; declare the classes in the model's order with --data.classes"
+        )
 
 
 def _evaluate(
-    model: PDRUNet, dataset: Dataset, config: DataConfig, options: EvaluateOptions, threshold: float, group: Group
+    candidate: _Candidate, dataset: Dataset, config: DataConfig, options: EvaluateOptions, group: Group
 ) -> Evaluation:
-    rules = config.height_width, options.split, options.batch_size, threshold, options.tolerance, options.empty_dice
-    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
-    weights = content_digest(to_public(*parts[1:], dead_block=False), {"shortcut": model.shortcut})
-    group.require_same(f"{weights} {rules} {options.cleaning}", "give it the weights and options of the first process")
+    loaded, threshold = candidate.loaded, candidate.threshold
+    weights = content_digest(
+        to_public(loaded.params, loaded.stats, dead_block=False), {"shortcut": loaded.options["shortcut"]}
+    )
+    rules = options.split, options.batch_size, options.tolerance, options.empty_dice, options.cleaning
+    group.require_same(
+        f"{weights} {threshold} {config.height_width} {rules}", "give it the weights and options of the first process"
+    )
     return evaluate_split(
-        model,
+        build_loaded(loaded),
         dataset,
         options.split,
         config,
@@ -200,15 +206,6 @@ def _evaluate(
         cleaning=options.cleaning,
         group=group,
     )
-
-
-def _check_order(names: Sequence[str] | None, dataset: Dataset) -> None:
-    """The same classes in another order would be scored one as the other."""
-    if names and tuple(names) != dataset.class_names and sorted(names) == sorted(dataset.class_names):
-        raise UserError(
-            f"the model's classes are {', '.join(names)} in this order, those of {dataset.root} "
-            f"{', '.join(dataset.class_names)}; declare them in the model's order with --data.classes"
-        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Two evaluations of the same images: mean differences with intervals, a paired test, and the images that changed most.
+"""Paired comparison of two evaluations of the same images: differences with intervals and a sign-flip test.
 
-Everything is paired by image and class, and patients stay whole in intervals and test (docs/metrics.md). A difference
-is this evaluation less the other.
-
-A comparison of two evaluations as a table, as comparison.json and as comparison.csv.
+Scores are paired by image and class, and patients stay whole in intervals and test (docs/metrics.md). A difference is
+this evaluation minus the other.
 """
 
 import csv
@@ -24,51 +22,54 @@ from pdrunet_jax.evaluate.scores import (
     ImageScores,
     ScoringOptions,
     aligned,
+    by_class,
+    format_score,
     label,
     read_csv,
     without_nan,
 )
-from pdrunet_jax.runtime.errors import RunError, UserError
-from pdrunet_jax.runtime.files import atomic_write
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import atomic_write, writing
 
+FILES = ("comparison.json", "comparison.csv")
 LOWER_IS_BETTER = ("hd95", "assd", "area_error")
 EXACT = 16
-"""Patients up to which every flip of signs is tried."""
+"""Largest number of patients for which every sign flip is evaluated."""
 FLIPS = 20_000
-"""Random flips of signs for more patients."""
+"""Random sign flips for more patients."""
 MOST_LISTED = 6
-"""Images named as those that changed most, or as missing."""
+"""Images listed as most changed, or as missing."""
 DIGITS = 6
-"""Decimals that scores are compared to, those of per_image.csv."""
+"""Decimals that scores are rounded to before comparison, those of per_image.csv."""
 
 Pairs = Mapping[str, tuple[float, float]]
-"""By image a score of this evaluation and of the other, both defined."""
+"""Image to the scores of this evaluation and the other, both defined."""
 
 
 @dataclass(frozen=True)
 class Other:
-    """What an evaluation is compared with."""
+    """The evaluation to compare with."""
 
     name: str
     rows: tuple[ImageScores, ...]
     rules: ScoringOptions | None = None
-    """What it was scored by, where that is known."""
+    """Scoring options, if known."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric on the images on which both evaluations define it; NaN where there is nothing to compute it from."""
+    """One metric over the images where both evaluations define it; NaN where it cannot be computed."""
 
     this: float
     other: float
     mean: float
-    """Of the differences, this less other; `low` and `high` bound its 95 % interval."""
+    """Mean of this minus other, with the 95 % interval `low` to `high`."""
     low: float
     high: float
     p: float
-    """Of the sign-flip test: how often chance alone gives a difference at least as large, in either direction."""
+    """Two-sided p-value of the sign-flip test."""
     better: int
-    """Images on which this evaluation is better."""
+    """Number of images on which this evaluation is better."""
     worse: int
     equal: int
     images: int
@@ -77,7 +78,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`classes[name][metric]`, and `macro[metric]` over the per-image means of classes."""
+    """Differences `classes[name][metric]`, and `macro[metric]` over the per-image means of the classes."""
 
     against: str
     unit: str
@@ -85,15 +86,21 @@ class Comparison:
     classes: dict[str, dict[str, Difference]]
     macro: dict[str, Difference]
     changed: tuple[tuple[str, float, float], ...]
-    """Image with its Dice (mean of classes) here and there, the largest change first."""
+    """Image, Dice (mean of classes) here and Dice there, largest change first."""
     images: int
     patients: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """Content of comparison.json, with None for NaN."""
+        values: dict[str, Any] = without_nan(asdict(self))
+        values["changed"] = [dict(zip(("image", "this", "other"), case, strict=True)) for case in self.changed]
+        return values
+
 
 def read_other(folder: Path) -> Other | None:
-    """The evaluation in `folder`, or in the file per_image.csv that it is; None if there is none.
+    """Read the evaluation in `folder` (or its per_image.csv); None if there is none.
 
-    Raises `UserError` that names the file if it cannot be read.
+    Raises `UserError` with the file's name if it cannot be read.
     """
     path = folder if folder.suffix == ".csv" else folder / "per_image.csv"
     if not path.is_file():
@@ -107,26 +114,26 @@ def read_other(folder: Path) -> Other | None:
         empty = math.nan if values["empty_dice"] is None else float(values["empty_dice"])
         rules = ScoringOptions(str(values["unit"]), float(values["tolerance"]), empty)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{summary} is no summary of an evaluation; give the weights in place of it") from None
+        raise UserError(f"{summary} is not the summary of an evaluation; pass the weights instead") from None
     return Other(str(folder), rows, rules)
 
 
 def check_rules(ours: ScoringOptions, other: Other) -> None:
-    """Raise `UserError` if `other` was scored by other rules than `ours`."""
-    if other.rules is None or str(other.rules) == str(ours):  # as text, in which nan is nan
+    """Raise `UserError` if `other` was scored with options other than `ours`."""
+    if other.rules is None or str(other.rules) == str(ours):  # as text, because NaN differs from NaN
         return
     theirs, these = (
         f"distances in {rules.unit}, --tolerance {rules.tolerance:g}, --empty-dice {rules.empty_dice:g}"
         for rules in (other.rules, ours)
     )
     raise UserError(
-        f"--against {other.name}: it was scored with {theirs}, and this would be with {these}; give the same options, "
-        "or its weights in place of the folder"
+        f"--against {other.name}: scored with {theirs}, but this evaluation uses {these}; use the same options, or "
+        "pass the weights instead of the folder"
     )
 
 
 def check_pairs(keys: Iterable[tuple[str, str]], other: Other) -> None:
-    """Raise `UserError` that names what only one of two evaluations has; `keys` are pairs of image and class."""
+    """Raise `UserError` listing (image, class) pairs that only one of the two evaluations has."""
     here, there = set(keys), {(row.image, row.class_name) for row in other.rows}
     problems = [
         f"{len(keys)} {where}: " + ", ".join(f"{image} ({name})" for image, name in sorted(keys)[:MOST_LISTED])
@@ -135,29 +142,22 @@ def check_pairs(keys: Iterable[tuple[str, str]], other: Other) -> None:
     ]
     if problems:
         raise UserError(
-            f"--against {other.name}: these are not the same images and classes; {'; '.join(problems)}. Take the same "
-            "--data.root and --split as for the other evaluation, or give its weights in place of the folder"
+            f"--against {other.name}: the images and classes differ: {'; '.join(problems)}. Use the --data.root and "
+            "--split of the other evaluation, or pass its weights instead of the folder"
         )
 
 
 def compare(rows: Sequence[ImageScores], other: Other, rules: ScoringOptions, seed: int = 0) -> Comparison:
-    """Compare the scores `rows` with those of `other`; which patient an image is of, `rows` say.
+    """Compare `rows`, scored with `rules`, with `other`; `seed` is for intervals and random flips.
 
-    Args:
-        rows: Of this evaluation, scored by `rules`.
-        other: The other one.
-        rules: See `ScoringOptions`.
-        seed: Of the intervals and of random flips.
-
-    Raises:
-        UserError: Images, classes or rules differ.
+    Patients are taken from `rows`. Raises `UserError` if images, classes or scoring options differ.
     """
     check_rules(rules, other)
     check_pairs(((row.image, row.class_name) for row in rows), other)
     patient_of = {row.image: row.patient for row in rows}
     names = list(dict.fromkeys(row.class_name for row in rows))
     pairs = {metric: {name: _pairs(rows, other, metric, name) for name in names} for metric in METRICS}
-    means = {metric: _means(list(by_class.values())) for metric, by_class in pairs.items()}
+    means = {metric: _means(list(of_class.values())) for metric, of_class in pairs.items()}
     changes = sorted(means["dice"].items(), key=lambda case: -abs(case[1][0] - case[1][1]))
     classes = {
         name: {metric: difference(metric, pairs[metric][name], patient_of, seed) for metric in METRICS}
@@ -177,7 +177,7 @@ def compare(rows: Sequence[ImageScores], other: Other, rules: ScoringOptions, se
 
 
 def difference(metric: str, pairs: Pairs, patient_of: Mapping[str, str], seed: int = 0) -> Difference:
-    """The statistics of one metric over `pairs`; `patient_of` says whose image each is."""
+    """Compute the statistics of one metric over `pairs`; `patient_of` maps images to patients."""
     if not pairs:
         nan = math.nan
         return Difference(nan, nan, nan, nan, nan, nan, better=0, worse=0, equal=0, images=0, patients=0)
@@ -203,17 +203,17 @@ def difference(metric: str, pairs: Pairs, patient_of: Mapping[str, str], seed: i
 
 
 def sign_flip(differences: np.ndarray, patients: Sequence[str], seed: int = 0) -> float:
-    """The p-value, two-sided, of the hypothesis that which of two evaluations is which makes no difference.
+    """Two-sided p-value of the sign-flip test, with whole patients as exchangeable blocks.
 
-    Under it, the sum of a patient's differences is as likely to have the opposite sign. The p-value is the share of all
-    flips of whole patients' signs whose total is at least as far from 0 as the one observed: of every flip for up to
-    `EXACT` patients, and of `FLIPS` random ones and the observed one for more. At K patients it cannot be below
-    2 / 2^K. Patients whose sum is 0 have no part in it.
+    Null hypothesis: swapping the two evaluations makes no difference, so a patient's sum of differences has either sign
+    with equal probability. p is the share of sign flips whose total is at least as far from 0 as the observed one: of
+    all flips for up to `EXACT` patients, else of `FLIPS` random ones and the observed one. With K patients, p is at
+    least 2 / 2^K. Patients whose sum is 0 are excluded.
     """
     _, member = np.unique(np.asarray(patients), return_inverse=True)
     sums = np.bincount(member, weights=differences)
     sums = sums[sums != 0]
-    least = abs(sums.sum()) * (1 - 1e-9) - 1e-12  # rounding must not make a tie a miss
+    least = abs(sums.sum()) * (1 - 1e-9) - 1e-12  # slack, so that rounding cannot break a tie
     if len(sums) <= EXACT:
         totals = np.zeros(1)
         for value in sums:
@@ -226,70 +226,42 @@ def sign_flip(differences: np.ndarray, patients: Sequence[str], seed: int = 0) -
     return (extreme + 1) / (FLIPS + 1)
 
 
-def value(row: ImageScores, metric: str) -> float:
-    """A score as it is compared: to the decimals of per_image.csv; of the area error, its size."""
-    rounded = round(getattr(row, metric), DIGITS)
-    return abs(rounded) if metric == "area_error" else rounded
+def comparison_text(comparison: Comparison) -> str:
+    """The comparison as printed: a line per class and metric, then the images that changed most."""
+    values = comparison.to_dict()
+    changed = aligned(changed_table(values), words=1) if values["changed"] else "Dice is equal on every image"
+    return "\n".join([caption(values), aligned(comparison_table(values), words=2), changed])
 
 
-def _pairs(rows: Iterable[ImageScores], other: Other, metric: str, name: str) -> Pairs:
-    theirs = {row.image: value(row, metric) for row in other.rows if row.class_name == name}
-    found = {row.image: (value(row, metric), theirs[row.image]) for row in rows if row.class_name == name}
-    return {image: pair for image, pair in found.items() if not any(map(math.isnan, pair))}
+def caption(values: Mapping[str, Any]) -> str:
+    """What was compared, from comparison.json."""
+    return (
+        f"This minus other ({values['against']}), on the same {values['images']} images of {values['patients']} "
+        "patients. p: sign-flip test by patient, not corrected for the number of metrics."
+    )
 
 
-def _means(by_class: Sequence[Pairs]) -> Pairs:
-    """For each image the means over those classes on which both evaluations define the score."""
-    means = {}
-    for image in dict.fromkeys(image for pairs in by_class for image in pairs):
-        here, there = zip(*(pairs[image] for pairs in by_class if image in pairs), strict=True)
-        means[image] = sum(here) / len(here), sum(there) / len(there)
-    return means
+def comparison_table(values: Mapping[str, Any]) -> list[list[str]]:
+    """Header and cells of the differences in comparison.json; two columns of words, then numbers."""
+    head = ["class", "metric", "this", "other", "difference", "95% interval", "p", "better", "worse", "equal"]
+    table = [head]
+    for name, metric, d in by_class(values):
+        # The area error is compared by its absolute value.
+        title = "|area_error|" if metric == "area_error" else label(metric, values["unit"], values["tolerance"])
+        signed = f"{format_score(d['low'], '+')} to {format_score(d['high'], '+')}"
+        scores = format_score(d["this"]), format_score(d["other"]), format_score(d["mean"], "+"), signed
+        p = "n/a" if d["p"] is None else f"{d['p']:.2g}"
+        table.append([name, title, *scores, p, *(str(d[count]) for count in ("better", "worse", "equal"))])
+    return table
 
 
-FILES = ("comparison.json", "comparison.csv")
-
-
-def comparison_table(comparison: Comparison) -> str:
-    """The comparison as text: a line for each class and metric, and the images that changed most."""
-    groups = dict(comparison.classes)
-    if len(groups) > 1:
-        groups["mean of classes"] = comparison.macro
-    head = ("class", "metric", "this", "other", "difference", "95% interval", "p", "better", "worse", "equal")
-    lines: list[tuple[str, ...]] = [head]
-    for name, metrics in groups.items():
-        for metric, d in metrics.items():
-            lines.append(
-                (
-                    name,
-                    compared_label(metric, comparison.unit, comparison.tolerance),
-                    f"{d.this:.3f}",
-                    f"{d.other:.3f}",
-                    f"{d.mean:+.3f}",
-                    f"{d.low:+.3f} to {d.high:+.3f}",
-                    f"{d.p:.2g}",
-                    *(str(count) for count in (d.better, d.worse, d.equal)),
-                )
-            )
-    counted = f"{comparison.images} images of {comparison.patients} patients"
-    text = [
-        f"this minus other ({comparison.against}), on the same {counted}; p of a sign-flip test of the patients' sums",
-        aligned(lines, words=2),
-    ]
-    if comparison.changed:
-        changed: list[tuple[str, ...]] = [("changed most", "dice here", "there", "difference")]
-        changed += [
-            (image, f"{this:.3f}", f"{other:.3f}", f"{this - other:+.3f}") for image, this, other in comparison.changed
-        ]
-        text.append(aligned(changed, words=1))
-    else:
-        text.append("Dice is equal on every image")
-    return "\n".join(text)
-
-
-def compared_label(metric: str, unit: str, tolerance: float) -> str:
-    """As `scores.label`; area errors are compared by their size, so that less is better."""
-    return "|area_error|" if metric == "area_error" else label(metric, unit, tolerance)
+def changed_table(values: Mapping[str, Any]) -> list[list[str]]:
+    """Header and cells of the images in comparison.json whose Dice changed most; one column of words, then numbers."""
+    table = [["changed most", "Dice here", "there", "difference"]]
+    for case in values["changed"]:
+        this, other = case["this"], case["other"]
+        table.append([case["image"], format_score(this), format_score(other), format_score(this - other, "+")])
+    return table
 
 
 def write_comparison(comparison: Comparison, rows: Sequence[ImageScores], other: Other, folder: Path) -> None:
@@ -297,8 +269,6 @@ def write_comparison(comparison: Comparison, rows: Sequence[ImageScores], other:
 
     Raises `RunError` if `folder` cannot be written.
     """
-    values: dict[str, Any] = without_nan(asdict(comparison))
-    values["changed"] = [dict(zip(("image", "this", "other"), case, strict=True)) for case in comparison.changed]
     theirs = {(row.image, row.class_name): row for row in other.rows}
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -306,20 +276,33 @@ def write_comparison(comparison: Comparison, rows: Sequence[ImageScores], other:
     writer.writerow(["image", "patient", "class", *(f"{metric}_{kind}" for metric in METRICS for kind in kinds)])
     for row in rows:
         cells: list[str] = [row.image, row.patient, row.class_name]
+        pair = row, theirs[row.image, row.class_name]
         for metric in METRICS:
-            pair = row, theirs[row.image, row.class_name]
-            change = value(pair[0], metric) - value(pair[1], metric)
+            change = _value(pair[0], metric) - _value(pair[1], metric)
             cells += [f"{value:.{DIGITS}f}" for value in (*(getattr(side, metric) for side in pair), change)]
         writer.writerow(cells)
     with_json, with_csv = (folder / name for name in FILES)
-    try:
-        atomic_write(with_json, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    with writing(folder):
+        atomic_write(with_json, json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n")
         atomic_write(with_csv, file.getvalue())
-    except OSError as error:
-        raise RunError(f"{error.filename or folder}: cannot be written ({error.strerror})") from None
 
 
-def remove_comparison(folder: Path) -> None:
-    """Remove what an earlier comparison left in `folder`: it is of other scores than are there now."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+def _value(row: ImageScores, metric: str) -> float:
+    """Score rounded to the decimals of per_image.csv; the absolute value of the area error."""
+    rounded = round(getattr(row, metric), DIGITS)
+    return abs(rounded) if metric == "area_error" else rounded
+
+
+def _pairs(rows: Iterable[ImageScores], other: Other, metric: str, name: str) -> Pairs:
+    theirs = {row.image: _value(row, metric) for row in other.rows if row.class_name == name}
+    found = {row.image: (_value(row, metric), theirs[row.image]) for row in rows if row.class_name == name}
+    return {image: pair for image, pair in found.items() if not any(map(math.isnan, pair))}
+
+
+def _means(of_classes: Sequence[Pairs]) -> Pairs:
+    """Mean scores per image over the classes for which both evaluations define them."""
+    means = {}
+    for image in dict.fromkeys(image for pairs in of_classes for image in pairs):
+        here, there = zip(*(pairs[image] for pairs in of_classes if image in pairs), strict=True)
+        means[image] = sum(here) / len(here), sum(there) / len(there)
+    return means

@@ -1,7 +1,7 @@
-"""From logits to decisions, and from decisions to scores: tp, fp, fn and tn once, every metric from them.
+"""Confusion counts (tp, fp, fn, tn) and the overlap metrics computed from them.
 
-The functions take JAX arrays, inside or outside `jax.jit`, and NumPy arrays alike, and answer in kind. NumPy is what
-images of many sizes want: JAX would compile each operation again for every new shape.
+The functions accept JAX arrays, inside or outside `jax.jit`, and NumPy arrays, and return the same kind. Use NumPy for
+images of many sizes: JAX recompiles every operation for a new shape.
 """
 
 import math
@@ -11,7 +11,7 @@ from pdrunet_jax.model.pixels import Array, _namespace
 
 
 class Counts(NamedTuple):
-    """Pixels of each image and foreground class, four integer arrays of shape (N, K')."""
+    """Pixel counts per image and foreground class: four integer arrays of shape (N, K')."""
 
     tp: Any
     fp: Any
@@ -20,13 +20,13 @@ class Counts(NamedTuple):
 
 
 def confusion(prediction: Array, target: Array, valid: Array, classes: int) -> Counts:
-    """Count the four outcomes in every image and for every foreground class.
+    """Count true and false positives and negatives for every image and foreground class.
 
     Args:
         prediction: Class indices (N, H, W).
-        target: Class indices (N, H, W); where `valid` is False their value does not matter.
-        valid: Booleans (N, H, W); False leaves a pixel out of all four counts.
-        classes: Number of foreground classes K'; they have the indices 1 to K'.
+        target: Class indices (N, H, W); the value is irrelevant where `valid` is False.
+        valid: Booleans (N, H, W); False excludes a pixel from all four counts.
+        classes: Number of foreground classes K', with indices 1 to K'.
     """
     xp = _namespace(prediction)
     indices = xp.arange(1, classes + 1).reshape(1, 1, 1, classes)
@@ -48,8 +48,7 @@ def confusion(prediction: Array, target: Array, valid: Array, classes: int) -> C
 def dice(counts: Counts, empty: float = 1.0) -> Any:
     """Dice 2 tp / (2 tp + fp + fn), shape (N, K'); `empty` where truth and prediction are both empty.
 
-    One empty and the other not gives 0. On masks that are not both empty this is the public code's figure at batch
-    size 1.
+    0 if only one of them is empty. If either has a pixel, this equals the public code's Dice at batch size 1.
     """
     return _ratio(2 * counts.tp, 2 * counts.tp + counts.fp + counts.fn, empty)
 
@@ -60,22 +59,22 @@ def iou(counts: Counts, empty: float = 1.0) -> Any:
 
 
 def precision(counts: Counts, empty: float = math.nan) -> Any:
-    """Precision tp / (tp + fp), shape (N, K'); `empty` where nothing was predicted and it is undefined."""
+    """Precision tp / (tp + fp), shape (N, K'); `empty` where the prediction is empty."""
     return _ratio(counts.tp, counts.tp + counts.fp, empty)
 
 
 def recall(counts: Counts, empty: float = math.nan) -> Any:
-    """Recall (sensitivity) tp / (tp + fn), shape (N, K'); `empty` where nothing is true and it is undefined."""
+    """Recall (sensitivity) tp / (tp + fn), shape (N, K'); `empty` where the truth is empty."""
     return _ratio(counts.tp, counts.tp + counts.fn, empty)
 
 
 def specificity(counts: Counts, empty: float = math.nan) -> Any:
-    """Specificity tn / (tn + fp), shape (N, K'); `empty` where everything is true and it is undefined."""
+    """Specificity tn / (tn + fp), shape (N, K'); `empty` where every pixel is foreground."""
     return _ratio(counts.tn, counts.tn + counts.fp, empty)
 
 
 def _ratio(part: Array, whole: Array, empty: float) -> Any:
     xp = _namespace(part)
     defined = whole > 0
-    # Dividing by 1 where the quotient is not used keeps jax_debug_nans and NumPy's warnings quiet.
+    # Divide by 1 where the quotient is discarded, to keep jax_debug_nans and NumPy's warnings quiet.
     return xp.where(defined, part / xp.where(defined, whole, 1), empty)

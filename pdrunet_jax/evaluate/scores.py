@@ -1,7 +1,4 @@
-"""Scores of one image: a row for each class, and the rows of a split as per_image.csv. docs/metrics.md defines them.
-
-Statistics of per-image scores: means with intervals that respect patients, per class and over classes.
-"""
+"""Scores per image and class, their statistics with confidence intervals, and both as text (docs/metrics.md)."""
 
 import csv
 import io
@@ -21,24 +18,24 @@ from pdrunet_jax.runtime.errors import UserError
 OVERLAP = ("dice", "iou", "precision", "recall", "specificity")
 METRICS = (*OVERLAP, "hd95", "assd", "nsd", "area_error")
 RANGES = {"hd95": (0.0, math.inf), "assd": (0.0, math.inf), "area_error": (-1.0, math.inf)}
-"""Where a metric lies, if not from 0 to 1."""
+"""Range of a metric, if not [0, 1]."""
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """What scores depend on beside the masks."""
+    """Options that scores depend on, apart from the masks."""
 
     unit: str = "pixels"
-    """Of distances: "pixels" or "mm"."""
+    """Unit of distances: "pixels" or "mm"."""
     tolerance: float = 2.0
-    """Distance, in `unit`, within which `nsd` counts a boundary as right."""
+    """Largest distance, in `unit`, at which `nsd` counts a boundary pixel as correct."""
     empty_dice: float = 1.0
-    """Dice and IoU of a class that neither truth nor prediction has; NaN leaves it out of means."""
+    """Dice and IoU of a class absent from both truth and prediction; NaN excludes it from means."""
 
 
 @dataclass(frozen=True)
 class ImageScores:
-    """Scores of one class in one image; NaN where a score is undefined. Pixels marked as ignored are left out."""
+    """Scores of one class in one image, ignored pixels excluded; NaN where a score is undefined."""
 
     image: str
     patient: str
@@ -49,7 +46,7 @@ class ImageScores:
     recall: float
     specificity: float
     hd95: float
-    """In the unit of the rules, as `assd`."""
+    """In `ScoringOptions.unit`, like `assd`."""
     assd: float
     nsd: float
     area_error: float
@@ -58,6 +55,51 @@ class ImageScores:
 
 
 CSV_COLUMNS = tuple("class" if item.name == "class_name" else item.name for item in fields(ImageScores))
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One metric over the images that define it; NaN where it cannot be computed.
+
+    `std` is the sample standard deviation; `low` and `high` are the 95 % interval of the mean.
+    """
+
+    mean: float
+    median: float
+    std: float
+    low: float
+    high: float
+    images: int
+    patients: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Statistics of every metric: `classes[name][metric]`, and `macro[metric]` over per-image means of the classes.
+
+    For each class, `empty` counts the images whose truth and prediction are both empty, and `one_empty` those where
+    exactly one is. `images` and `patients` are totals.
+    """
+
+    unit: str
+    tolerance: float
+    empty_dice: float
+    classes: dict[str, dict[str, Statistic]]
+    macro: dict[str, Statistic]
+    empty: dict[str, int]
+    one_empty: dict[str, int]
+    images: int
+    patients: int
+
+    @property
+    def rules(self) -> ScoringOptions:
+        """The options that the scores were computed with."""
+        return ScoringOptions(self.unit, self.tolerance, self.empty_dice)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries for JSON, with None for NaN."""
+        values: dict[str, Any] = without_nan(asdict(self))
+        return values
 
 
 def score(
@@ -69,16 +111,16 @@ def score(
     rules: ScoringOptions,
     spacing: tuple[float, float] | None = None,
 ) -> list[ImageScores]:
-    """A row for each of the classes `names`.
+    """Score one image, one row per foreground class.
 
     Args:
-        image: Its id.
-        patient: Whose image it is.
+        image: Image id.
+        patient: Patient id.
         predicted: Class indices (H, W).
-        truth: Class indices (H, W), `IGNORE` where a pixel counts nowhere.
-        names: Foreground classes; they have the indices 1 to their number.
+        truth: Class indices (H, W), `IGNORE` for pixels to exclude.
+        names: Foreground classes, with indices 1 to their number.
         rules: See `ScoringOptions`.
-        spacing: mm from one row to the next and from one column to the next, for distances in mm; None for pixels.
+        spacing: Distance between rows and between columns in mm; None measures in pixels.
     """
     valid = truth != IGNORE
     counts = metrics.confusion(predicted[None], truth[None], valid[None], len(names))
@@ -96,9 +138,7 @@ def score(
                 patient,
                 name,
                 **{metric: float(values[number]) for metric, values in overlap.items()},
-                hd95=apart.hd95,
-                assd=apart.assd,
-                nsd=apart.nsd,
+                **vars(apart),
                 area_error=surface.area_error(ours, theirs),
                 pixels_true=int(np.count_nonzero(theirs)),
                 pixels_predicted=int(np.count_nonzero(ours)),
@@ -108,32 +148,30 @@ def score(
 
 
 def to_csv(rows: Iterable[ImageScores]) -> str:
-    """The text of per_image.csv: `CSV_COLUMNS`, then a line for each row; six decimals, nan where undefined."""
+    """Text of per_image.csv: `CSV_COLUMNS`, then one line per row; six decimals, nan where undefined."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for row in rows:
-        cells = [getattr(row, item.name) for item in fields(row)]
-        writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in cells])
+        writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in vars(row).values()])
     return file.getvalue()
 
 
 def read_csv(path: Path) -> list[ImageScores]:
-    """The rows of a per_image.csv. Raises `UserError` that names the file, and the line if one is wrong."""
+    """Read the rows of a per_image.csv. Raises `UserError` with the file and line that are wrong."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
+            if missing := [name for name in CSV_COLUMNS if name not in (reader.fieldnames or ())]:
                 raise UserError(
-                    f"{path} has no column {', '.join(missing)}: evaluate those weights again, or give the weights"
+                    f"{path} lacks the column {', '.join(missing)}: evaluate those weights again, or pass the weights"
                 )
             rows = []
             for line in reader:
                 try:
                     rows.append(_row(line))
                 except (TypeError, ValueError):
-                    raise UserError(f"{path}: line {reader.line_num} is no row of scores") from None
+                    raise UserError(f"{path}: line {reader.line_num} is not a row of scores") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return rows
@@ -150,91 +188,40 @@ def _row(line: dict[str, str]) -> ImageScores:
     )
 
 
-@dataclass(frozen=True)
-class Statistic:
-    """One metric over images: NaN where there is nothing to compute it from.
-
-    `low` and `high` bound the 95 % interval of the mean; `images` and `patients` are those on which the metric is
-    defined.
-    """
-
-    mean: float
-    median: float
-    std: float
-    low: float
-    high: float
-    images: int
-    patients: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Statistics of every metric: `classes[name][metric]`, and `macro[metric]` over the per-image class means.
-
-    `empty[name]` counts the images in which truth and prediction of a class are both empty, `one_empty[name]` those in
-    which one of them is; `images` and `patients` count all. `unit`, `tolerance` and `empty_dice` are those of the
-    `ScoringOptions`.
-    """
-
-    unit: str
-    tolerance: float
-    empty_dice: float
-    classes: dict[str, dict[str, Statistic]]
-    macro: dict[str, Statistic]
-    empty: dict[str, int]
-    one_empty: dict[str, int]
-    images: int
-    patients: int
-
-    @property
-    def rules(self) -> ScoringOptions:
-        """What the scores were scored by."""
-        return ScoringOptions(self.unit, self.tolerance, self.empty_dice)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dictionaries ready for JSON, with None for NaN."""
-        values: dict[str, Any] = without_nan(asdict(self))
-        return values
-
-
 def summarise(rows: Sequence[ImageScores], rules: ScoringOptions, seed: int = 0) -> Summary:
-    """The statistics of `rows`, one for each image and class, scored by `rules`. Intervals are drawn with `seed`.
+    """Compute the statistics of `rows`, scored with `rules`; `seed` is for the bootstrap.
 
-    Macro scores are averaged over the classes of an image first (leaving undefined ones out), then over images.
+    Macro scores are averaged over the classes of an image that define them, then over images.
     """
     names = list(dict.fromkeys(row.class_name for row in rows))
     per_class = {name: [row for row in rows if row.class_name == name] for name in names}
     patient_of = {row.image: row.patient for row in rows}
-    images = list(patient_of)
 
-    def statistics(scores: dict[str, float], metric: str) -> Statistic:
-        defined = [image for image in images if not math.isnan(scores.get(image, math.nan))]
-        values, patients = [scores[image] for image in defined], [patient_of[image] for image in defined]
-        return statistic(values, patients, seed, RANGES.get(metric, (0.0, 1.0)))
+    def statistics(rows: Sequence[ImageScores], metric: str) -> Statistic:
+        means = {image: mean for image, mean in image_means(rows, metric).items() if not math.isnan(mean)}
+        patients = [patient_of[image] for image in means]
+        return statistic(list(means.values()), patients, seed, RANGES.get(metric, (0.0, 1.0)))
 
-    classes = {
-        name: {metric: statistics({row.image: getattr(row, metric) for row in rows}, metric) for metric in METRICS}
-        for name, rows in per_class.items()
-    }
-    one = len(names) == 1  # whose mean it then is; thousands of patients take seconds
+    def count_empty(masks: int) -> dict[str, int]:
+        return {
+            name: sum((row.pixels_true == 0) + (row.pixels_predicted == 0) == masks for row in rows)
+            for name, rows in per_class.items()
+        }
+
+    classes = {name: {metric: statistics(rows, metric) for metric in METRICS} for name, rows in per_class.items()}
     return Summary(
         **asdict(rules),
         classes=classes,
-        macro=classes[names[0]] if one else {name: statistics(image_means(rows, name), name) for name in METRICS},
-        empty={
-            name: sum(row.pixels_true == row.pixels_predicted == 0 for row in rows) for name, rows in per_class.items()
-        },
-        one_empty={
-            name: sum((row.pixels_true == 0) != (row.pixels_predicted == 0) for row in rows)
-            for name, rows in per_class.items()
-        },
-        images=len(images),
+        macro=classes[names[0]] if len(names) == 1 else {metric: statistics(rows, metric) for metric in METRICS},
+        empty=count_empty(2),
+        one_empty=count_empty(1),
+        images=len(patient_of),
         patients=len(set(patient_of.values())),
     )
 
 
 def image_means(rows: Iterable[ImageScores], metric: str = "dice") -> dict[str, float]:
-    """For each image the mean of `metric` over the classes on which it is defined; NaN if on none."""
+    """Mean of `metric` per image over the classes that define it; NaN if none does."""
     values: dict[str, list[float]] = {}
     for row in rows:
         values.setdefault(row.image, []).append(getattr(row, metric))
@@ -248,10 +235,7 @@ def image_means(rows: Iterable[ImageScores], metric: str = "dice") -> dict[str, 
 def statistic(
     values: Sequence[float], patients: Sequence[str], seed: int = 0, bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Statistic:
-    """Mean, median, sample standard deviation and 95 % interval of `values`, each belonging to a patient.
-
-    `bounds` are where the mean can lie.
-    """
+    """Compute the `Statistic` of one value per image. `bounds` is the range of the metric."""
     scores = np.asarray(values, np.float64)
     if not scores.size:
         return Statistic(math.nan, math.nan, math.nan, math.nan, math.nan, images=0, patients=0)
@@ -263,9 +247,9 @@ def statistic(
 
 
 def dice_line(split: str, summary: Summary) -> str:
-    """The line that scripts may read, for example `test dice 0.934 (95% 0.921-0.945, 24 images, 24 patients)`.
+    """The result line, for example `test dice 0.934 (95% 0.921-0.945, 24 images, 24 patients)`.
 
-    The words never change; without an interval (one patient) its bounds read nan.
+    Stable: scripts may parse it. The bounds are nan if there is no interval (one patient).
     """
     dice = summary.macro["dice"]
     return (
@@ -274,34 +258,46 @@ def dice_line(split: str, summary: Summary) -> str:
     )
 
 
+def score_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Header and cells of the statistics in summary.json: one row per class and metric, then macro rows if several.
+
+    The first two columns are words, the others numbers.
+    """
+    table = [["class", "metric", "mean", "95% interval", "median", "std", "images"]]
+    for name, metric, s in by_class(summary):
+        interval = f"{format_score(s['low'])} to {format_score(s['high'])}"
+        numbers = format_score(s["mean"]), interval, format_score(s["median"]), format_score(s["std"])
+        table.append([name, label(metric, summary["unit"], summary["tolerance"]), *numbers, str(s["images"])])
+    return table
+
+
+def by_class(values: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Class, metric and entry of every `values["classes"][name][metric]`, then of "macro" if there are several."""
+    groups = dict(values["classes"])
+    if len(groups) > 1:
+        groups["mean of classes"] = values["macro"]
+    return [(name, metric, entry) for name, metrics in groups.items() for metric, entry in metrics.items()]
+
+
+def text_table(summary: Summary) -> str:
+    """`score_table` as aligned text."""
+    return aligned(score_table(summary.to_dict()), words=2)
+
+
 def label(metric: str, unit: str, tolerance: float) -> str:
-    """A metric with what its figures are in, for example `hd95 (mm)` or `nsd (within 2 pixels)`."""
+    """A metric with its unit, for example `hd95 (mm)` or `nsd (within 2 pixels)`."""
     if metric in ("hd95", "assd"):
         return f"{metric} ({unit})"
     return f"nsd (within {tolerance:g} {unit})" if metric == "nsd" else metric
 
 
-def text_table(summary: Summary) -> str:
-    """The statistics as an aligned text table, a line for each class and metric; macro lines when classes differ."""
-    groups = dict(summary.classes)
-    if len(groups) > 1:
-        groups["mean of classes"] = summary.macro
-    lines = [("class", "metric", "mean", "95% interval", "median", "std", "images")]
-    for name, statistics in groups.items():
-        for metric, s in statistics.items():
-            title = label(metric, summary.unit, summary.tolerance)
-            bounds = f"{s.low:.3f} to {s.high:.3f}"
-            lines.append((name, title, f"{s.mean:.3f}", bounds, f"{s.median:.3f}", f"{s.std:.3f}", str(s.images)))
-    return aligned(lines, words=2)
-
-
 def remarks(summary: Mapping[str, Any]) -> list[str]:
-    """What has to be said of empty masks, a line for each class that has some; `summary` as in summary.json."""
+    """Explain how empty masks were scored, one line per class that has any; `summary` as in summary.json."""
     dice = summary["empty_dice"]
-    both = "left out of Dice, IoU and distances" if dice is None else f"Dice {dice:g} there, left out of distances"
+    both = "excluded from Dice, IoU and distances" if dice is None else f"Dice {dice:g}, excluded from distances"
     outcomes = {
         "empty": f"truth and prediction are both empty: {both}",
-        "one_empty": "one of truth and prediction is empty: Dice and nsd 0 there, left out of other distances",
+        "one_empty": "only one of truth and prediction is empty: Dice and nsd 0, excluded from other distances",
     }
     return [
         f"{name}: in {count} of {summary['images']} images {outcome}"
@@ -311,20 +307,23 @@ def remarks(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def aligned(lines: Sequence[Sequence[str]], words: int) -> str:
-    """Lines of cells as text: the first `words` columns to the left, the others, being numbers, to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+def format_score(value: float | None, sign: str = "") -> str:
+    """Three decimals, or n/a for None and NaN; `sign` "+" shows the sign of positive values."""
+    return "n/a" if value is None or math.isnan(value) else f"{value:{sign}.3f}"
+
+
+def aligned(table: Sequence[Sequence[str]], words: int) -> str:
+    """Align a table as text: the first `words` columns left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    sides = ["<" if column < words else ">" for column in range(len(widths))]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column < words else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True))
+        for line in table
     )
 
 
 def without_nan(value: Any) -> Any:
-    """Nested dictionaries with None for NaN, which JSON does not have."""
+    """Replace NaN by None in nested dictionaries, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,7 +1,7 @@
-"""Distances between the boundaries of two masks, and the relative error of their areas. NumPy and SciPy only.
+"""Boundary distances between two masks (HD95, ASSD, surface Dice) and the relative area error, in NumPy and SciPy.
 
-A boundary is a set of pixels, and its distances are Euclidean between centres of pixels, in the unit of the spacing.
-docs/metrics.md has every formula and convention in one table.
+A boundary is a set of pixels. Distances are Euclidean between pixel centres, in mm if the spacing is known, else in
+pixels. docs/metrics.md lists formulas and conventions.
 """
 
 import math
@@ -16,31 +16,29 @@ Mask = NDArray[np.bool_]
 
 PERCENTILE = 95
 ROUNDING = 1e-9
-"""Share of the tolerance by which a distance may exceed it and still be within."""
+"""Relative slack on the tolerance: three pixels of 0.1 mm are 0.30000000000000004 mm and still within 0.3 mm."""
 
 
 @dataclass(frozen=True)
 class Distances:
-    """How far apart two boundaries are, in mm if the spacing was given and else in pixels; NaN where undefined."""
+    """Boundary distances in mm, or in pixels without a spacing; NaN where undefined."""
 
     hd95: float
-    """The larger of the 95th percentiles of the two directions."""
+    """Larger of the 95th percentiles of the two directions."""
     assd: float
     """Mean over the boundary pixels of both masks, each pixel counting once."""
     nsd: float
-    """Share in [0, 1] of the boundary pixels of both masks that lie within the tolerance of the other boundary."""
-    hd: float
-    """The largest distance of all: the Hausdorff distance."""
+    """Surface Dice: share of both masks' boundary pixels within the tolerance of the other boundary, in [0, 1]."""
 
 
 def boundary(mask: Mask) -> Mask:
-    """The pixels of a mask that have one of their four neighbours outside it, or lie on the border of the image.
+    """Pixels of a mask with a 4-neighbour outside it, or on the image border.
 
     Args:
         mask: Booleans (H, W).
 
     Returns:
-        Booleans (H, W), a part of `mask`.
+        Booleans (H, W), a subset of `mask`.
 
     Raises:
         ValueError: `mask` does not have two axes or is not boolean.
@@ -51,33 +49,22 @@ def boundary(mask: Mask) -> Mask:
     return mask & ~inside
 
 
-def distances(
-    prediction: Mask,
-    truth: Mask,
-    *,
-    spacing: Sequence[float] | None = None,
-    tolerance: float,
-    valid: Mask | None = None,
-) -> Distances:
-    """Compare the boundaries of two masks; exchanging the masks changes nothing.
+def distances(prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None = None, tolerance: float) -> Distances:
+    """Compare the boundaries of two masks. The result is symmetric in the masks.
 
-    If one of the masks is empty or both are, no distance is defined and `hd95`, `assd` and `hd` are NaN. `nsd` is then
-    0 for one empty mask, whose boundary the other misses altogether, and NaN for two.
+    If either mask is empty, `hd95` and `assd` are NaN. `nsd` is 0 if one mask is empty and NaN if both are.
 
-    Pixels that are not valid are background in both masks. A mask that reaches into them therefore ends where they
-    begin, and that edge is boundary. Where both masks do, they share the edge, and its distances of 0 lower `hd95` and
-    `assd` and raise `nsd`.
+    Set ignored pixels to background in both masks first. A mask cut there gets an edge along the cut; where both masks
+    are cut, they share that edge, and its zero distances lower `hd95` and `assd` and raise `nsd`.
 
     Args:
         prediction: Booleans (H, W).
         truth: Booleans (H, W).
-        spacing: mm from one row to the next and from one column to the next; None counts in pixels.
-        tolerance: The distance up to which a boundary pixel counts as right, in mm or pixels as above. A distance that
-            exceeds it by no more than rounding counts too.
-        valid: Booleans (H, W), False where pixels are to be ignored; None for nowhere.
+        spacing: Distance between rows and between columns in mm; None measures in pixels.
+        tolerance: Largest distance, in mm or pixels, at which `nsd` counts a boundary pixel as correct.
 
     Raises:
-        ValueError: The arrays differ in shape, do not have two axes or are not boolean; `tolerance` is negative or not
+        ValueError: The masks differ in shape, do not have two axes or are not boolean; `tolerance` is negative or not
             finite; `spacing` is not two positive finite numbers.
     """
     _check_mask("prediction", prediction)
@@ -85,12 +72,9 @@ def distances(
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {tolerance}; it must be finite and not negative")
     sampling = _sampling(spacing)
-    if valid is not None:
-        _check_mask("valid", valid, prediction.shape)
-        prediction, truth = prediction & valid, truth & valid
     if not (prediction.any() and truth.any()):
         nsd = 0.0 if prediction.any() or truth.any() else math.nan
-        return Distances(hd95=math.nan, assd=math.nan, nsd=nsd, hd=math.nan)
+        return Distances(hd95=math.nan, assd=math.nan, nsd=nsd)
 
     box = _bounding_box(prediction | truth)
     predicted, true = boundary(prediction[box]), boundary(truth[box])
@@ -98,26 +82,21 @@ def distances(
     both = np.concatenate([there, back])
     return Distances(
         hd95=float(max(np.percentile(there, PERCENTILE), np.percentile(back, PERCENTILE))),
-        # Sums of the two directions first: adding them is commutative to the last bit, a sum over `both` is not.
+        # Adding two sums is commutative to the last bit; one sum over `both` is not.
         assd=float((there.sum() + back.sum()) / both.size),
-        # Three pixels of 0.1 mm are 0.30000000000000004 mm in floating point, and not more than 0.3 mm.
         nsd=float(np.mean(both <= tolerance * (1 + ROUNDING))),
-        hd=float(both.max()),
     )
 
 
 def area_error(prediction: Mask, truth: Mask) -> float:
-    """Signed relative error of the area, (predicted - true) / true: -1 for an empty prediction, 0 for the right area.
+    """Signed relative area error (predicted - true) / true; NaN for an empty truth, -1 for an empty prediction.
 
     Args:
         prediction: Booleans (H, W).
-        truth: Booleans (H, W). The spacing cancels, so areas are counted in pixels.
-
-    Returns:
-        The error as a fraction of the true area; NaN where the truth is empty.
+        truth: Booleans (H, W). Areas are counted in pixels, because the spacing cancels.
 
     Raises:
-        ValueError: The arrays differ in shape, do not have two axes or are not boolean.
+        ValueError: The masks differ in shape, do not have two axes or are not boolean.
     """
     _check_mask("prediction", prediction)
     _check_mask("truth", truth, prediction.shape)
@@ -126,8 +105,8 @@ def area_error(prediction: Mask, truth: Mask) -> float:
 
 
 def _directed(start: Mask, goal: Mask, sampling: tuple[float, float]) -> NDArray[np.float64]:
-    """From each pixel of `start` the distance to the nearest of `goal`; neither is empty."""
-    # Distances are wanted at few pixels: taking them from the nearest pixels' indices spares an array of all.
+    """Distance from each pixel of `start` to the nearest pixel of `goal`; both are non-empty."""
+    # Few pixels need a distance: compute it from nearest-pixel indices and skip the full distance array.
     nearest = ndimage.distance_transform_edt(~goal, sampling=sampling, return_distances=False, return_indices=True)
     here = np.nonzero(start)
     rows, columns = ((nearest[axis][here] - here[axis]) * sampling[axis] for axis in (0, 1))
@@ -135,18 +114,17 @@ def _directed(start: Mask, goal: Mask, sampling: tuple[float, float]) -> NDArray
 
 
 def _bounding_box(mask: Mask) -> tuple[slice, slice]:
-    """The smallest rectangle that holds all of a mask that is not empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _check_mask(name: str, mask: Mask, shape: tuple[int, ...] | None = None) -> None:
     if mask.ndim != 2:
-        raise ValueError(f"{name} has the shape {mask.shape}; it must have two axes (H, W)")
+        raise ValueError(f"{name} has shape {mask.shape}; expected two axes (H, W)")
     if mask.dtype != np.bool_:
-        raise ValueError(f"{name} holds {mask.dtype}; it must be boolean, for example `classes == 1`")
+        raise ValueError(f"{name} has dtype {mask.dtype}; expected booleans, for example `classes == 1`")
     if shape is not None and mask.shape != shape:
-        raise ValueError(f"{name} has the shape {mask.shape}, but the prediction has {shape}; they must be equal")
+        raise ValueError(f"{name} has shape {mask.shape}, but the prediction has {shape}; expected equal shapes")
 
 
 def _sampling(spacing: Sequence[float] | None) -> tuple[float, float]:
@@ -154,5 +132,5 @@ def _sampling(spacing: Sequence[float] | None) -> tuple[float, float]:
         return 1.0, 1.0
     values = tuple(float(value) for value in spacing)
     if len(values) != 2 or not all(math.isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"spacing is {values}; it must be two positive numbers (row, column)")
+        raise ValueError(f"spacing is {values}; expected two positive numbers (row, column)")
     return values[0], values[1]

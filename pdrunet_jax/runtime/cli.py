@@ -3,10 +3,11 @@
 Imports nothing heavy: `train` has to install its signal handlers before JAX loads.
 """
 
+import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import NoReturn
 
@@ -51,6 +52,17 @@ def program(command: str) -> str:
     """How `command` was started, for its usage line: `pdrunet COMMAND` or `python -m pdrunet_jax.COMMAND`."""
     typed = f"pdrunet {command}"
     return typed if sys.argv[0] == typed else f"python -m pdrunet_jax.{command}"
+
+
+def first_value(arguments: Sequence[str], option: str) -> str | None:
+    """The value of `option` before `arguments` are parsed, for an option that determines the defaults of others.
+
+    The last one if it is repeated, as the parser takes it; None if it is absent.
+    """
+    found = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    found.add_argument(option, dest="value", nargs="?")
+    value: str | None = found.parse_known_args(list(arguments))[0].value
+    return value
 
 
 def run(command: Callable[[], int | None]) -> NoReturn:

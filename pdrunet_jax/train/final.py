@@ -17,7 +17,7 @@ from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask
 from pdrunet_jax.evaluate import scores
-from pdrunet_jax.evaluate.calibration import THRESHOLDS, Curves, Histogram
+from pdrunet_jax.evaluate.calibration import THRESHOLDS, Curves, Histograms
 from pdrunet_jax.evaluate.evaluation import Evaluation, evaluate_split, write_evaluation
 from pdrunet_jax.evaluate.report.page import write_report
 from pdrunet_jax.model.files import write_safetensors
@@ -118,13 +118,12 @@ def choose_threshold(
     """
     from pdrunet_jax.evaluate.evaluation import predicted_probabilities
 
-    histogram = Histogram()
+    histograms = Histograms(dataset.class_names)
     for _, probability, truth in predicted_probabilities(model, dataset, "val", config, batch_size=batch_size):
         if stop:
             return None
-        counted = truth != IGNORE
-        histogram.add(probability[counted], truth[counted] > 0)
-    return Choice.of(histogram.curves())
+        histograms.add(probability, truth)
+    return Choice.of(*histograms.curves().values())
 
 
 LONGEST_SIDE = 512

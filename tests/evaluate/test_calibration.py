@@ -8,17 +8,17 @@ import pytest
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.masks import IGNORE
-from pdrunet_jax.evaluate.calibration import THRESHOLDS, Histogram, Histograms
+from pdrunet_jax.evaluate.calibration import THRESHOLDS, Histograms
 from pdrunet_jax.evaluate.evaluation import evaluate_split
 from pdrunet_jax.predict.threshold import apply_threshold
 from tests.support.tiny import brightness_model, save_dataset
 
 
 def counted(*images, empty=1.0):
-    histogram = Histogram(empty)
+    histograms = Histograms(["bone"], empty)
     for probability, truth in images:
-        histogram.add(np.array(probability, np.float32), np.array(truth, bool))
-    return histogram.curves()
+        histograms.add(np.array([probability], np.float32), np.array([truth], np.uint8))
+    return histograms.curves()["bone"]
 
 
 def dice_at(curves, threshold):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pdrunet_jax.evaluate.__main__ import main
-from pdrunet_jax.evaluate.compare import FLIPS, Other, compare, comparison_table, sign_flip
+from pdrunet_jax.evaluate.compare import FLIPS, Other, compare, comparison_text, sign_flip
 from pdrunet_jax.evaluate.scores import METRICS, OVERLAP, ImageScores, ScoringOptions
 from pdrunet_jax.runtime.errors import UserError
 from tests.support.tiny import brightness_model, save_dataset, save_model
@@ -92,7 +92,7 @@ def test_the_mean_of_classes_is_over_those_that_both_define():
     theirs = [row("1", 0.8, name="femur"), row("1", math.nan, name="tibia")]
     comparison = compared(ours, theirs)
     assert comparison.macro["dice"].mean == pytest.approx(0.1)
-    assert "mean of classes" in comparison_table(comparison)
+    assert "mean of classes" in comparison_text(comparison)
 
 
 def test_an_evaluation_against_itself_has_no_difference():
@@ -100,7 +100,7 @@ def test_an_evaluation_against_itself_has_no_difference():
     comparison = compared(rows, rows)
     dice = comparison.classes["bone"]["dice"]
     assert (dice.mean, dice.low, dice.high, dice.p, dice.equal) == (0, 0, 0, 1, 5)
-    assert comparison_table(comparison).endswith("Dice is equal on every image")
+    assert comparison_text(comparison).endswith("Dice is equal on every image")
 
 
 def test_images_that_only_one_side_has_are_named():
@@ -138,7 +138,7 @@ def test_the_command_compares_with_weights_and_with_the_folder_of_their_evaluati
         results.append(json.loads((place / "out/comparison.json").read_text()))
         lines = capsys.readouterr().out.splitlines()
         assert lines[-1].startswith("test dice 0.974 (95% ")
-        assert any(line.split()[:3] == ["changed", "most", "dice"] for line in lines)
+        assert any(line.split()[:3] == ["changed", "most", "Dice"] for line in lines)
         assert results[-1].pop("against") == against
     assert results[0] == results[1] == results[2]
     assert results[0]["classes"]["square"]["dice"]["better"] == 3
@@ -162,8 +162,8 @@ def test_the_command_compares_with_weights_and_with_the_folder_of_their_evaluati
         (["--against", "nowhere"], "--against nowhere: there is no such file"),
         (["--against", "perfect", "--split", "all"], r"3 missing from perfect: images/0.png \(square\), "),
         (["--against", "perfect", "--tolerance", "3"], "--tolerance 2, .* --tolerance 3"),
-        (["--against", "broken"], r"broken/per_image.csv: line 2 is no row of scores"),
-        (["--against", "old"], r"old/per_image.csv has no column patient, .* evaluate those weights again"),
+        (["--against", "broken"], r"broken/per_image.csv: line 2 is not a row of scores"),
+        (["--against", "old"], r"old/per_image.csv lacks the column patient, .* evaluate those weights again"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_anything_is_computed(place, options, words):

@@ -99,11 +99,11 @@ def test_empty_masks_are_scored_as_asked_and_counted(tmp_path):
     dice = [evaluation.summary.classes["square"]["dice"].images for evaluation in (usual, strict)]
     assert dice == [3, 2]
     assert usual.remarks()[:2] == [
-        "square: in 1 of 3 images truth and prediction are both empty: Dice 1 there, left out of distances",
-        "square: in 1 of 3 images one of truth and prediction is empty: Dice and nsd 0 there, left out of other "
+        "square: in 1 of 3 images truth and prediction are both empty: Dice 1, excluded from distances",
+        "square: in 1 of 3 images only one of truth and prediction is empty: Dice and nsd 0, excluded from other "
         "distances",
     ]
-    assert "left out of Dice, IoU and distances" in strict.remarks()[0]
+    assert "excluded from Dice, IoU and distances" in strict.remarks()[0]
 
 
 def test_the_batch_size_has_no_part_in_the_result(tmp_path):
@@ -127,7 +127,7 @@ def test_an_empty_split_names_those_that_are_not(tmp_path):
     root = save_dataset(tmp_path)
     text = (root / "manifest.csv").read_text()
     (root / "manifest.csv").write_text("".join(line for line in text.splitlines(True) if ",test" not in line))
-    with pytest.raises(UserError, match=r"no images in the split test; --split takes train, val or all"):
+    with pytest.raises(UserError, match=r"no images in the split test; use --split train, val or all"):
         evaluated(root)
 
 
@@ -226,7 +226,7 @@ def test_masks_are_cleaned_before_they_are_scored_when_asked_to(tmp_path):
         (["--weights", "w.safetensors", "--batch-size", "0"], "--batch-size 0"),
         (["--weights", "w.safetensors", "--data.threshold", "0"], "threshold"),
         (["--weights", "w.safetensors", "--threshold", "1.5"], "1.5"),
-        (["--weights", "w.safetensors", "--threshold", "validation"], "w.safetensors holds no threshold"),
+        (["--weights", "w.safetensors", "--threshold", "validation"], "w.safetensors contains no threshold"),
         (["--weights", "w.safetensors", "--largest", "-1"], "--largest -1"),
         (["--weights", "w.safetensors", "--tolerance", "-1"], "--tolerance -1"),
         (["--weights", "w.safetensors", "--empty-dice", "2"], "--empty-dice 2"),

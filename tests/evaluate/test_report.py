@@ -120,14 +120,14 @@ def test_the_report_states_scores_splits_settings_and_environment(run):
     assert "<b>&" in words  # escaped, so that it arrives as text
     error = summary["expected_calibration_error"]["square"]
     assert f"square: expected calibration error {error:.4f} over {3 * 24 * 32:,} pixels" in words
-    assert "The validation images chose the threshold 0.44" in words
-    assert "chosen on test images, it would flatter them" in words
+    assert "Best threshold on the validation images: 0.44" in words
+    assert "its score is biased" in words
 
 
 def test_a_report_before_the_first_scores_says_what_is_missing(tmp_path):
     run = open_run(tmp_path / "run", Config())
     words = Page(write_report(run.path).read_text()).words
-    assert words.count("None yet") == 5
+    assert words.count("None yet") == 6
     assert run.report.is_file()
 
 
@@ -137,15 +137,15 @@ def test_without_test_images_the_report_of_a_run_has_the_validation_scores(run, 
     summary = other.path / "evaluation" / "val" / "summary.json"
     summary.write_text(summary.read_text().replace('"split": "test"', '"split": "val"'))
     words = Page(write_report(other.path).read_text()).words
-    assert "Scores of the validation images" in words
-    assert "would flatter" not in words
+    assert "Scores on the validation images" in words
+    assert "biased" not in words
 
 
 def test_an_evaluation_has_a_report_of_its_own(folder):
     page = Page(write_evaluation_report(folder).read_text())
     assert not page.open
     assert [name for name in page.ids if name in SECTIONS] == [name for name in SECTIONS if name != "curves"]
-    for fact in ("squares, test images", "w.safetensors", "validation_threshold", "3.12.1", "seconds in all1.5"):
+    for fact in ("squares, test images", "w.safetensors", "validation_threshold", "3.12.1", "total seconds1.5"):
         assert fact in page.words
     with pytest.raises(UserError, match=r"summary\.json"):
         write_evaluation_report(folder.parent)

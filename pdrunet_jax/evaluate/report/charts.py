@@ -1,4 +1,4 @@
-"""Curves drawn as SVG that takes its colours from the page, and those of training read from metrics.jsonl."""
+"""Line charts as SVG in the colours of the page, and metrics.jsonl as curves."""
 
 import json
 import math
@@ -11,15 +11,18 @@ from typing import Any
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 34, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 466, 34, 260
+"""Frame of the curves."""
 _LONGEST_TITLE = 36
 _MOST_POINTS = 400
+_MOST_DOTS = 40
+"""Largest number of points drawn as dots too, such as the validations of a run."""
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
-    """The finite values of every key over `step`, in order; the last one where a resumed run wrote a step again.
+    """Finite values of every key of metrics.jsonl by step; the last one if a resumed run wrote a step again.
 
-    A half-written last line, which a killed run may leave, is passed over. A file that is not there has no values.
+    Skips an incomplete last line, as a killed run may leave it. A missing file has no values.
     """
     values: dict[str, dict[float, float]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -28,40 +31,37 @@ def read_metrics(path: Path) -> dict[str, Points]:
             entry: Any = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if not isinstance(entry, dict) or not _number(entry.get("step")):
+        if not isinstance(entry, dict) or not _is_number(entry.get("step")):
             continue
         for key, value in entry.items():
-            if key != "step" and _number(value):
+            if key != "step" and _is_number(value):
                 values.setdefault(key, {})[entry["step"]] = value
     return {key: sorted(points.items()) for key, points in values.items()}
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What a chart shows beside its curves.
-
-    Attributes:
-        axis: Name of the horizontal axis.
-        at: A vertical line, and the words beside it.
-        reference: Points of a thin line that the curves are to be held against.
-        bars: (from, to, height), in the units of the axes, drawn behind everything.
-    """
+    """Axis title and annotations of a chart."""
 
     axis: str = "step"
+    """Title of the horizontal axis."""
     at: tuple[float, str] | None = None
+    """Position and label of a vertical line."""
     reference: Points = field(default_factory=list)
+    """Dashed line to compare the curves with."""
     bars: Sequence[tuple[float, float, float]] = ()
+    """(from, to, height) of bars behind the curves."""
 
 
 def curve(title: str, series: Mapping[str, Points], top: float | None = None, marks: Marks | None = None) -> str:
-    """One chart as an SVG element: a polyline for each of `series`, of class `line-0`, `line-1`, ...
+    """Draw one chart as an SVG element: a polyline of class `line-0`, `line-1`, ... for each of `series`.
 
     Args:
-        title: Above the chart, and its accessible name.
-        series: Label to points (step, value). At least one is not empty.
-        top: Upper end of the value axis; the largest value when None. Values that fall to less than a tenth then get
-            a logarithmic axis, on which the end of training can still be read.
-        marks: What else is drawn.
+        title: Heading of the chart, and its accessible name.
+        series: Label to points (step, value). At least one has points.
+        top: Upper end of the value axis; None for the largest value. The axis is then logarithmic if the smallest
+            value is positive and below a tenth of the largest, so that the end of training stays readable.
+        marks: Axis title and annotations.
     """
     marks = marks or Marks()
     points = [point for line in (*series.values(), marks.reference) for point in line]
@@ -69,57 +69,62 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None, ma
     logarithmic = top is None and 0 < low < 0.1 * high
     values = _log_ticks(low, high) if logarithmic else _ticks(low, high if top is None else top, 5)
     right = max(1.0, *(x for x, _ in points))
-    steps = [step for step in _ticks(0, right, 5) if step <= right]
-
-    def height(y: float) -> float:
-        return math.log(y) if logarithmic else y
-
-    bottom, span = height(values[0]), height(values[-1]) - height(values[0])
+    scale = math.log if logarithmic else float
+    bottom, span = scale(values[0]), scale(values[-1]) - scale(values[0])
 
     def place(x: float, y: float) -> tuple[float, float]:
-        up = (height(y) - bottom) / span
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * x / right, _HEIGHT - _BOTTOM - (_HEIGHT - _TOP - _BOTTOM) * up
+        return _LEFT + (_RIGHT - _LEFT) * x / right, _BOTTOM - (_BOTTOM - _TOP) * (scale(y) - bottom) / span
 
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">']
-    parts.append(f'<text class="title" x="{_LEFT}" y="20">{escape(_shortened(title))}</text>')
+    def polyline(style: str, line: Points) -> str:
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
+        return f'<polyline class="{style}" points="{path}"/>'
+
+    parts = [_text(_LEFT, 20, _shortened(title), "start", "title")]
     for start, end, tall in marks.bars:
         (x, y), (x_end, y_end) = place(start, tall), place(end, values[0])
         size = f'width="{x_end - x - 1:.1f}" height="{y_end - y:.1f}"'
         parts.append(f'<rect class="bar" x="{x + 0.5:.1f}" y="{y:.1f}" {size}/>')
+
+    # Axes.
     for value in values:
         _, y = place(0, value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" text-anchor="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{value:g}</text>')
-    for step in steps:
-        x, _ = place(step, values[0])
-        parts.append(f'<text class="tick" text-anchor="middle" x="{x:.1f}" y="{_HEIGHT - 22}">{_short(step)}</text>')
-    middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="tick" text-anchor="middle" x="{middle}" y="{_HEIGHT - 5}">{escape(marks.axis)}</text>')
+        parts += [_line("grid", (_LEFT, y), (_RIGHT, y)), _text(_LEFT - 6, y + 4, f"{value:g}", "end")]
+    for step in _ticks(0, right, 5):
+        if step <= right:
+            parts.append(_text(place(step, values[0])[0], _HEIGHT - 22, _short(step)))
+    parts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 5, marks.axis))
+
+    # Annotations.
     if marks.reference:
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in marks.reference)
-        parts.append(f'<polyline class="reference" points="{path}"/>')
+        parts.append(polyline("reference", marks.reference))
     if marks.at is not None:
         x, y = place(marks.at[0], values[0])
         side, shift = ("start", 5) if marks.at[0] < right / 2 else ("end", -5)
-        parts.append(f'<line class="reference" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{y:.1f}"/>')
-        where = f'text-anchor="{side}" x="{x + shift:.1f}" y="{y - 8:.1f}"'
-        parts.append(f'<text class="label" {where}>{escape(marks.at[1])}</text>')
-    legend = float(_WIDTH - _RIGHT)
+        parts += [_line("reference", (x, _TOP), (x, y)), _text(x + shift, y - 8, marks.at[1], side)]
+
+    # Curves, with the legend in the upper right corner, from right to left.
+    legend = float(_RIGHT)
     for number, (label, line) in reversed(list(enumerate(series.items()))):
         if not line:
             continue
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in _thinned(line))
-        parts.append(f'<polyline class="line line-{number}" points="{path}"/>')
-        if len(line) <= 40:  # few enough to see each validation
-            parts += [
-                '<circle class="dot line-{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>'.format(number, *place(x, y))
-                for x, y in line
-            ]
-        parts.append(f'<text class="label" text-anchor="end" x="{legend:.0f}" y="20">{escape(label)}</text>')
+        parts.append(polyline(f"line line-{number}", _thinned(line)))
+        for x, y in line if len(line) <= _MOST_DOTS else ():
+            parts.append('<circle class="dot line-{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>'.format(number, *place(x, y)))
+        parts.append(_text(legend, 20, label, "end"))
         legend -= 7.4 * len(label) + 8
-        parts.append(f'<line class="line line-{number}" x1="{legend - 14:.0f}" x2="{legend:.0f}" y1="16" y2="16"/>')
+        parts.append(_line(f"line line-{number}", (legend - 14, 16), (legend, 16)))
         legend -= 26
-    return "".join(parts) + "</svg>"
+    head = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+    return f"{head}{''.join(parts)}</svg>"
+
+
+def _text(x: float, y: float, words: str, anchor: str = "middle", style: str = "label") -> str:
+    return f'<text class="{style}" text-anchor="{anchor}" x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'
+
+
+def _line(style: str, start: tuple[float, float], end: tuple[float, float]) -> str:
+    (x1, y1), (x2, y2) = start, end
+    return f'<line class="{style}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
 
 
 def _shortened(title: str) -> str:
@@ -127,14 +132,14 @@ def _shortened(title: str) -> str:
 
 
 def _thinned(points: Points) -> Points:
-    """At most about `_MOST_POINTS` points, each the mean of its neighbours: a screen shows no more."""
+    """About `_MOST_POINTS` points at most, each the mean of its neighbours; a screen shows no more."""
     group = math.ceil(len(points) / _MOST_POINTS)
     chunks = [points[start : start + group] for start in range(0, len(points), group)]
     return [(chunk[-1][0], sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
 def _ticks(low: float, high: float, wanted: int) -> Sequence[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `wanted` of them."""
+    """About `wanted` round numbers, from at or below `low` to at or above `high`."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / wanted
@@ -145,7 +150,7 @@ def _ticks(low: float, high: float, wanted: int) -> Sequence[float]:
 
 
 def _log_ticks(low: float, high: float) -> Sequence[float]:
-    """1, 2 and 5 times powers of ten around `low` and `high`; powers of ten alone over more than three of them."""
+    """1, 2 and 5 times powers of ten around `low` and `high`; only powers of ten beyond three decades."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if high < 1000 * low else (1,)
     ticks = [float(f"{factor}e{power}") for power in powers for factor in factors]
@@ -158,5 +163,5 @@ def _short(step: float) -> str:
     return f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

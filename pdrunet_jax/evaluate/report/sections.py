@@ -1,250 +1,210 @@
-"""What a report shows of an evaluation: scores, every image, cases, calibration, data; from the folder it left."""
+"""Report sections on an evaluation: scores, comparison, cases, every image, calibration, data."""
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from pdrunet_jax.data import overlay as pictures
-from pdrunet_jax.evaluate.compare import compared_label
-from pdrunet_jax.evaluate.report import charts as curves
-from pdrunet_jax.evaluate.report.html import Cell, bounds, embedded, html_table, legend, note, score, signed
-from pdrunet_jax.evaluate.scores import METRICS, label, remarks
+from pdrunet_jax.data import overlay
+from pdrunet_jax.evaluate import compare
+from pdrunet_jax.evaluate.report.charts import Marks, curve
+from pdrunet_jax.evaluate.report.html import Cell, Section, embedded, html_table, legend, note
+from pdrunet_jax.evaluate.scores import METRICS, format_score, remarks, score_table
 
 MOST_ROWS = 2_000
-"""Rows of the table of every image: a page of more would be too heavy for a phone, and per_image.csv has all."""
+"""Rows in the table of every image; more would make the page too heavy for a phone, and per_image.csv has all."""
 OPEN_ROWS = 40
-"""So many are shown without being asked for."""
-SPLIT_TITLES = {"train": "training", "val": "validation", "test": "test", "all": "all"}
+"""Largest number of rows shown unfolded."""
+SPLIT_TITLES = {"train": "training", "val": "validation"}
 
-_NONE = "None yet: they are computed when the run ends, or by python -m pdrunet_jax.evaluate."
+_NONE = "None yet. Scores are computed when training ends, or with `python -m pdrunet_jax.evaluate`."
 
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """What `write_evaluation` has left in `folder`: summary.json, curves.json and comparison.json as they are."""
+    """Contents of a folder written by `write_evaluation`: summary.json, curves.json and comparison.json.
+
+    Falsy if there are no scores.
+    """
 
     folder: Path
     summary: Mapping[str, Any]
     curves: Mapping[str, Any]
     comparison: Mapping[str, Any]
 
+    @classmethod
+    def read(cls, folder: Path) -> "EvaluationFolder":
+        """Read `folder`; missing files are empty."""
+        paths = (folder / name for name in ("summary.json", "curves.json", "comparison.json"))
+        return cls(folder, *(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths))
+
     def __bool__(self) -> bool:
         return bool(self.summary)
 
     @property
-    def images(self) -> str:
-        """The split in words: "test images"."""
-        split = str(self.summary["split"])
-        return f"{SPLIT_TITLES.get(split, split)} images"
+    def split(self) -> str:
+        """The split in words, for example "validation"."""
+        return SPLIT_TITLES.get(self.summary["split"], self.summary["split"])
+
+    @property
+    def classes(self) -> list[str]:
+        """Foreground classes of the dataset."""
+        return list(self.summary["dataset"]["classes"])
 
 
-def read_scored(folder: Path) -> EvaluationFolder:
-    """The scores in `folder`; empty, and false, if there are none."""
+def score_sections(scored: EvaluationFolder) -> list[Section]:
+    """The sections of an evaluation, in order. Without scores they say so."""
+    if not scored:
+        headings = {
+            "scores": "Scores",
+            "cases": "Best, median and worst cases",
+            "images": "Every image",
+            "calibration": "Calibration and threshold",
+            "data": "Data",
+        }
+        return [(name, heading, note(_NONE)) for name, heading in headings.items()]
+    comparison = [("comparison", "Comparison", _comparison(scored.comparison))] if scored.comparison else []
+    return [
+        ("scores", f"Scores on the {scored.split} images", _scores(scored)),
+        *comparison,
+        ("cases", "Best, median and worst cases", _cases(scored)),
+        ("images", "Every image", _every_image(scored)),
+        ("calibration", "Calibration and threshold", _calibration(scored)),
+        ("data", "Data", _data(scored)),
+    ]
 
-    def read(name: str) -> dict[str, Any]:
-        path = folder / name
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return content
 
-    return EvaluationFolder(folder, read("summary.json"), read("curves.json"), read("comparison.json"))
-
-
-def figures_of(scored: EvaluationFolder) -> list[tuple[str, str]]:
-    """The numbers at the top of the page."""
+def key_numbers(scored: EvaluationFolder) -> list[tuple[str, str]]:
+    """Mean Dice and number of images, each with its description, for the top of the page."""
     if not scored:
         return []
     dice = scored.summary["macro"]["dice"]
-    split = scored.images.removesuffix(" images")
+    bounds = f"{format_score(dice['low'])} to {format_score(dice['high'])}"
     return [
-        (score(dice["mean"]), f"{split} Dice, 95 % interval {bounds(dice)}"),
-        (f"{scored.summary['images']}", f"{scored.images} of {scored.summary['patients']} patients"),
+        (format_score(dice["mean"]), f"{scored.split} Dice, 95% interval {bounds}"),
+        (f"{scored.summary['images']}", f"{scored.split} images of {scored.summary['patients']} patients"),
     ]
 
 
-def scores_of(scored: EvaluationFolder) -> str:
-    """The statistics of every metric."""
-    if not scored:
-        return note(_NONE)
-    summary = scored.summary
-    groups = dict(summary["classes"])
-    if len(groups) > 1:
-        groups["mean of classes"] = summary["macro"]
-    rows: list[list[Cell]] = [
-        [
-            name,
-            label(metric, summary["unit"], summary["tolerance"]),
-            s["mean"],
-            bounds(s),
-            s["median"],
-            s["std"],
-            str(s["images"]),
-        ]
-        for name, values in groups.items()
-        for metric, s in values.items()
-    ]
-    head = ["class", "metric", "mean", "95 % interval", "median", "std", "images"]
-    cleaning = {name: value for name, value in summary["about"].get("cleaning", {}).items() if value}
+def _scores(scored: EvaluationFolder) -> str:
+    head, *rows = score_table(scored.summary)
     notes = [
-        "At each image's own resolution, ignored pixels left out. Intervals of the mean: bootstrap over patients.",
-        *(f"{remark}." for remark in remarks(summary)),
-        *(
-            [f"Masks were cleaned: {', '.join(f'{key} = {value}' for key, value in cleaning.items())}."]
-            if cleaning
-            else []
-        ),
+        "Scores at each image's own resolution, without ignored pixels. Interval of the mean: bootstrap over patients.",
+        *(f"{remark}." for remark in remarks(scored.summary)),
     ]
-    return html_table(head, rows, text=2) + "".join(map(note, notes))
+    if cleaning := {name: value for name, value in scored.summary["about"].get("cleaning", {}).items() if value}:
+        notes.append(f"Masks were cleaned: {', '.join(f'{key} = {value}' for key, value in cleaning.items())}.")
+    return html_table(head, rows, words=2) + "".join(map(note, notes))
 
 
-def every_image(scored: EvaluationFolder) -> str:
-    """The table of all images, which sorts; of very many those with the lowest Dice."""
-    path = scored.folder / "per_image.csv"
-    if not scored or not path.is_file():
-        return note(_NONE)
-    with path.open(newline="", encoding="utf-8") as file:
-        head, *rows = csv.reader(file)
-    images, words = len({row[0] for row in rows}), ""
-    if len(rows) > MOST_ROWS:
-        dice = head.index("dice")
-        rows = sorted(rows, key=lambda row: _number(row[dice]) or 0.0)[:MOST_ROWS]
-        words = note(f"The {MOST_ROWS:,} rows with the lowest Dice; per_image.csv has all.")
-    columns = [number for number, name in enumerate(head) if name != "class" or len(scored.summary["classes"]) > 1]
-    words_end = sum(head[column] in ("image", "patient", "class") for column in columns)
-    cells = [[_cell(head[column], row[column]) for column in columns] for row in rows]
-    shown = html_table([head[column].replace("_", " ") for column in columns], cells, text=words_end, sortable=True)
-    opened = " open" if len(rows) <= OPEN_ROWS else ""
-    return f"<details{opened}><summary>{images} images</summary>{words}{shown}</details>"
+def _comparison(values: Mapping[str, Any]) -> str:
+    head, *rows = compare.comparison_table(values)
+    changed_head, *changed = compare.changed_table(values)
+    most = html_table(changed_head, changed, words=1) if changed else ""
+    return html_table(head, rows, words=2) + note(compare.caption(values)) + most
 
 
-def cases_of(scored: EvaluationFolder) -> str:
-    """Image, truth, prediction and difference of the best, median and worst cases."""
+def _cases(scored: EvaluationFolder) -> str:
     if not scored.summary.get("cases"):
-        return note("None yet: they come with the scores.")
-    parts = [f'<p class="quiet">Difference:{legend(pictures.LEGEND)}</p>']
-    classes = scored.summary["dataset"]["classes"]
-    if len(classes) > 1:
-        colours = [(name, pictures.colour_of(index)) for index, name in enumerate(classes, 1)]
-        parts.append(f'<p class="quiet">Classes:{legend(colours)}</p>')
+        return note("None: no image has a defined Dice.")
+    parts = [legend("Difference:", overlay.LEGEND)]
+    if len(scored.classes) > 1:
+        colours = ((name, overlay.colour_of(index)) for index, name in enumerate(scored.classes, 1))
+        parts.append(legend("Classes:", colours))
     for case in scored.summary["cases"]:
-        sources = [embedded(scored.folder / file) for file in case["panels"]]
         panels = "".join(
-            f'<figure><img alt="{panel}" src="{source}"><figcaption>{panel}</figcaption></figure>'
-            for panel, source in zip(pictures.PANELS, sources, strict=True)
+            f'<figure><img alt="{name}" src="{embedded(scored.folder / file)}"><figcaption>{name}</figcaption></figure>'
+            for name, file in zip(overlay.PANELS, case["panels"], strict=True)
         )
-        head = f"<b>{escape(case['kind'])}</b>, Dice {score(case['dice'])}"
+        head = f"<b>{escape(case['kind'])}</b>, Dice {format_score(case['dice'])}"
         parts.append(
             f'<div class="case">{head} <span class="quiet">{escape(case["image"])}</span><div>{panels}</div></div>'
         )
     return "".join(parts)
 
 
-def calibration_of(scored: EvaluationFolder) -> str:
-    """Reliability and threshold curve of each class, with what they say in words."""
-    drawn = {name: each for name, each in scored.curves.items() if each["reliability"]}
-    if not drawn:
-        return note("None yet: they come with the scores.")
-    several = len(scored.curves) > 1
-    used = None if several else float(scored.summary["about"].get("threshold", 0.5))
-    charts, notes = [], []
-    for name, each in drawn.items():
-        label = f": {name}" if several else ""
-        bins = each["reliability"]
-        charts.append(
-            curves.curve(
-                f"Calibration{label}",
-                {"observed": [(item["probability"], item["frequency"]) for item in bins]},
-                1.0,
-                curves.Marks(
-                    axis="predicted probability",
-                    reference=[(0, 0), (1, 1)],
-                    bars=[(item["low"], item["high"], item["share"]) for item in bins],
-                ),
-            )
-        )
-        points = [point for point in zip(each["thresholds"], each["dice"], strict=True) if point[1] is not None]
-        marks = curves.Marks(axis="threshold", at=None if used is None else (used, f"used: {used:g}"))
-        if points:
-            charts.append(curves.curve(f"Dice at each threshold{label}", {"Dice": points}, 1.0, marks))
-        notes.append(
-            f"{name}: expected calibration error {each['expected_calibration_error']:.4f} "
-            f"over {each['pixels']:,} pixels."
-        )
-    notes += [
-        "Calibration: the share of pixels that are true among those of about the same predicted probability, in ten "
-        "bins; on the thin line a probability means what it says. Bars: the share of all pixels in each bin. "
-        "The threshold curve is the mean over images, before any cleaning of masks.",
-        *_thresholds(scored, several),
+def _every_image(scored: EvaluationFolder) -> str:
+    """The sortable table of all images, or of those with the lowest Dice if there are very many."""
+    path = scored.folder / "per_image.csv"
+    if not path.is_file():
+        return note("per_image.csv is missing.")
+    with path.open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    images, limit = len({row[0] for row in rows}), ""
+    if len(rows) > MOST_ROWS:
+        dice = head.index("dice")
+        rows = sorted(rows, key=lambda row: _number(row[dice]) or 0.0)[:MOST_ROWS]
+        limit = note(f"The {MOST_ROWS:,} rows with the lowest Dice; per_image.csv has all.")
+    columns = [number for number, name in enumerate(head) if name != "class" or len(scored.summary["classes"]) > 1]
+    names = [head[column] for column in columns]
+    cells: list[list[Cell]] = [
+        [_number(row[column]) if head[column] in METRICS else row[column] for column in columns] for row in rows
     ]
-    return f'<div class="charts">{"".join(charts)}</div>' + "".join(map(note, notes))
+    words = sum(name in ("image", "patient", "class") for name in names)
+    table = html_table([name.replace("_", " ") for name in names], cells, words, sortable=True)
+    opened = " open" if len(rows) <= OPEN_ROWS else ""
+    return f"<details{opened}><summary>{images} images</summary>{limit}{table}</details>"
 
 
-def _thresholds(scored: EvaluationFolder, several: bool) -> list[str]:
-    if several:
-        return ["Each class against the rest; of competing classes the likeliest is taken, and no threshold is used."]
+def _number(cell: str) -> float | None:
+    """A score from a CSV cell; None for nan."""
+    value = float(cell)
+    return None if value != value else value
+
+
+def _calibration(scored: EvaluationFolder) -> str:
+    """Reliability diagram and Dice at each threshold of every class, with notes."""
+    if not any(each["reliability"] for each in scored.curves.values()):
+        return note("None: there are no pixels to compute them from.")
+    several = len(scored.curves) > 1
+    used = float(scored.summary["about"].get("threshold", 0.5))
+    charts, notes = [], []
+    for name, each in scored.curves.items():
+        if not (bins := each["reliability"]):
+            continue
+        title = f": {name}" if several else ""
+        marks = Marks(
+            axis="predicted probability",
+            reference=[(0, 0), (1, 1)],
+            bars=[(item["low"], item["high"], item["share"]) for item in bins],
+        )
+        observed = [(item["probability"], item["frequency"]) for item in bins]
+        charts.append(curve(f"Calibration{title}", {"observed": observed}, 1.0, marks))
+        points = [point for point in zip(each["thresholds"], each["dice"], strict=True) if point[1] is not None]
+        marks = Marks(axis="threshold", at=None if several else (used, f"used: {used:g}"))
+        if points:
+            charts.append(curve(f"Dice at each threshold{title}", {"Dice": points}, 1.0, marks))
+        error, pixels = each["expected_calibration_error"], each["pixels"]
+        notes.append(f"{name}: expected calibration error {error:.4f} over {pixels:,} pixels.")
+    notes.append(
+        "Calibration: share of pixels that belong to the class among those of similar predicted probability, in ten "
+        "bins. On the dashed line, probabilities are accurate. Bars: share of all pixels in each bin. Dice at each "
+        "threshold: mean over images, before any cleaning of masks."
+    )
+    return f'<div class="charts">{"".join(charts)}</div>' + "".join(map(note, [*notes, *_threshold_notes(scored)]))
+
+
+def _threshold_notes(scored: EvaluationFolder) -> list[str]:
+    if len(scored.curves) > 1:
+        return ["Each class is compared with the rest. Prediction takes the most probable class, without a threshold."]
     curve = next(iter(scored.curves.values()))
     dice = dict(zip(curve["thresholds"], curve["dice"], strict=True))
     notes = []
     if chosen := scored.summary["about"].get("validation_threshold"):
         notes.append(
-            f"The validation images chose the threshold {chosen:g}, which --threshold validation takes: "
-            f"Dice {score(dice.get(chosen))} on these {scored.images}, {score(dice[0.5])} at 0.5."
+            f"Best threshold on the validation images: {chosen:g} (--threshold validation). On these {scored.split} "
+            f"images it scores Dice {format_score(dice.get(chosen))}, and 0.5 scores {format_score(dice[0.5])}."
         )
     if scored.summary["split"] == "test":
-        notes.append("The best point of this curve is not to be used: chosen on test images, it would flatter them.")
+        notes.append("Do not choose a threshold from this curve: on the images it was chosen on, its score is biased.")
     return notes
 
 
-def comparison_of(scored: EvaluationFolder) -> str:
-    """The differences to another evaluation, and the images that changed most."""
-    found = scored.comparison
-    groups = dict(found["classes"])
-    if len(groups) > 1:
-        groups["mean of classes"] = found["macro"]
-    rows: list[list[Cell]] = [
-        [
-            name,
-            compared_label(metric, found["unit"], found["tolerance"]),
-            *(d["this"], d["other"], signed(d["mean"]), f"{signed(d['low'])} to {signed(d['high'])}"),
-            "n/a" if d["p"] is None else f"{d['p']:.2g}",
-            *(str(d[count]) for count in ("better", "worse", "equal")),
-        ]
-        for name, values in groups.items()
-        for metric, d in values.items()
-    ]
-    head = ["class", "metric", "this", "other", "difference", "95 % interval", "p", "better", "worse", "equal"]
-    about = (
-        f"This minus other ({found['against']}), on the same {found['images']} images of {found['patients']} patients. "
-        "p: sign-flip test of the patients' sums, not corrected for the number of metrics."
-    )
-    changed: list[list[Cell]] = [
-        [case["image"], case["this"], case["other"], signed(case["this"] - case["other"])] for case in found["changed"]
-    ]
-    most = html_table(["changed most", "Dice here", "there", "difference"], changed, text=1) if changed else ""
-    return html_table(head, rows, text=2) + note(about) + most
-
-
-def data_of(scored: EvaluationFolder) -> str:
-    """Splits, classes and notes of the dataset."""
-    if not scored:
-        return note("The splits are written with the scores.")
+def _data(scored: EvaluationFolder) -> str:
     dataset = scored.summary["dataset"]
-    rows: Sequence[Sequence[Cell]] = [
-        [name, str(split["images"]), str(split["patients"])] for name, split in dataset["splits"].items()
-    ]
-    notes = [f"Classes: {', '.join(dataset['classes'])}", *dataset["notes"]]
-    return html_table(["split", "images", "patients"], rows, text=1) + "".join(map(note, notes))
-
-
-def _cell(name: str, cell: str) -> Cell:
-    """A cell of per_image.csv: scores as numbers, all else as it is."""
-    return _number(cell) if name in METRICS else cell
-
-
-def _number(cell: str) -> float | None:
-    """A score; None where it is not defined."""
-    value = float(cell)
-    return None if value != value else value
+    rows = [[name, str(split["images"]), str(split["patients"])] for name, split in dataset["splits"].items()]
+    notes = [f"Classes: {', '.join(scored.classes)}", *dataset["notes"]]
+    return html_table(["split", "images", "patients"], rows, words=1) + "".join(map(note, notes))
