@@ -219,9 +219,6 @@ class TrainConfig:
     """Number of best checkpoints, by validation Dice, to keep in addition."""
     samples: Count = 4
     """Validation images to draw with their predictions at each validation."""
-    spike: Literal["off"] = "off"  # TEMPORARY: goes with its last use in train/step.py
-    spike_factor: float = 5.0
-    spike_window: int = 50
     deterministic: bool = False
     """Bit-identical repetition on GPUs, at some cost in speed. CPU runs always repeat."""
 
