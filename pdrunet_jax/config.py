@@ -48,7 +48,7 @@ class DataConfig:
     ignore: MaskValue | None = None
     """Mask value or colour to exclude from loss and metrics; "1,2" excludes several."""
     threshold: Annotated[int, Field(gt=0, le=255)] | None = None
-    """Lowest grey value (1 to 255) that is foreground in a soft-edged binary mask. Default: 128."""
+    """Lowest grey value (1 to 255) that is foreground in a soft-edged binary mask; 128 if unset."""
     soft_masks: bool = False
     """Train on bilinearly resized binary masks without rounding them, as the public code does."""
     patient_regex: str | None = None
@@ -60,7 +60,7 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the random split."""
     cache: Literal["auto", "memory", "none"] = "auto"
-    """Cache of decoded images (uint8). auto: memory, if they fit in a quarter of it."""
+    """Cache of decoded images, as uint8. auto caches them in memory if they fit in a quarter of it."""
     threads: Count = 4
     """Image decoding threads; the order of samples does not depend on their number."""
     phantoms: Count = 0
@@ -113,13 +113,12 @@ class ModelConfig:
     in_channels: Positive = 1
     """Image channels: 1 for grey, 3 for RGB."""
     outputs: Positive | None = None
-    """Output channels. 1: sigmoid; 2 or more: softmax over exclusive classes, background included. Default: 1 for a
-    dataset with one class, n + 1 for n classes."""
+    """Output channels. 1: sigmoid; 2 or more: softmax over exclusive classes, background included.
+    If unset: 1 for a dataset with one class, n + 1 for n classes."""
     filters: Positive = 40
     """Channels of every hidden layer."""
     shortcut: Literal["input", "conv1"] = "input"
-    """Start of a block's residual connection: its input (the public code) or its first convolution (the
-    paper's figure)."""
+    """Start of a block's residual connection: its input (the public code) or its first convolution (the paper)."""
     norm: Literal["batch", "none"] = "batch"
     """Normalisation after each 3x3 convolution."""
     dropout: Rate = 0.3
@@ -138,7 +137,7 @@ class LossConfig:
 
     name: Literal["bce", "dice", "bce_dice", "focal", "tversky", "ce", "ce_dice"] | None = None
     """Loss function. bce, bce_dice and focal need one output, ce and ce_dice two or more; dice and tversky take either.
-    Default: bce_dice or ce_dice."""
+    If unset: bce_dice for one output, ce_dice for more."""
     dice_weight: Fraction = 0.5
     """Weight of the Dice term in bce_dice and ce_dice; cross-entropy has the rest."""
     class_weights: tuple[NonNegative, ...] = ()
@@ -202,7 +201,7 @@ class TrainConfig:
     batch_size: Positive = 8
     """Images per update."""
     eval_batch_size: Positive | None = None
-    """Images per validation batch. Default: train.batch_size."""
+    """Images per validation batch; train.batch_size if unset."""
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
     """Precision of the convolutions. bfloat16 keeps weights, statistics and loss in float32; float64 is for tests."""
     remat: bool = False
@@ -236,7 +235,7 @@ class TrackingConfig:
     entity: str | None = None
     """W&B user or team."""
     name: str | None = None
-    """W&B run name. Default: the name of the run folder."""
+    """W&B run name; the name of the run folder if unset."""
     tags: tuple[str, ...] = ()
     """W&B tags."""
     artifact: bool = False
