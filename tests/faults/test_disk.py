@@ -1,4 +1,4 @@
-"""A disk that fills up or turns read-only under each kind of write: real file systems, mounted small."""
+"""Disks that fill up or become read-only during each kind of write, on small file systems mounted for the test."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: while it starts, compiles, trains, validates, saves, restores or reports."""
+"""SIGKILL at any moment: during start, compilation, training, validation, saving, restoring and reporting."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +19,15 @@ from tests.support.live import (
 
 KILLS = 200 if LONG else 4
 LANES = 2
-"""Runs that are killed side by side; the moments do not depend on it."""
+"""Number of runs killed in parallel; the moments do not depend on it."""
 
 
 def kill_once(place: Place, run: Path, kind: str, delay: float) -> tuple[bool, str]:
-    """Start the trainer and kill it; whether it still ran, and what it said."""
+    """Start the trainer and kill it. Returns whether it was still running, and its output."""
     seen: list[str] = []
     before = done(run)
     with place.start(workdir=run) as process:
-        if kind == "save":  # a sweep over the save after the next checkpoint is due
+        if kind == "save":  # around the save of the next checkpoint but one
             read_until(process, before // SAVE_EVERY * SAVE_EVERY + 2 * SAVE_EVERY, seen)
         if kind == "end":
             read_until(process, STEPS, seen)
@@ -42,7 +42,7 @@ def kill_once(place: Place, run: Path, kind: str, delay: float) -> tuple[bool, s
 
 
 def lane(place: Place, number: int, kills: int) -> dict[str, int]:
-    """Start runs over and over until `kills` were killed; each ends bit-equal to the undisturbed one."""
+    """Start runs until `kills` were killed; each must end bit-equal to the undisturbed run."""
     draw = stream("kills", number)
     figures = {"kills": 0, "runs": 0, "most_steps_repeated": 0, "kills_before_the_first_step": 0}
     while figures["kills"] < kills:

@@ -1,4 +1,4 @@
-"""Wrong options, configurations and data: one message, exit code 2, and nothing made."""
+"""Wrong options, configurations and data: one message, exit code 2, no output."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from tests.support.live import Place
 
 
 def bad_image(data: Path) -> None:
-    """Two images that are none, in a small dataset."""
+    """Write a small dataset in which two images are not images."""
     for number in range(8):
         for kind in ("images", "masks"):
             (data / kind).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Secrets of the environment and patient data of DICOM files are in no file that a run, its scores or masks leave."""
+"""No file of a run, its scores or its masks contains secrets of the environment or patient data of DICOM files."""
 
 import csv
 import gzip
@@ -70,7 +70,7 @@ def radiographs(root: Path) -> Path:
 
 
 def unpacked(data: bytes) -> Iterator[bytes]:
-    """A file's bytes, and what is packed inside them: PNG text and pixels, gzip, zip."""
+    """Yield a file's bytes and their unpacked contents: PNG text and pixels, gzip, zip, zlib."""
     yield data
     if data.startswith(b"\x89PNG"):
         image = Image.open(io.BytesIO(data))

@@ -1,4 +1,4 @@
-"""What must not change a run: who reads its data, and that it is started anew."""
+"""Runs that must be bit-equal: another number of reading threads, a restart, an older version's files."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_two_trainers_started_at_once_make_one_run(place: Place) -> None:
 
 
 def test_what_another_version_wrote_is_taken_up(place: Place) -> None:
-    """Checkpoints and weights of a run that knew neither spikes nor digests in its weights."""
+    """A run folder whose configuration has no spike settings."""
     run = Path(shutil.copytree(place.undisturbed, place.path / "older"))
     text = (run / "config.toml").read_text()
     (run / "config.toml").write_text(re.sub(r"(?m)^spike.*\n", "", text))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at any moment, alone and in a row: saved, exit code 75, nothing left running, exact resume."""
+"""SIGTERM and SIGINT at any moment, single and repeated: state saved, exit code 75, no process left, exact resume."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ CATCHES_SIGTERM = 1 << (signal.SIGTERM - 1)
 
 
 def wait_for_handlers(pid: int) -> None:
-    """Until the process minds SIGTERM, some hundredths of a second after its start."""
+    """Wait until the process handles SIGTERM, some hundredths of a second after its start."""
     status = Path(f"/proc/{pid}/status")
     end = time.monotonic() + 30
     while time.monotonic() < end:
@@ -41,13 +41,13 @@ def wait_for_handlers(pid: int) -> None:
 
 
 def lane(place: Place, number: int, stops: int) -> dict[str, int]:
-    """Stop runs at random moments until `stops` were stopped; each ends bit-equal to the undisturbed one."""
+    """Stop runs at random moments until `stops` were stopped; each must end bit-equal to the undisturbed run."""
     draw = stream("signals", number)
     figures = {"stopped": 0, "signals": 0, "exit_75": 0, "without_stored_programs": 0, "runs": 0}
     while figures["stopped"] < stops:
         run, finished = place.path / f"stopped-{number}-{figures['runs']}", False
         while not finished and figures["stopped"] < stops:
-            # Without the store of compiled programs the signal comes while XLA compiles, which takes it long.
+            # Without stored programs XLA compiles for a long time, and the signal arrives meanwhile.
             cold = draw.random() < 0.1
             environment = {"JAX_ENABLE_COMPILATION_CACHE": "false"} if cold else {}
             with place.start(workdir=run, **environment) as process:
@@ -90,7 +90,7 @@ def test_asked_to_stop_while_it_compiles_it_saves_at_the_next_step(place: Place)
     run = place.path / "stopped-compiling"
     with place.start(workdir=run, JAX_ENABLE_COMPILATION_CACHE="false") as process:
         end = time.monotonic() + 60
-        while not (run / "config.toml").exists():  # written just before the model is built and the step compiled
+        while not (run / "config.toml").exists():  # written just before the training step is compiled
             assert time.monotonic() < end
             time.sleep(0.02)
         time.sleep(3)
@@ -131,7 +131,7 @@ def test_a_validation_ends_when_the_program_is_asked_to_stop() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_signal_to_the_whole_group_leaves_no_service_of_wandb_behind(place: Place, number: signal.Signals) -> None:
-    """Ctrl-C in a terminal goes to every process; a kill leaves W&B's service without its parent."""
+    """Ctrl-C in a terminal reaches every process; SIGKILL leaves W&B's service without its parent."""
     run = place.path / f"group-{number.name}"
     with place.start("--tracking.wandb", "offline", workdir=run) as process:
         assert read_until(process, 2, [])

@@ -1,4 +1,4 @@
-"""Many checkpoints one after the other: nothing piles up, and each is what was saved."""
+"""Many checkpoints in a row: no files, descriptors or memory accumulate, and each restores exactly."""
 
 import os
 import random
@@ -14,7 +14,7 @@ LATEST, BEST = 2, 3
 
 
 def resident() -> int:
-    """Memory of this process, in MiB."""
+    """Resident memory of this process in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 

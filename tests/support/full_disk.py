@@ -1,8 +1,7 @@
-"""Run by the tests in a mount namespace of its own: a run folder on small file systems, one of which fills up.
+"""A training run on small file systems, one of which fills up. Started by test_disk.py in a mount namespace of its own.
 
-python full_disk.py PLACE KIND: trains, fills up what KIND writes to once there is something to lose, waits for the end,
-makes room again, and resumes. Prints what it saw as JSON and leaves the finished run at PLACE/KIND, off the small file
-system.
+`python full_disk.py PLACE KIND` trains, fills the file system that KIND writes to after the first checkpoints, waits
+for the end, makes room, and resumes. It prints observations as JSON and copies the finished run to PLACE/after-KIND.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from pathlib import Path
 
 TRIGGER = "step 14/"  # after the first validation has written its weights and its checkpoint
 ROOM = {"checkpoint": 0, "metrics": 0, "weights": 16 << 10, "report": 96 << 10, "read-only": 0}
-"""Bytes that are left free: enough for what is written before."""
+"""Bytes left free, enough for everything written earlier."""
 
 
 def mount(path: Path, *options: str) -> None:
@@ -24,7 +23,7 @@ def mount(path: Path, *options: str) -> None:
 
 
 def fill(folder: Path, room: int) -> Path:
-    """Take all space of a file system but `room`."""
+    """Fill a file system up to `room` bytes."""
     ballast = folder / "ballast"
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:

@@ -1,7 +1,7 @@
-"""Real training processes that faults happen to, and what two finished runs have to have in common.
+"""Training processes for the fault tests, and the comparison of two finished runs.
 
-Every process is `python -m pdrunet_jax.train` itself. They share JAX's store of compiled programs, or most of the time
-would go into compiling. `STRESS=1` (`make stress`) chooses the long form.
+Every process is a real `python -m pdrunet_jax.train`. All share one store of compiled programs; without it most of the
+time would go into compiling.
 """
 
 import fcntl
@@ -56,12 +56,12 @@ wandb = "disabled"
 
 @dataclass
 class Place:
-    """A folder with a configuration, data and a finished run that nothing disturbed."""
+    """A folder with a configuration, data and a finished, undisturbed run."""
 
     path: Path
     environment: dict[str, str]
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """In the environment of every process started here, and of those that they start."""
+    """Environment variable by which `left_behind` finds the processes started here and their descendants."""
 
     @property
     def undisturbed(self) -> Path:
@@ -87,7 +87,7 @@ class Place:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def left_behind(self, patience: float = 5.0) -> list[str]:
-        """Command lines of processes started here, at any remove, that still run after so many seconds."""
+        """Return the command lines of processes started here, or by those, that still run after `patience` seconds."""
         end = time.monotonic() + patience
         while (found := self._alive()) and time.monotonic() < end:
             time.sleep(0.1)
@@ -99,13 +99,13 @@ class Place:
             try:
                 if f"MARK={self.mark}".encode() in (process / "environ").read_bytes():
                     found.append((process / "cmdline").read_text())
-            except OSError:  # it ended meanwhile, or is another user's
+            except OSError:  # the process has ended, or belongs to another user
                 continue
         return found
 
 
 def content(run: Path, step: int = STEPS) -> dict[str, Any]:
-    """All that a finished run has to have in common with another: bytes of arrays, and what is saved beside them."""
+    """Collect everything that must be equal in two finished runs: array bytes, metadata, metrics, best weights."""
     final = run / "checkpoints" / str(step)
     with ocp.PyTreeCheckpointer() as checkpointer:
         state = checkpointer.restore(final / "state")
@@ -129,14 +129,14 @@ def assert_same_run(found: Path, expected: Path, step: int = STEPS) -> None:
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a killed process may leave half a one."""
+    """Read the complete lines of metrics.jsonl; a killed process may leave half a line."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def done(run: Path) -> int:
-    """Steps of a run that were done and written down."""
+    """Return the last step of a run in metrics.jsonl."""
     return max((line["step"] for line in lines_of(run)), default=0)
 
 
@@ -150,7 +150,7 @@ def steps_in(out: str, pattern: str) -> list[int]:
 
 
 def read_until(process: "subprocess.Popen[str]", step: int, seen: list[str]) -> bool:
-    """Read lines into `seen` until one reports `step` or a later one; False if the process ends before."""
+    """Read lines into `seen` until one reports `step` or a later step; False if the process ends first."""
     assert process.stdout is not None
     for line in process.stdout:
         seen.append(line)
@@ -160,7 +160,7 @@ def read_until(process: "subprocess.Popen[str]", step: int, seen: list[str]) -> 
 
 
 def record(name: str, **figures: Any) -> None:
-    """Keep the figures of a long run for the documentation."""
+    """In the long form, write the figures to benchmarks/results/stress.json."""
     if LONG:
         FIGURES.parent.mkdir(parents=True, exist_ok=True)
         with FIGURES.open("a+", encoding="utf-8") as file:
@@ -172,5 +172,5 @@ def record(name: str, **figures: Any) -> None:
 
 
 def stream(*seed: object) -> random.Random:
-    """Random numbers that are the same at every run of the tests."""
+    """Return a random generator that is the same in every run of the tests."""
     return random.Random(repr(seed))

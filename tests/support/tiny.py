@@ -1,4 +1,4 @@
-"""Small models and datasets whose right answers are known."""
+"""Small models and datasets with known results."""
 
 import csv
 import os
@@ -19,10 +19,10 @@ from tests.support import ROOT
 
 
 def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
-    """A PDR-UNet that decides by brightness alone: what is above 0.5 is class 1.
+    """Build a PDR-UNet that classifies by brightness alone: above 0.5 is class 1.
 
-    With 3 outputs: above 0.25 is class 1, above 0.75 class 2. The first block passes the image on, every other one is
-    the identity, and the long skips add up to 32 times the image.
+    With 3 outputs, above 0.25 is class 1 and above 0.75 class 2. Every block is the identity, and the long skips add up
+    to 32 times the image.
     """
     model = PDRUNet.from_options(
         in_channels=in_channels, outputs=outputs, filters=1, norm="none", dropout=0.0, conv="plain", rngs=nnx.Rngs(0)
@@ -56,7 +56,7 @@ def save_image(path: Path, pixels: np.ndarray) -> Path:
 
 
 def run_command(name: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """`python -m pdrunet_jax.NAME` in another folder, whether the package is installed or only lies here."""
+    """Run `python -m pdrunet_jax.NAME` in the folder `cwd`; the package need not be installed."""
     command = [sys.executable, "-m", f"pdrunet_jax.{name}", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)
@@ -69,15 +69,15 @@ def bright_square(height: int, width: int, top: int, left: int, side: int, value
 
 
 def blobs(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """A random mask of smooth shapes, of 2 to 80 % of the pixels."""
+    """Return a random mask of smooth shapes that covers 2 to 80 % of the pixels."""
     noise = ndimage.gaussian_filter(rng.standard_normal(shape), rng.uniform(0.5, 4))
     return noise > np.quantile(noise, rng.uniform(0.2, 0.98))
 
 
 def save_dataset(root: Path, *, errors: dict[int, int] | None = None, count: int = 6, ignore: bool = False) -> Path:
-    """Images of bright squares with their masks: two images a patient, the last half of them test.
+    """Write images of bright squares with masks: two images a patient, the second half in the test split.
 
-    `errors[number]` more columns of the truth are foreground than are bright; with `ignore` they are marked as such.
+    `errors[number]` adds columns to the mask that are not bright; with `ignore` they have the ignored value instead.
     """
     rows = []
     for number in range(count):
