@@ -1,4 +1,4 @@
-"""Datasets: what a folder holds, how its masks are coded, who its patients are, and batches of it."""
+"""Datasets: folders, images, mask coding, patients and splits, batches, augmentation, importers, phantoms."""
 
 from pdrunet_jax.data.dataset import Dataset, Inspection, ensure_phantoms, inspect_dataset, open_dataset
 from pdrunet_jax.data.images import read_image, read_spacing, resize_image

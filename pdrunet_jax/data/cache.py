@@ -1,4 +1,4 @@
-"""Resized images and masks in memory, as uint8: each file is decoded once, for the check before training."""
+"""In-memory cache of resized images and masks as uint8, so that each file is decoded once."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ Resized = tuple[np.ndarray, np.ndarray]
 
 
 class Cache:
-    """Room for every sample of a dataset; memory is taken as it fills."""
+    """Resized samples of a dataset; takes memory only as it fills."""
 
     def __init__(self, count: int, size: tuple[int, int], channels: int) -> None:
         self.images = np.empty((count, *size, channels), np.uint8)
@@ -21,26 +21,26 @@ class Cache:
         self._ready = np.zeros(count, np.bool_)
 
     def put(self, row: int, resized: Resized) -> None:
-        """Keep the sample `row`. Two threads may both put the same: the same pixels twice."""
+        """Keep the sample `row`. Threads may put the same sample twice: the pixels are the same."""
         self.images[row], self.masks[row] = resized
         self._ready[row] = True
 
     def take(self, rows: np.ndarray, read: Callable[[int], Resized]) -> Resized:
-        """Images (N, H, W, C) and masks (N, H, W) of `rows`, those by `read` that are not here yet."""
+        """Images (N, H, W, C) and masks (N, H, W) of `rows`; missing ones are read with `read`."""
         for row in rows[~self._ready[rows]].tolist():
             self.put(row, read(row))
         return self.images[rows], self.masks[rows]
 
 
 def keeps(config: DataConfig, count: int, channels: int) -> bool:
-    """Whether `count` samples are kept: as `config.cache` says, and "auto" where they fit in a quarter of memory."""
+    """Whether to cache `count` samples: as `config.cache` says; "auto" does if they fit in a quarter of memory."""
     height, width = config.height_width
     needed = count * height * width * (channels + 1)
     return config.cache == "memory" or (config.cache == "auto" and needed <= _memory() // 4)
 
 
 def _memory() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's if that is less."""
+    """Memory available to this process in bytes: the machine's, or its container's limit."""
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not a POSIX system

@@ -1,7 +1,4 @@
-"""A dataset folder, opened and checked: images, masks, patients, splits, and what the masks mean.
-
-What `data check` says of a dataset without a problem.
-"""
+"""A dataset folder, opened and checked: samples, patients, splits, mask coding, and the report of `data check`."""
 
 import hashlib
 import json
@@ -17,7 +14,7 @@ from pdrunet_jax.data.cache import Cache, keeps
 from pdrunet_jax.data.folder import Pair, find_pairs, read_description, some
 from pdrunet_jax.data.masks import MaskCoding, UndeclaredError, codes_to_classes, resolve
 from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, scan
-from pdrunet_jax.data.split import Sample, partition, split_counts
+from pdrunet_jax.data.split import Sample, assign, identical, partition, split_counts, together
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.processes import Group
 
@@ -26,20 +23,20 @@ MURA's radiographs are free of charge after registration: https://stanfordmlgrou
 Masks for its humerus and forearm images (CC BY 4.0) are in the FleXray data release, folder
 mura_forearm_humerus_annotations: https://huggingface.co/datasets/VictorButoi/flexray-data
     python -m pdrunet_jax.data import-mura MURA-v1.1 data/mura --region XR_HUMERUS --masks FOLDER
-    python -m pdrunet_jax.data import-mura --help    shows how both become a dataset folder
+    python -m pdrunet_jax.data import-mura --help    explains how to make a dataset folder of both
     python -m pdrunet_jax.train --config phantom     trains on synthetic X-rays, without any data"""
 
 _LAYOUTS = """\
 A dataset folder has one of
     manifest.csv                        columns image,mask and optionally patient,split; paths relative to it
-    {train,val,test}/{images,masks}/    pairs of one name
-    images/ and masks/                  pairs of one name; a mask may end in _mask, _seg or _label
+    {train,val,test}/{images,masks}/    pairs with the same name
+    images/ and masks/                  pairs with the same name; a mask may end in _mask, _seg or _label
     imagesTr/ and labelsTr/             nnU-Net: case_0000.png with case.png; classes from dataset.json"""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What training, evaluation and reports need to know of a dataset folder."""
+    """A checked dataset folder."""
 
     root: Path
     name: str
@@ -49,23 +46,23 @@ class Dataset:
     """How mask pixels become class indices."""
     samples: tuple[Sample, ...]
     notes: tuple[str, ...]
-    """What the log should say."""
+    """Remarks for the log."""
     spacing: tuple[float, float] | None = None
     """(row, column) spacing in mm that dataset.toml declares for all images."""
     _caches: dict[Any, Cache] = field(default_factory=dict, init=False, compare=False, repr=False)
-    """Resized pixels; no part of what the dataset is."""
+    """Resized pixels by size, channels and kind of mask; not part of the dataset's identity."""
 
     @property
     def outputs(self) -> int:
-        """Outputs that a model for this dataset has: 1 for one class, n + 1 for n."""
+        """Output channels of a model for this dataset: 1 for one class, n + 1 for n."""
         return 1 if len(self.class_names) == 1 else len(self.class_names) + 1
 
     def of(self, split: str) -> tuple[Sample, ...]:
-        """The samples of "train", "val" or "test", in the order of their ids; "all" is every one."""
+        """The samples of "train", "val", "test" or "all", in the order of their ids."""
         return tuple(sample for sample in self.samples if split in (sample.split, "all"))
 
     def cache(self, size: tuple[int, int], channels: int, *, soft: bool) -> Cache:
-        """Where the pipeline keeps samples of this form, in the order of `samples`; other forms are forgotten."""
+        """The cache for samples of this form, in the order of `samples`; caches of other forms are dropped."""
         key = size, channels, soft
         if key not in self._caches:
             self._caches.clear()
@@ -73,14 +70,14 @@ class Dataset:
         return self._caches[key]
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that a run's data depends on: files, splits, patients, coding."""
+        """SHA-256 of files, splits, patients and coding: everything that a run's data depend on."""
         content = [[sample.id, sample.split, sample.patient, sample.digest] for sample in self.samples]
         return hashlib.sha256(json.dumps([content, repr(self.coding)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A dataset with what was seen on the way."""
+    """A dataset with the results of its check."""
 
     dataset: Dataset
     layout: str
@@ -89,15 +86,16 @@ class Inspection:
 
 
 def open_dataset(config: DataConfig) -> Dataset:
-    """Open and check the dataset at `config.root`, where phantoms are drawn first if asked for and nothing is there.
+    """Open and check the dataset at `config.root`, after drawing phantoms into a missing or empty folder if requested.
 
-    Every file is read once. Raises `UserError` if there is no dataset, `DataError` with everything that is wrong.
+    Every file is read once. Raises `UserError` if there is no dataset, `DataError` with all problems.
     """
     return inspect_dataset(config).dataset
 
 
 def inspect_dataset(config: DataConfig) -> Inspection:
-    """As `open_dataset`, with layout, sizes, modes and pixel counts."""
+    """Like `open_dataset`, with layout, sizes, modes and pixel counts."""
+    # Find a dataset and its declarations before reading any image.
     ensure_phantoms(config)
     root = Path(config.root)
     if _vacant(root) or not root.is_dir():
@@ -109,12 +107,14 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     found = find_pairs(root)
     if not found.layout or not (found.pairs or found.problems):
         raise UserError(f"--data.root {config.root}: no images with masks here.\n{_LAYOUTS}\n{_HOW_TO_GET_DATA}")
+    # Read every file; resized pixels are kept for the first epoch if they fit in memory.
     pairs = sorted(found.pairs, key=lambda pair: pair.id)
     keep = config.height_width if keeps(config, len(pairs), 1) and not config.soft_masks else None
     scanned = scan(pairs, declared, config.threads, keep)
     problems = found.problems + [problem for item in scanned for problem in item.problems]
     notes = list(found.notes)
     coding = declared
+    # Settle the coding on all masks together, then patients and splits.
     try:
         counts = [(pair.mask_id, item.codes) for pair, item in zip(pairs, scanned, strict=True) if item.codes]
         coding, more = resolve(declared, counts)
@@ -125,23 +125,15 @@ def inspect_dataset(config: DataConfig) -> Inspection:
         problems.append("data.soft_masks is for masks of one class without an ignore value")
     notes += _empty_masks(pairs, scanned, coding)
     samples, more, wrong = partition(config, pairs, scanned, coding)
-    if problems or wrong:
-        problems += wrong
+    problems += wrong
+    if problems:
         raise DataError(f"--data.root {config.root}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
     notes += more
     name = description.name or root.resolve().name
     dataset = Dataset(root, name, coding.names, coding, samples, tuple(notes), description.spacing)
-    if keep and (declared.classes or not coding.colours):  # else masks were read as numbers, and are colours
+    if keep and (declared.classes or not coding.colours):  # else colour masks were read as numbers
         _fill(dataset.cache(keep, 1, soft=False), scanned, coding)
     return Inspection(dataset, found.layout, tuple(replace(item, small=None) for item in scanned))
-
-
-def _fill(cache: Cache, scanned: list[ScanResult], coding: MaskCoding) -> None:
-    """Move the resized pixels of `scanned` to `cache`, one after another, so that none is in memory twice."""
-    for row, item in enumerate(scanned):
-        if item.small is not None:
-            cache.put(row, (item.small[0], codes_to_classes(item.small[1], coding, "")))
-        scanned[row] = replace(item, small=None)
 
 
 def ensure_phantoms(config: DataConfig) -> None:
@@ -153,41 +145,49 @@ def ensure_phantoms(config: DataConfig) -> None:
         write_phantoms(root, PhantomOptions(config.phantoms, config.split_seed, max(config.height_width)))
 
 
-def _vacant(root: Path) -> bool:
-    """Whether there is nothing at `root`. Raises `UserError` if that cannot be seen."""
-    try:
-        return not root.exists() or (root.is_dir() and not any(root.iterdir()))
-    except OSError as error:
-        raise UserError(f"--data.root {root}: {error.strerror}") from None
-
-
-def _check_regex(config: DataConfig) -> None:
-    try:
-        re.compile(config.patient_regex or "")
-    except re.error as error:
-        raise UserError(f"data.patient_regex {config.patient_regex!r} is no regular expression: {error}") from None
-
-
-def _empty_masks(pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding) -> list[str]:
-    empty = [
-        pair.mask_id
-        for pair, item in zip(pairs, scanned, strict=True)
-        if item.codes and not foreground_share(item.codes, coding)
-    ]
-    return [f"warning: {len(empty)} empty masks: {some(empty)}"] if empty and coding.classes else []
-
-
 def require_same_data(group: Group, dataset: Dataset) -> None:
-    """Raise `UserError` if the dataset that this process sees is not the first one's."""
+    """Raise `UserError` unless every process of `group` sees the data of the main process."""
     group.require_same(
         dataset.fingerprint(),
-        f"--data.root {dataset.root} holds other data than that of the first process: images, masks or splits differ. "
-        "Give all processes the same files; the folder may be another one on each machine.",
+        f"--data.root {dataset.root} differs from the data of the first process in images, masks or splits. "
+        "Give all processes the same files; the folder's path may differ between machines.",
     )
 
 
+def continue_split(new: Inspection, old: Inspection, config: DataConfig) -> tuple[dict[str, str], int]:
+    """Split a dataset that has grown; returns the split of each image id, and the number of images that keep theirs.
+
+    Patients of `old`, and images with the same pixels, keep their split. Other patients are drawn by the fractions and
+    the seed of `config`. Raises `DataError` that names every patient who would be in two splits.
+    """
+    of_patient = {sample.patient: sample.split for sample in old.dataset.samples}
+    of_pixels = {
+        item.pixels: sample.split for sample, item in zip(old.dataset.samples, old.scanned, strict=True) if item.pixels
+    }
+    # The splits that each group of patients has already.
+    samples, pixels = new.dataset.samples, [item.pixels for item in new.scanned]
+    groups = together([sample.patient for sample in samples], pixels)
+    kept: dict[str, set[str]] = defaultdict(set)
+    for group, sample, digest in zip(groups, samples, pixels, strict=True):
+        kept[group] |= {of_patient.get(sample.patient, ""), of_pixels.get(digest, "")} - {""}
+    torn = [f"{group}: {' and '.join(sorted(splits))}" for group, splits in kept.items() if len(splits) > 1]
+    if torn:
+        raise DataError(f"patients of {new.dataset.root} are in two splits of {old.dataset.root}", torn)
+    # The others are drawn.
+    fresh = [index for index, group in enumerate(groups) if not kept[group]]
+    chosen = assign(
+        [groups[index] for index in fresh],
+        [foreground_share(new.scanned[index].codes, new.dataset.coding) for index in fresh],
+        val=config.val_fraction,
+        test=config.test_fraction,
+        seed=config.split_seed,
+    )
+    chosen |= {group: next(iter(splits)) for group, splits in kept.items() if splits}
+    return {sample.id: chosen[group] for sample, group in zip(samples, groups, strict=True)}, len(samples) - len(fresh)
+
+
 def report_lines(inspection: Inspection) -> list[str]:
-    """Counts, sizes, modes, classes with their shares, patients, splits, duplicates, notes: one line each."""
+    """The report of `data check`: sizes, modes, classes with their shares, patients, splits, duplicates, notes."""
     dataset, scanned = inspection.dataset, inspection.scanned
     heights, widths = zip(*(item.size for item in scanned), strict=True)
     shares = [class_shares(item.codes, dataset.coding) for item in scanned]
@@ -195,6 +195,8 @@ def report_lines(inspection: Inspection) -> list[str]:
     ignored = sum(bool(item.codes.keys() & set(dataset.coding.ignore)) for item in scanned)
     modes = Counter(item.mode for item in scanned)
     splits = split_counts(dataset.samples)
+    twins = sum(map(len, identical([sample.id for sample in dataset.samples], [item.pixels for item in scanned])))
+    same = ", in the same split" if twins else ""  # in two splits they are an error
     return [
         f"{dataset.name} at {dataset.root} ({inspection.layout})",
         f"images    {len(scanned)}, {min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high",
@@ -205,16 +207,39 @@ def report_lines(inspection: Inspection) -> list[str]:
         ),
         f"patients  {len({sample.patient for sample in dataset.samples})}",
         f"splits    {splits}",
-        f"twins     {_twins(inspection)}",
-        *([f"ignored   {ignored} masks have pixels that are left out"] if ignored else []),
+        f"twins     {twins or 'no'} images have the same pixels as another{same}",
+        *([f"ignored   {ignored} masks have ignored pixels"] if ignored else []),
         *(f"note      {note}" for note in dataset.notes if note != splits),
     ]
 
 
-def _twins(inspection: Inspection) -> str:
-    """How many images have the very pixels of another; in two splits there are none, for that is an error."""
-    same: dict[str, int] = defaultdict(int)
-    for item in inspection.scanned:
-        same[item.pixels] += 1
-    count = sum(number for number in same.values() if number > 1)
-    return f"{count or 'no'} images have the same pixels as another{', in the same split' if count else ''}"
+def _fill(cache: Cache, scanned: list[ScanResult], coding: MaskCoding) -> None:
+    """Move the resized pixels of `scanned` to `cache` one by one, so that none is in memory twice."""
+    for row, item in enumerate(scanned):
+        if item.small is not None:
+            cache.put(row, (item.small[0], codes_to_classes(item.small[1], coding, "")))
+        scanned[row] = replace(item, small=None)
+
+
+def _vacant(root: Path) -> bool:
+    """Whether `root` is missing or an empty folder. Raises `UserError` if it cannot be read."""
+    try:
+        return not root.exists() or (root.is_dir() and not any(root.iterdir()))
+    except OSError as error:
+        raise UserError(f"--data.root {root}: {error.strerror}") from None
+
+
+def _check_regex(config: DataConfig) -> None:
+    try:
+        re.compile(config.patient_regex or "")
+    except re.error as error:
+        raise UserError(f"data.patient_regex {config.patient_regex!r} is not a regular expression: {error}") from None
+
+
+def _empty_masks(pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding) -> list[str]:
+    empty = [
+        pair.mask_id
+        for pair, item in zip(pairs, scanned, strict=True)
+        if item.codes and not foreground_share(item.codes, coding)
+    ]
+    return [f"warning: {len(empty)} empty masks: {some(empty)}"] if empty and coding.classes else []

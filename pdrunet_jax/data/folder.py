@@ -1,7 +1,4 @@
-"""What a dataset folder says of itself: dataset.toml, or nnU-Net's dataset.json.
-
-Which image belongs to which mask: a manifest, or one of three folder layouts, always by name.
-"""
+"""Dataset folders: the description, the manifest or layout, and the pairing of images with masks by name."""
 
 import csv
 import difflib
@@ -21,119 +18,48 @@ from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.images import SUFFIXES
 from pdrunet_jax.data.masks import MaskCoding, declare
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import atomic_write
 
 DESCRIPTION = "dataset.toml"
 NNUNET = "dataset.json"
-
-_KEYS = ("name", "classes", "ignore", "threshold", "spacing", "licence")
-
-
-@dataclass(frozen=True)
-class Description:
-    """The declarations of a dataset folder; what is left out is None or empty."""
-
-    name: str | None = None
-    classes: Mapping[str, Any] = field(default_factory=dict)
-    ignore: Any = None
-    threshold: int | None = None
-    spacing: tuple[float, float] | None = None
-    """(row, column) in mm."""
-    source: str = DESCRIPTION
-    """The file that declares the classes."""
-
-    def coding(self, config: DataConfig) -> MaskCoding:
-        """The mask coding with what `config` overrides. Raises `UserError`."""
-        classes = config.classes or self.classes
-        ignore = self.ignore if config.ignore is None else config.ignore
-        source = "data.classes" if config.classes else f"{self.source}: classes"
-        return declare(classes, ignore, config.threshold or self.threshold, source)
-
-
-def read_description(root: Path) -> Description:
-    """What `root` declares: dataset.toml, or dataset.json beside imagesTr/. Raises `UserError` that names the file."""
-    path = root / DESCRIPTION
-    if path.is_file():
-        return _from_toml(path)
-    if (root / NNUNET).is_file() and (root / "imagesTr").is_dir():
-        return _from_nnunet(root / NNUNET)
-    return Description()
-
-
-def _from_toml(path: Path) -> Description:
-    try:
-        values = tomllib.loads(_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # a number of thousands of digits, too
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-    for key in values:
-        if key not in _KEYS:
-            close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KEYS)}"
-            raise UserError(f"{path}: unknown key {key!r}; {hint}")
-    if not isinstance(values.get("classes", {}), dict):
-        raise UserError(f"{path}: classes is a table of names and values, such as {{ bone = 255 }}")
-    threshold = values.get("threshold")
-    if threshold is not None and (type(threshold) is not int or not 0 < threshold < 256):
-        raise UserError(f"{path}: threshold = {threshold!r} is no grey value from 1 to 255")
-    name = values.get("name")
-    return Description(
-        None if name is None else str(name),
-        values.get("classes", {}),
-        values.get("ignore"),
-        threshold,
-        _spacing(values.get("spacing"), path),
-    )
-
-
-def _from_nnunet(path: Path) -> Description:
-    """`labels` of either version: names to values, or values to names; the label "ignore" is what it says."""
-    try:
-        values = json.loads(_text(path))
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    labels = values.get("labels", {}) if isinstance(values, dict) else None
-    if not isinstance(labels, dict):
-        raise UserError(f"{path}: labels is no object of names and values")
-    if labels and all(isinstance(name, str) and value.isdecimal() for value, name in labels.items()):
-        labels = {name: int(value) if len(value) < 10 else value for value, name in labels.items()}
-    ignore = labels.pop("ignore", None)
-    name = values.get("name")
-    return Description(str(name) if isinstance(name, str) else None, labels, ignore, source=NNUNET)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _spacing(value: Any, path: Path) -> tuple[float, float] | None:
-    if value is None:
-        return None
-    values = value if isinstance(value, list) else [value, value]
-    if len(values) != 2 or not all(type(item) in (int, float) and 0 < item < 1e6 for item in values):
-        raise UserError(f"{path}: spacing = {value!r} is neither a number of mm nor [rows, columns]")
-    return float(values[0]), float(values[1])
-
-
 MANIFEST = "manifest.csv"
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-"""The splits and the names under which they are found."""
+"""The splits, each with the names accepted for it."""
 
+_KEYS = ("name", "classes", "ignore", "threshold", "spacing", "licence")
 _MASK_SUFFIXES = ("_mask", "_seg", "_label")
 _JUNK_FOLDERS = frozenset({"__MACOSX"})
 _JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})
 
 
 @dataclass(frozen=True)
+class Description:
+    """Declarations of a dataset folder; None or empty where absent."""
+
+    name: str | None = None
+    classes: Mapping[str, Any] = field(default_factory=dict)
+    ignore: Any = None
+    threshold: int | None = None
+    spacing: tuple[float, float] | None = None
+    """(row, column) spacing in mm."""
+    source: str = DESCRIPTION
+    """Name of the file that declares the classes."""
+
+    def coding(self, config: DataConfig) -> MaskCoding:
+        """The mask coding, with the overrides of `config`. Raises `UserError`."""
+        classes = config.classes or self.classes
+        ignore = self.ignore if config.ignore is None else config.ignore
+        source = "data.classes" if config.classes else f"{self.source}: classes"
+        return declare(classes, ignore, config.threshold or self.threshold, source)
+
+
+@dataclass(frozen=True)
 class Pair:
-    """An image with its mask; `id` is the image's path below the root, POSIX (or absolute, where it lies elsewhere)."""
+    """An image with its mask. `id` is the image's POSIX path below the root, or an absolute path."""
 
     id: str
     image: Path
@@ -145,7 +71,7 @@ class Pair:
 
 @dataclass
 class LayoutResult:
-    """What a dataset folder offers, with everything that is wrong with it."""
+    """The pairs of a dataset folder, and its problems."""
 
     layout: str = ""
     pairs: list[Pair] = field(default_factory=list)
@@ -153,8 +79,18 @@ class LayoutResult:
     notes: list[str] = field(default_factory=list)
 
 
+def read_description(root: Path) -> Description:
+    """Read dataset.toml, or dataset.json next to imagesTr/. Raises `UserError` that names the file."""
+    path = root / DESCRIPTION
+    if path.is_file():
+        return _from_toml(path)
+    if (root / NNUNET).is_file() and (root / "imagesTr").is_dir():
+        return _from_nnunet(root / NNUNET)
+    return Description()
+
+
 def find_pairs(root: Path) -> LayoutResult:
-    """Pair the images and masks below `root`; `layout` is empty where none was recognised."""
+    """Pair the images and masks below `root`; `layout` is empty if none is recognised."""
     if (root / MANIFEST).is_file():
         return _from_manifest(root)
     folders = {
@@ -180,13 +116,8 @@ def find_pairs(root: Path) -> LayoutResult:
     return found
 
 
-def canonical_split(name: str) -> str | None:
-    """The split that goes by `name`; None for other words."""
-    return next((split for split, names in SPLIT_FOLDERS.items() if name.strip().lower() in names), None)
-
-
 def read_manifest(root: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows of the manifest. Raises `ValueError` with the reason if it is no such table."""
+    """Column names and rows of the manifest. Raises `ValueError` with the reason if it is not a valid table."""
     try:
         text = (root / MANIFEST).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -201,6 +132,95 @@ def read_manifest(root: Path) -> tuple[list[str], list[dict[str, str]]]:
     if missing:
         raise ValueError(f"no column {' and '.join(missing)}; columns are {', '.join(columns) or 'absent'}")
     return columns, rows
+
+
+def write_manifest(root: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write the manifest, with the columns of the first row. Raises `OSError`."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(root / MANIFEST, text.getvalue())
+
+
+def normal_path(path: str) -> str:
+    """A manifest's path in normal form, as in `Pair.id`."""
+    return posixpath.normpath(path.replace("\\", "/"))
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Files below `folder`, sorted by name, without hidden files and other litter of operating systems."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+        if path.name.startswith(".") or path.name.lower() in _JUNK_FILES or path.name in _JUNK_FOLDERS:
+            continue
+        if path.is_dir():
+            yield from files_below(path)
+        else:
+            yield path
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few of `names`, and the number of the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _from_toml(path: Path) -> Description:
+    try:
+        values = tomllib.loads(_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # a number of thousands of digits, too
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    for key in values:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KEYS)}"
+            raise UserError(f"{path}: unknown key {key!r}; {hint}")
+    if not isinstance(values.get("classes", {}), dict):
+        raise UserError(f"{path}: classes must be a table of names and values, such as {{ bone = 255 }}")
+    threshold = values.get("threshold")
+    if threshold is not None and (type(threshold) is not int or not 0 < threshold < 256):
+        raise UserError(f"{path}: threshold = {threshold!r} must be a grey value from 1 to 255")
+    name = values.get("name")
+    return Description(
+        None if name is None else str(name),
+        values.get("classes", {}),
+        values.get("ignore"),
+        threshold,
+        _spacing(values.get("spacing"), path),
+    )
+
+
+def _from_nnunet(path: Path) -> Description:
+    """Read `labels` of either nnU-Net version: names to values, or values to names; "ignore" is not a class."""
+    try:
+        values = json.loads(_text(path))
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    labels = values.get("labels", {}) if isinstance(values, dict) else None
+    if not isinstance(labels, dict):
+        raise UserError(f"{path}: labels must be an object of names and values")
+    if labels and all(isinstance(name, str) and value.isdecimal() for value, name in labels.items()):
+        labels = {name: int(value) if len(value) < 10 else value for value, name in labels.items()}
+    ignore = labels.pop("ignore", None)
+    name = values.get("name")
+    return Description(str(name) if isinstance(name, str) else None, labels, ignore, source=NNUNET)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _spacing(value: Any, path: Path) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    values = value if isinstance(value, list) else [value, value]
+    if len(values) != 2 or not all(type(item) in (int, float) and 0 < item < 1e6 for item in values):
+        raise UserError(f"{path}: spacing = {value!r} must be a number of mm, or [rows, columns]")
+    return float(values[0]), float(values[1])
 
 
 def _from_manifest(root: Path) -> LayoutResult:
@@ -220,37 +240,40 @@ def _from_manifest(root: Path) -> LayoutResult:
             if reason:
                 found.problems.append(f"{where}: {kind} {row[kind] or 'path'} {reason}")
             else:
-                paths[kind] = posixpath.normpath(row[kind].replace("\\", "/"))
-                if not os.path.isfile(root / paths[kind]):  # unlike Path.is_file, for any text
+                paths[kind] = normal_path(row[kind])
+                if not os.path.isfile(root / paths[kind]):  # unlike Path.is_file, accepts any text
                     found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
                     del paths[kind]
-        split = canonical_split(row.get("split", "")) if "split" in columns else None
+        split = _canonical_split(row.get("split", "")) if "split" in columns else None
         if "split" in columns and split is None:
-            found.problems.append(f'{where}: split "{row["split"]}" is none of train, val and test')
+            found.problems.append(f'{where}: split "{row["split"]}" is not train, val or test')
         if "patient" in columns and not row["patient"]:
-            found.problems.append(f"{where}: the patient is left out; give one, or drop the column")
+            found.problems.append(f"{where}: the patient is missing; add it, or drop the column")
         if len(paths) < 2:
             continue
-        image = paths["image"]
+        image, mask = paths["image"], paths["mask"]
         if image in seen:
-            found.problems.append(f"{where}: image {image} is listed in line {seen[image]} already")
+            found.problems.append(f"{where}: image {image} is already listed in line {seen[image]}")
             continue
         seen[image] = line
         outside += PurePosixPath(image).is_absolute()
-        mask = paths["mask"]
         found.pairs.append(Pair(image, root / image, mask, root / mask, row.get("patient") or None, split))
     if outside:
-        found.notes.append(f"{outside} images of {MANIFEST} lie outside the dataset folder (absolute paths)")
+        found.notes.append(f"{outside} images of {MANIFEST} are outside the dataset folder (absolute paths)")
     return found
+
+
+def _canonical_split(name: str) -> str | None:
+    return next((split for split, names in SPLIT_FOLDERS.items() if name.strip().lower() in names), None)
 
 
 def _refused(path: str, *, absolute: bool) -> str | None:
     """Why a manifest's path is not followed; None if it is."""
     if not path:
-        return "is left out"
+        return "is missing"
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).drive or path.startswith("\\"):
-        return None if absolute else "is absolute; masks lie inside the dataset folder"
-    if posixpath.normpath(path.replace("\\", "/")).split("/")[0] == "..":
+        return None if absolute else "is absolute; masks must be inside the dataset folder"
+    if normal_path(path).split("/")[0] == "..":
         return "leads out of the dataset folder; refused"
     return None
 
@@ -272,15 +295,16 @@ def _pair_folders(
     taken: dict[str, str] = {}
     for key, image_ids in sorted(images.items()):
         if len(image_ids) > 1:
-            found.problems.append(f"{', '.join(image_ids)}: several images of one name")
+            found.problems.append(f"{', '.join(image_ids)}: several images with the same name")
             continue
         stem = re.sub(r"_\d{4}$", "", key) if nnunet else key
         if nnunet and re.search(r"_\d{4}$", key) and not key.endswith("_0000"):
-            found.problems.append(f"{image_ids[0]}: a second channel; images of one file each are read")
+            found.problems.append(f"{image_ids[0]}: a second channel; only images of one file are read")
             continue
         matches = [mask for suffix in ("", *_MASK_SUFFIXES) for mask in masks.get(stem + suffix, [])]
         if not matches:
-            found.problems.append(f"{image_ids[0]}: no mask named {mask_folder}/{stem}.*, {_variants(stem)}")
+            variants = " or ".join(f"{PurePosixPath(stem).name}{suffix}.*" for suffix in _MASK_SUFFIXES)
+            found.problems.append(f"{image_ids[0]}: no mask named {mask_folder}/{stem}.*, {variants}")
         elif len(matches) > 1:
             found.problems.append(f"{image_ids[0]}: several masks: {', '.join(matches)}")
         elif matches[0] in taken:
@@ -292,12 +316,8 @@ def _pair_folders(
         found.problems += [f"{mask}: a mask without an image" for mask in mask_ids if mask not in taken]
 
 
-def _variants(stem: str) -> str:
-    return " or ".join(f"{PurePosixPath(stem).name}{suffix}.*" for suffix in _MASK_SUFFIXES)
-
-
 def _by_key(root: Path, folder: str, found: LayoutResult) -> dict[str, list[str]]:
-    """Image files below `folder` by their path in it without the extension."""
+    """Image files below `folder`, keyed by their path in it without the extension."""
     result: dict[str, list[str]] = defaultdict(list)
     others = []
     for path in files_below(root / folder):
@@ -307,21 +327,5 @@ def _by_key(root: Path, folder: str, found: LayoutResult) -> dict[str, list[str]
         else:
             others.append(relative)
     if others:
-        found.notes.append(f"passed over, by their extension no images: {some(others)}")
+        found.notes.append(f"skipped, not images by their extension: {some(others)}")
     return result
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Files below `folder` in the order of their names, without what operating systems leave behind."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith(".") or path.name.lower() in _JUNK_FILES or path.name in _JUNK_FOLDERS:
-            continue
-        if path.is_dir():
-            yield from files_below(path)
-        else:
-            yield path
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few of `names` and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Pictures of masks over images, with NumPy and Pillow alone; colours that colour-blind readers can tell apart."""
+"""Draw masks over images with NumPy and Pillow, in colours that colour-blind readers can tell apart."""
 
 import io
 from collections.abc import Sequence
@@ -19,14 +19,15 @@ COLOURS = (
     (0, 114, 178),
     (213, 94, 0),
 )
-"""Of class 1, 2, ...: the palette of Okabe and Ito, in an order that reads well on grey; repeated beyond seven."""
+"""Colours of class 1, 2, ...: the palette of Okabe and Ito, ordered for contrast on grey; it repeats after seven."""
 MISSED = (230, 159, 0)
-"""True, not predicted: orange."""
+"""False negatives: orange."""
 EXTRA = (86, 180, 233)
-"""Predicted, not true: blue."""
+"""False positives: blue."""
 CONFUSED = (204, 121, 167)
-"""The wrong one of two foreground classes: pink."""
+"""A foreground class predicted as another: pink."""
 IGNORED = (120, 120, 120)
+"""Ignored pixels: grey."""
 
 PANELS = ("image", "truth", "prediction", "difference")
 LEGEND = (("missed", MISSED), ("extra", EXTRA), ("wrong class", CONFUSED))
@@ -38,19 +39,19 @@ _LINE = 22
 
 
 def grey_or_rgb(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, C) or (H, W) pixels in [0, 255] as (H, W, 3) uint8; one channel becomes grey, more than three are cut."""
+    """Convert (H, W, C) or (H, W) pixels in [0, 255] to (H, W, 3) uint8: grey for one channel, else the first three."""
     image = pixels[..., None] if pixels.ndim == 2 else pixels
     image = np.clip(np.round(image.astype(np.float32)), 0, 255).astype(np.uint8)
     return np.repeat(image[..., :1], 3, axis=-1) if image.shape[-1] < 3 else np.ascontiguousarray(image[..., :3])
 
 
 def overlay(pixels: np.ndarray, mask: np.ndarray, tint: float = 0.3) -> np.ndarray:
-    """The image with every class tinted in its colour and outlined.
+    """Tint and outline every class in its colour.
 
     Args:
         pixels: (H, W, C) or (H, W) in [0, 255].
-        mask: (H, W) class indices; ignored pixels are tinted grey.
-        tint: Weight of the colour inside, 0 to 1.
+        mask: (H, W) class indices; ignored pixels are grey.
+        tint: Opacity of the colour inside, 0 to 1.
 
     Returns:
         (H, W, 3) uint8.
@@ -62,16 +63,16 @@ def overlay(pixels: np.ndarray, mask: np.ndarray, tint: float = 0.3) -> np.ndarr
         if index == 0:
             continue
         region = mask == index
-        colour = np.array(IGNORED if index == IGNORE else colour_of(int(index)), np.float32)
+        colour = np.array(colour_of(int(index)), np.float32)
         picture[region] += tint * (colour - picture[region])
         picture[outline(region, width)] = colour
     return np.round(picture).astype(np.uint8)
 
 
 def difference(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """The dimmed image with errors in full colour: missed orange, extra blue, the wrong class pink, ignored grey.
+    """Draw errors over the dimmed image: missed orange, extra blue, wrong class pink, ignored grey.
 
-    Args and result as for `overlay`; where both agree on a class, its outline is drawn thin in white.
+    Arguments and result as in `overlay`. Regions on which both agree get a thin white outline.
     """
     picture = grey_or_rgb(pixels).astype(np.float32) * 0.6
     counted = truth != IGNORE
@@ -88,9 +89,9 @@ def difference(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray) ->
 
 
 def panels(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray, side: int = 256) -> list[Image.Image]:
-    """The four pictures of one case, in the order of `PANELS`, with a longest side of `side` pixels.
+    """Draw the four `PANELS` of one case, with a longest side of `side` pixels.
 
-    They are scaled before anything is drawn, so that outlines keep their width: masks by nearest neighbour.
+    Image and masks (by nearest neighbour) are scaled before drawing, so that outlines keep their width.
     """
     height, width = truth.shape
     scale = side / max(height, width)
@@ -111,17 +112,17 @@ def sample_sheet(
     captions: Sequence[str],
     side: int = 256,
 ) -> Image.Image:
-    """A sheet with one case in each row: image, truth, prediction and their difference, and a legend below.
+    """Draw a sheet with one case per row (image, truth, prediction, difference) and a legend below.
 
     Args:
         images: (H, W, C) or (H, W) in [0, 255], each of any size.
         truths: (H, W) class indices, of the image's size.
         predictions: (H, W) class indices, of the image's size.
-        captions: A line above each row.
+        captions: One line above each row.
         side: Longest side of a panel in pixels.
 
     Raises:
-        ValueError: there is no case, or not the same number of each.
+        ValueError: if there is no case, or the sequences differ in length.
     """
     cases = list(zip(images, truths, predictions, captions, strict=True))
     if not cases:
@@ -137,7 +138,7 @@ def sample_sheet(
         draw.text((_GAP + number * (column + _GAP), 3), name, _TEXT, font)
     top = _LINE
     for caption, row in rows:
-        draw.text((_GAP, top + 3), _fitted(caption, width - 2 * _GAP, font), _TEXT, font)
+        draw.text((_GAP, top + 3), fitted(caption, width - 2 * _GAP, font), _TEXT, font)
         top += _LINE
         for number, panel in enumerate(row):
             sheet.paste(panel, (_GAP + number * (column + _GAP), top))
@@ -151,9 +152,9 @@ def sample_sheet(
 
 
 def index_mask(mask: np.ndarray, classes: int) -> Image.Image:
-    """Class indices (H, W) as a palette image: NumPy reads the indices back, a viewer shows colours.
+    """Make a palette image of class indices (H, W): NumPy reads indices, a viewer shows colours.
 
-    A single foreground class is white on black, so that a reader that converts to grey gets 0 and 255.
+    A single foreground class is white on black: converted to grey, it becomes 255.
     """
     image = Image.fromarray(mask.astype(np.uint8))
     colours = [(255, 255, 255)] if classes == 1 else [colour_of(index) for index in range(1, classes + 1)]
@@ -162,12 +163,12 @@ def index_mask(mask: np.ndarray, classes: int) -> Image.Image:
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
-    """The colour of class `index`, 1 or more."""
-    return COLOURS[(index - 1) % len(COLOURS)]
+    """The colour of class `index`, 1 or more, or of `IGNORE`."""
+    return IGNORED if index == IGNORE else COLOURS[(index - 1) % len(COLOURS)]
 
 
 def outline(region: np.ndarray, width: int) -> np.ndarray:
-    """The inner boundary of a boolean region (H, W), `width` pixels wide; the picture's edge is no boundary."""
+    """The inner boundary of a boolean region (H, W), `width` pixels wide; the image's edge is not a boundary."""
     inside = region
     for _ in range(width):
         padded = np.pad(inside, 1, mode="edge")
@@ -176,14 +177,19 @@ def outline(region: np.ndarray, width: int) -> np.ndarray:
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """Write a PNG so that a reader never meets half a picture; raises `OSError` if the disk refuses."""
+    """Write a PNG atomically. Raises `OSError`."""
+    atomic_write(path, png(image))
+
+
+def png(image: Image.Image) -> bytes:
+    """Content of a PNG file."""
     file = io.BytesIO()
     image.save(file, format="PNG")
-    atomic_write(path, file.getvalue())
+    return file.getvalue()
 
 
-def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """`text`, its beginning replaced by an ellipsis where it is too long: the end of a path says most."""
+def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Shorten `text` to `width` pixels at its beginning: the end of a path says most."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"...{text}") > width:

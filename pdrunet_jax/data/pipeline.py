@@ -1,6 +1,6 @@
-"""Batches for the device, by Grain: decoded once, shuffled anew each epoch, and at an exact, restorable position."""
+"""Batches of training and evaluation images, read ahead by Grain, with an exact, restorable position."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -17,71 +17,86 @@ from pdrunet_jax.runtime.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Shard = tuple[int, int]
-"""Which one, counted from 0, and of how many."""
+"""(index, count): which shard, counted from 0, and the number of shards."""
 ALL: Shard = (0, 1)
 
-
 _WHOLE = "whole"
+_ENDLESS = 1 << 62  # batches; more than any run takes
 
 
 class TrainBatches(Iterator[Batch]):
-    """An endless iterator over training batches, whose position can be read and set.
+    """Endless training batches, number 0, 1, 2, ..., whose position can be read and set.
 
-    The position is that of the whole batches: it is the same for every share, and for any number of shares.
+    The position counts whole batches, so it is the same for every shard and any number of shards.
     """
 
     index: np.ndarray
-    """int32 (batch_size,): the samples of the whole batch that was handed out last, of which it may be a share."""
+    """int32 (batch_size,): sample indices of the last whole batch, including those of other shards."""
 
-    def __init__(self, batches: grain.MapDataset[Batch], threads: int, identity: dict[str, Any]) -> None:
-        self._iterator = batches.to_iter_dataset(_read_options(threads)).__iter__()
-        self._identity = identity
+    def __init__(self, load: Callable[[int], Batch], threads: int, identity: dict[str, Any]) -> None:
+        """Read batch n with `load(n)`, ahead of time in `threads` threads; `identity` says which data they are of."""
+        self._load, self._threads, self._identity = load, threads, identity
+        self._seek(0)
 
     def __next__(self) -> Batch:
         batch = next(self._iterator)
+        self._done += 1
         self.index = batch.pop(_WHOLE)
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The position after the last batch handed out, as plain JSON values."""
-        return {**self._identity, "position": self._iterator.get_state()}
+        """The position after the last batch returned, as plain JSON values."""
+        return {**self._identity, **position_after(self._done)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `get_state` was called. Raises `UserError` if that was another order of samples."""
+        """Continue exactly where `get_state` was called; raise `UserError` if that was another order of samples."""
         for key, value in self._identity.items():
             if state.get(key, value) != value:
                 raise UserError(f"the saved data position is for {key} {state[key]}, this run has {value}")
-        self._iterator.set_state(state["position"])
+        # Checkpoints of earlier versions hold Grain's own state.
+        done = state["position"]["next_index"] if "position" in state else state["batches_done"]
+        self.close()
+        self._seek(done)
 
     def close(self) -> None:
         """Stop the threads that read ahead."""
         self._iterator.close()
 
+    def _seek(self, done: int) -> None:
+        self._done = done
+        # One element is one batch: Grain's work per element takes longer than copying one image out of memory.
+        batches = grain.MapDataset.range(done, _ENDLESS).map(self._load)
+        self._iterator = batches.to_iter_dataset(_read_options(self._threads)).__iter__()
+
+
+def position_after(batches: int) -> dict[str, Any]:
+    """The position of `TrainBatches` after that many batches; it fits any data."""
+    return {"batches_done": batches}
+
 
 def train_batches(
     dataset: Dataset, config: DataConfig, *, batch_size: int, channels: int, seed: int, process_shard: Shard = ALL
 ) -> TrainBatches:
-    """Endless batches of `dataset.of("train")`, each epoch in a new order that depends on `seed` alone.
+    """Endless batches of `dataset.of("train")`; each epoch has an order of its own, which depends only on `seed`.
 
-    Each batch: image uint8 (N, H, W, C); mask uint8 (N, H, W), class indices, or shares of 255 with
-    `config.soft_masks`; index int32 (N,) into `dataset.of("train")`; epoch int32 (N,). A batch may span two epochs,
-    so that every one is full. N is `batch_size`, or
-    the part of it that `process_shard` selects; other images are not read.
-    Raises `UserError` without training images.
+    Each batch holds image uint8 (N, H, W, C); mask uint8 (N, H, W), class indices, or shares of 255 with
+    `config.soft_masks`; index int32 (N,) into `dataset.of("train")`; epoch int32 (N,). Every batch is full: it may
+    span two epochs. N is `batch_size`, or the part selected by `process_shard`; images of other shards are not read.
+
+    Raises `UserError` if there are no training images.
     """
     samples = dataset.of("train")
     if not samples:
         raise UserError(f"--data.root {config.root}: no training images: {split_counts(dataset.samples)}")
     source = _Source(dataset, samples, config, channels)
     count = len(samples)
-
     rows = rows_of(process_shard, batch_size)
 
     @lru_cache(maxsize=4)  # reading ahead spans a few epochs at most, unless they are tiny
     def order(epoch: int) -> np.ndarray:
         return epoch_order(count, seed, epoch)
 
-    def load(number: int, _: int) -> Batch:
+    def load(number: int) -> Batch:
         places = [divmod(position, count) for position in range(number * batch_size, (number + 1) * batch_size)]
         whole = np.array([order(epoch)[place] for epoch, place in places])
         image, mask = source[whole[rows]]
@@ -93,22 +108,20 @@ def train_batches(
             _WHOLE: whole.astype(np.int32),
         }
 
-    # A batch at a time: Grain's work for each element is more than copying an image out of memory takes.
-    batches = grain.MapDataset.range(1).repeat().map_with_index(load)
-    return TrainBatches(batches, config.threads, {"images": count, "batch_size": batch_size, "seed": seed})
+    return TrainBatches(load, config.threads, {"images": count, "batch_size": batch_size, "seed": seed})
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
-    """(count,) int64: a permutation of the samples for each epoch, the same on every machine.
+    """(count,) int64: the permutation of the samples in an epoch, the same on every machine.
 
-    Grain's own shuffle takes about a millisecond for each sample of a small dataset, longer than a training step has.
+    Grain's own shuffle takes about a millisecond per sample on a small dataset, longer than a training step.
     """
     keys = np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch])).random_raw(count)
     return np.argsort(keys, kind="stable")
 
 
 def rows_of(process_shard: Shard, batch_size: int) -> slice:
-    """The rows of a whole batch that are one share of it. Raises `UserError` if it cannot be shared out evenly."""
+    """The rows of a whole batch in one shard; raises `UserError` unless the shards are of equal size."""
     number, count = process_shard
     size, rest = divmod(batch_size, count)
     if rest:
@@ -128,14 +141,13 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every sample of a split ("all": of every split) once, in order.
 
-    Each batch: image, mask and index as in `train_batches`; valid bool (N,), false for what fills up the last batch:
-    black images, masks all `IGNORE` (0 if soft), index 0. With a `process_shard`, that part of every
-    batch; with a `stride` (k, n), only the whole batches k, k + n, k + 2 n, ...
+    Each batch holds image, mask and index as in `train_batches`, and valid bool (N,). The last batch is padded with
+    rows that are not valid: black image, mask `IGNORE` (0 with soft masks), index 0. `process_shard` selects a part of
+    every batch; `stride` (k, n) only the whole batches k, k + n, k + 2 n, ...
     """
     samples = dataset.of(split)
     source = _Source(dataset, samples, config, channels)
     height, width = config.height_width
-
     rows = rows_of(process_shard, batch_size)
     size = rows.stop - rows.start
 
@@ -158,13 +170,8 @@ def eval_batches(
         iterator.close()
 
 
-def position_after(batches: int) -> dict[str, Any]:
-    """The position of `TrainBatches` after so many batches; nothing in it says of which data."""
-    return {"position": {"next_index": batches}}
-
-
 class _Source:
-    """Resized images and masks of `samples`; kept with the dataset where `config.cache` says so."""
+    """Resized images and masks of `samples`, cached with the dataset if `config.cache` says so."""
 
     def __init__(self, dataset: Dataset, samples: tuple[Sample, ...], config: DataConfig, channels: int) -> None:
         self._all, self._coding = dataset.samples, dataset.coding
@@ -186,13 +193,11 @@ class _Source:
     def _read(self, row: int) -> Resized:
         sample = self._all[row]
         image = resize_image(read_image(sample.image, self._channels), self._size)
-        if sample.mask is None:
-            return image, np.full(self._size, 0 if self._soft else IGNORE, np.uint8)
         if self._soft:
             return image, resize_soft_mask(read_soft_mask(sample.mask, self._coding), self._size)
         return image, resize_mask(read_mask(sample.mask, self._coding), self._size)
 
 
 def _read_options(threads: int) -> grain.ReadOptions:
-    """Batches are made ahead in as many threads; the order is the same for any number."""
+    """Make batches ahead in `threads` threads; the order does not depend on their number."""
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

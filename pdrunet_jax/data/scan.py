@@ -1,4 +1,4 @@
-"""Every file of a dataset, read once: what it holds, and everything that is wrong with it."""
+"""Read every file of a dataset once: sizes, mask values, digests and problems."""
 
 import hashlib
 from collections.abc import Sequence
@@ -14,47 +14,46 @@ from pdrunet_jax.data.masks import MaskCoding, decode_codes
 from pdrunet_jax.runtime.errors import DataError
 
 _MOST_VALUES = 4096
-"""More different codes than any mask has: a photograph, or a drawing saved with losses."""
+"""A file with more different codes is not a mask, but a photograph or a drawing saved with losses."""
 
 
 @dataclass(frozen=True)
 class ScanResult:
-    """One pair's files."""
+    """Content of an image file and its mask file."""
 
     size: tuple[int, int] = (0, 0)
     """(height, width) of the upright image in pixels."""
     mode: str = ""
-    """The image's mode, as in "RGB" or "I;16"."""
+    """The image's mode, such as "RGB" or "I;16"."""
     codes: dict[int, int] = field(default_factory=dict)
-    """Pixels of each mask code."""
+    """Pixel count of each mask code."""
     pixels: str = ""
-    """Digest of the image's decoded pixels; two files may hold the same."""
+    """Digest of the image's decoded pixels, to find duplicates."""
     digest: str = ""
     """Digest of both files' bytes."""
     problems: tuple[str, ...] = ()
     small: tuple[np.ndarray, np.ndarray] | None = None
-    """The image (H, W, 1) uint8 and the mask's codes (H, W), resized, where they are to be kept."""
+    """Resized image (H, W, 1) uint8 and mask codes (H, W), if requested."""
 
 
 def scan(
     pairs: Sequence[Pair], coding: MaskCoding, threads: int, keep: tuple[int, int] | None = None
 ) -> list[ScanResult]:
-    """Read every pair, in order; problems are collected, never raised. `threads` files are decoded at a time.
+    """Read every pair, `threads` at a time; returns results in order. Problems are collected, never raised.
 
-    `keep` is the (height, width) of the resized pixels that come with each pair.
+    `keep` is the (height, width) of the resized pixels to return with each pair.
     """
     with ThreadPoolExecutor(max(1, threads)) as pool:
         return list(pool.map(lambda pair: _scan_one(pair, coding, keep), pairs))
 
 
 def foreground_share(codes: dict[int, int], coding: MaskCoding) -> float:
-    """Share of a mask's counted pixels that belong to any class; 0 for a mask without counted pixels."""
-    shares = class_shares(codes, coding)
-    return sum(shares[1:])
+    """Share of a mask's pixels in any class, ignored pixels excluded; 0 if all are ignored."""
+    return sum(class_shares(codes, coding)[1:])
 
 
 def class_shares(codes: dict[int, int], coding: MaskCoding) -> list[float]:
-    """Shares of the pixels that are not ignored: background, then each class. They sum to 1, or are all 0."""
+    """Shares of background and each class, ignored pixels excluded. They sum to 1, or are all 0."""
     pixels = [0] * (len(coding.classes) + 1)
     by_code = {code: index for index, (_, values) in enumerate(coding.classes, start=1) for code in values}
     for code, count in codes.items():
@@ -66,6 +65,14 @@ def class_shares(codes: dict[int, int], coding: MaskCoding) -> list[float]:
         pixels[index] += count
     total = sum(pixels)
     return [count / total if total else 0.0 for count in pixels]
+
+
+def count_codes(codes: np.ndarray) -> dict[int, int]:
+    """Pixel count of each mask code."""
+    if codes.dtype == np.uint8:  # much faster than sorting
+        return {code: count for code, count in enumerate(Image.fromarray(codes).histogram()) if count}
+    values, counts = np.unique(codes, return_counts=True)
+    return {int(code): int(count) for code, count in zip(values, counts, strict=True)}
 
 
 def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> ScanResult:
@@ -90,9 +97,9 @@ def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> S
         if size != (0, 0) and mask.shape != size:
             height, width = mask.shape
             problems.append(f"{pair.id}: {size[1]}x{size[0]} pixels, but its mask {pair.mask_id} has {width}x{height}")
-        codes = _count(mask)
+        codes = count_codes(mask)
         if len(codes) > _MOST_VALUES:
-            problems.append(f"{pair.mask_id}: {len(codes)} different values; is this a mask? JPEG does not keep them")
+            problems.append(f"{pair.mask_id}: {len(codes)} different values; save masks as PNG: JPEG changes values")
             codes = {}
     except DataError as error:
         problems += error.problems
@@ -103,13 +110,6 @@ def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> S
 
 
 def _nearest(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Codes of any type at the places that `resize_mask` takes class indices from."""
+    """Resize codes of any type, picking the same pixels as `resize_mask`."""
     numbers = codes if codes.dtype == np.uint8 else codes.astype(np.int32)
     return np.asarray(Image.fromarray(numbers).resize(size[::-1], Image.Resampling.NEAREST))
-
-
-def _count(codes: np.ndarray) -> dict[int, int]:
-    if codes.dtype == np.uint8:  # much faster than sorting
-        return {code: count for code, count in enumerate(Image.fromarray(codes).histogram()) if count}
-    values, counts = np.unique(codes, return_counts=True)
-    return {int(code): int(count) for code, count in zip(values, counts, strict=True)}

@@ -1,7 +1,4 @@
-"""Patients, and which of them train, validate and test: never one of them twice.
-
-From checked pairs to samples with patients and splits, declared or drawn.
-"""
+"""Patients and splits: patient-disjoint training, validation and test samples."""
 
 import hashlib
 import re
@@ -20,13 +17,68 @@ from pdrunet_jax.data.scan import ScanResult, foreground_share
 _PATIENT = r"patient\d+"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """An image with its mask."""
+
+    id: str
+    """POSIX path of the image relative to the dataset's root; absolute if the manifest refers to another folder."""
+    image: Path
+    mask: Path
+    patient: str
+    split: str
+    """One of "train", "val" and "test"."""
+    digest: str = ""
+    """SHA-256 of both files' bytes."""
+
+
+def partition(
+    config: DataConfig, pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding
+) -> tuple[tuple[Sample, ...], list[str], list[str]]:
+    """Assign a patient and a split to each pair.
+
+    A declared split is kept and checked: no patient and no image may be in two. An undeclared split, or validation
+    split, is drawn by patient with `config.split_seed`.
+
+    Returns samples in the order of `pairs`, notes for the log, and problems.
+    """
+    ids = [pair.id for pair in pairs]
+    patients, notes, problems = patients_of(ids, [pair.patient for pair in pairs], config.patient_regex)
+    pixels = [item.pixels for item in scanned]
+    groups = together(patients, pixels)
+    shares = [foreground_share(item.codes, coding) for item in scanned]
+    if any(pair.split for pair in pairs):
+        splits = [pair.split or "" for pair in pairs]
+        problems += _leaks(ids, patients, pixels, splits)
+        if "val" not in splits and "train" in splits and config.val_fraction:
+            train = [index for index, split in enumerate(splits) if split == "train"]
+            drawn = _draw_splits(train, groups, shares, config.val_fraction, 0.0, config.split_seed)
+            splits = [drawn.get(index, split) for index, split in enumerate(splits)]
+            notes.append(f"no validation split is declared: some of train by patient, seed {config.split_seed}")
+    else:
+        every = range(len(ids))
+        drawn = _draw_splits(every, groups, shares, config.val_fraction, config.test_fraction, config.split_seed)
+        splits = [drawn[index] for index in every]
+        notes.append(f"no split is declared: drawn by patient, seed {config.split_seed}")
+        merged = len(set(patients)) - len(set(groups))
+        if merged:
+            notes.append(f"{merged} patients have images identical to another patient's and share their split")
+    notes += [f"warning: identical pixels: {' = '.join(names)}" for names in identical(ids, pixels)]
+    samples = tuple(
+        Sample(pair.id, pair.image, pair.mask, patient, split, item.digest)
+        for pair, item, patient, split in zip(pairs, scanned, patients, splits, strict=True)
+    )
+    notes.append(split_counts(samples))
+    return samples, notes, problems
+
+
 def patients_of(
     ids: Sequence[str], declared: Sequence[str | None], regex: str | None
 ) -> tuple[list[str], list[str], list[str]]:
-    """Each image's patient, what the log should say, and what is wrong.
+    """Find each image's patient; returns patients, notes for the log, and problems.
 
-    In this order: `regex` on the path (its first group, or the whole match), the declared patient, `patient` with a
-    number in the path, the image itself.
+    In order of precedence: `regex` on the path (its first group, or the whole match), the declared patient, `patient`
+    with a number in the path, the image itself.
     """
     if regex is not None:
         matches = [re.search(regex, image) for image in ids]
@@ -52,7 +104,7 @@ def patients_of(
 
 
 def together(patients: Sequence[str], pixels: Sequence[str]) -> list[str]:
-    """Each image's group: its patient, merged with every patient who has an image of the very same pixels."""
+    """Each image's group: its patient, merged with every patient who has an image with the same pixels."""
     parent = {patient: patient for patient in patients}
 
     def root(patient: str) -> str:
@@ -69,11 +121,11 @@ def together(patients: Sequence[str], pixels: Sequence[str]) -> list[str]:
 
 
 def assign(groups: Sequence[str], shares: Sequence[float], *, val: float, test: float, seed: int) -> dict[str, str]:
-    """A split for each group: `val` and `test` are their shares of the groups.
+    """Draw a split for each group; `val` and `test` are fractions of the groups.
 
-    Both are drawn evenly along the mean foreground `shares` of the groups, by a hash of the seed and the group, so
-    that the result is the same on every machine. Where there are groups enough, a positive share gets at least one,
-    and one group at least stays in train.
+    Groups are stratified by their mean foreground share in `shares` and drawn by a hash of seed and group, so the
+    result is the same on every machine. If there are enough groups, a positive fraction gets at least one, and at
+    least one group stays in train.
     """
     means: dict[str, list[float]] = defaultdict(list)
     for group, share in zip(groups, shares, strict=True):
@@ -96,6 +148,25 @@ def overlaps(keys: Sequence[str], splits: Sequence[str]) -> Mapping[str, list[st
     return {key: sorted(where) for key, where in found.items() if len(where) > 1}
 
 
+def identical(ids: Sequence[str], pixels: Sequence[str]) -> list[list[str]]:
+    """Images with the same pixel digest, in groups of two or more."""
+    same: dict[str, list[str]] = defaultdict(list)
+    for image, digest in zip(ids, pixels, strict=True):
+        same[digest].append(image)
+    return [names for digest, names in same.items() if digest and len(names) > 1]
+
+
+def split_counts(samples: Sequence[Sample]) -> str:
+    """Images and patients of each split, in one line."""
+    parts = []
+    for split in SPLIT_FOLDERS:
+        inside = [sample for sample in samples if sample.split == split]
+        images, patients = len(inside), len({sample.patient for sample in inside})
+        plurals = "image" + "s" * (images != 1), "patient" + "s" * (patients != 1)
+        parts.append(f"{images} {plurals[0]} of {patients} {plurals[1]} in {split}")
+    return ", ".join(parts)
+
+
 def _matched(match: "re.Match[str] | None", image: str) -> str:
     if match is None:
         return image
@@ -109,63 +180,10 @@ def _count(fraction: float, total: int, left: int) -> int:
 
 
 def _draw(ordered: Sequence[str], count: int, salt: str) -> list[str]:
-    """One of each of `count` runs of `ordered` that are equally long."""
+    """Draw one group from each of `count` runs of equal length."""
     bounds = [index * len(ordered) // count for index in range(count + 1)] if count else [0]
     runs = [ordered[start:end] for start, end in pairwise(bounds)]
     return [min(run, key=lambda group: hashlib.sha256(f"{salt}:{group}".encode()).digest()) for run in runs]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image with its mask."""
-
-    id: str
-    """Image path relative to the dataset's root, POSIX; absolute where a manifest refers to it elsewhere."""
-    image: Path
-    mask: Path | None
-    patient: str
-    split: str
-    """One of "train", "val" and "test"."""
-    digest: str = ""
-    """SHA-256 of both files' bytes."""
-
-
-def partition(
-    config: DataConfig, pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding
-) -> tuple[tuple[Sample, ...], list[str], list[str]]:
-    """Samples in the order of `pairs`, what the log should say, and what is wrong.
-
-    A declared split is kept, and checked: no patient and no image may be in two. Otherwise, and for a validation
-    split that was not declared, patients are drawn by `config.split_seed`.
-    """
-    ids = [pair.id for pair in pairs]
-    patients, notes, problems = patients_of(ids, [pair.patient for pair in pairs], config.patient_regex)
-    pixels = [item.pixels for item in scanned]
-    groups = together(patients, pixels)
-    shares = [foreground_share(item.codes, coding) for item in scanned]
-    if any(pair.split for pair in pairs):
-        splits = [pair.split or "" for pair in pairs]
-        problems += _leaks(ids, patients, pixels, splits)
-        if "val" not in splits and "train" in splits and config.val_fraction:
-            train = [index for index, split in enumerate(splits) if split == "train"]
-            drawn = _draw_splits(train, groups, shares, config.val_fraction, 0.0, config.split_seed)
-            splits = [drawn.get(index, split) for index, split in enumerate(splits)]
-            notes.append(f"no validation split is declared: some of train by patient, seed {config.split_seed}")
-    else:
-        every = range(len(ids))
-        drawn = _draw_splits(every, groups, shares, config.val_fraction, config.test_fraction, config.split_seed)
-        splits = [drawn[index] for index in every]
-        notes.append(f"no split is declared: drawn by patient, seed {config.split_seed}")
-        merged = len(set(patients)) - len(set(groups))
-        if merged:
-            notes.append(f"{merged} patients have images identical to another patient's and share their split")
-    notes += _twins(ids, pixels)
-    samples = tuple(
-        Sample(pair.id, pair.image, pair.mask, patient, split, item.digest)
-        for pair, item, patient, split in zip(pairs, scanned, patients, splits, strict=True)
-    )
-    notes.append(split_counts(samples))
-    return samples, notes, problems
 
 
 def _draw_splits(
@@ -190,22 +208,3 @@ def _leaks(ids: Sequence[str], patients: Sequence[str], pixels: Sequence[str], s
         if digest
     ]
     return problems
-
-
-def _twins(ids: Sequence[str], pixels: Sequence[str]) -> list[str]:
-    same: dict[str, list[str]] = defaultdict(list)
-    for image, digest in zip(ids, pixels, strict=True):
-        same[digest].append(image)
-    twins = [names for digest, names in same.items() if digest and len(names) > 1]
-    return [f"warning: identical pixels: {' = '.join(names)}" for names in twins]
-
-
-def split_counts(samples: Sequence[Sample]) -> str:
-    """How many images of how many patients each split has, in one line."""
-    parts = []
-    for split in SPLIT_FOLDERS:
-        inside = [sample for sample in samples if sample.split == split]
-        images, patients = len(inside), len({sample.patient for sample in inside})
-        plurals = "image" + "s" * (images != 1), "patient" + "s" * (patients != 1)
-        parts.append(f"{images} {plurals[0]} of {patients} {plurals[1]} in {split}")
-    return ", ".join(parts)

@@ -1,6 +1,5 @@
 """Small datasets, written with Pillow."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +22,3 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "data"
 
     return write
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "stress: takes minutes; left out unless STRESS=1 (make stress)")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not os.environ.get("STRESS"):
-        for item in items:
-            if item.get_closest_marker("stress"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: STRESS=1 (make stress)"))

@@ -83,7 +83,7 @@ def test_nnunets_test_folders_are_the_test_split(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("{", "not valid JSON"),
-        ('{"labels": [1]}', "labels is no object"),
+        ('{"labels": [1]}', "labels must be an object"),
         (
             '{"labels": {"background": 0, "whole": [1, 2], "core": [2]}}',
             r"json: classes: 2 is declared 2 times",
@@ -141,7 +141,7 @@ def test_every_problem_is_reported_at_once(folder: Folder) -> None:
     for expected in (
         "images/x000.png: no mask named masks/x000.*",
         "masks/lonely.png: a mask without an image",
-        "images/x001.jpg, images/x001.png: several images of one name",
+        "images/x001.jpg, images/x001.png: several images with the same name",
         "images/x002.png: 24x20 pixels, but its mask masks/x002.png has 24x10",
         "images/x003.png: the file is empty",
         "images/x004.png: damaged or truncated",
@@ -169,7 +169,7 @@ def test_an_unreadable_image_among_good_ones_is_named(folder: Folder) -> None:
         ("images/x000.png", "/etc/hostname", "is absolute"),
         ("images/x000.png", "C:\\masks\\x.png", "is absolute"),
         ("images/none.png", "masks/x000.png", "does not exist"),
-        ("", "masks/x000.png", "is left out"),
+        ("", "masks/x000.png", "is missing"),
     ],
 )
 def test_a_manifest_reaches_nothing_outside(folder: Folder, image: str, mask_path: str, reason: str) -> None:
@@ -186,7 +186,7 @@ def test_absolute_image_paths_are_followed_and_said(folder: Folder) -> None:
     elsewhere = save(noise(40), root.parent / "elsewhere.png")
     (root / "manifest.csv").write_text(f"image,mask\n{elsewhere},masks/x000.png\nimages/x001.png,masks/x001.png\n")
     dataset = open_dataset(config(root))
-    assert any("1 images of manifest.csv lie outside" in note for note in dataset.notes)
+    assert any("1 images of manifest.csv are outside" in note for note in dataset.notes)
 
 
 def test_manifests_that_are_no_table_are_refused(folder: Folder) -> None:
@@ -195,9 +195,9 @@ def test_manifests_that_are_no_table_are_refused(folder: Folder) -> None:
         (b"picture,label\na,b\n", "no column image and mask"),
         (b"", "no column"),
         (b"\xff\xfe\x00binary", "not UTF-8"),
-        (b"image,mask,split\nimages/x000.png,masks/x000.png,tset\n", 'split "tset" is none of'),
-        (b"image,mask,patient\nimages/x000.png,masks/x000.png,\n", "the patient is left out"),
-        (b"image,mask\n" + b"images/x000.png,masks/x000.png\n" * 2, "listed in line 2 already"),
+        (b"image,mask,split\nimages/x000.png,masks/x000.png,tset\n", 'split "tset" is not'),
+        (b"image,mask,patient\nimages/x000.png,masks/x000.png,\n", "the patient is missing"),
+        (b"image,mask\n" + b"images/x000.png,masks/x000.png\n" * 2, "already listed in line 2"),
     ):
         (root / "manifest.csv").write_bytes(content)
         with pytest.raises(DataError, match=reason):
@@ -208,11 +208,11 @@ def test_descriptions_that_cannot_be_meant_are_refused(folder: Folder) -> None:
     root = folder(2)
     for content, reason in (
         ("clases = { a = 1 }", "did you mean classes"),
-        ("classes = 255", "classes is a table"),
+        ("classes = 255", "classes must be a table"),
         ("name = ", "not valid TOML"),
         ("spacing = [0.1, -1]", "spacing"),
         ("threshold = 0", "threshold"),
-        ("classes = { a = 1, b = 2 }\nthreshold = 100", "threshold is for masks of one class"),
+        ("classes = { a = 1, b = 2 }\nthreshold = 100", "threshold needs exactly one class"),
     ):
         (root / "dataset.toml").write_text(content)
         with pytest.raises(UserError, match=reason):

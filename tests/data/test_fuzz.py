@@ -4,22 +4,22 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.support import ROOT
 
 
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.stress)])
 def test_damaged_files_are_read_or_refused_but_never_crash(count: int) -> None:
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parents[1])])
     result = subprocess.run(
-        [sys.executable, "-W", "error", str(here / "fuzz.py"), str(count), "0"],
+        [sys.executable, "-W", "error", "-m", "tests.support.fuzz", str(count), "0"],
         capture_output=True,
         text=True,
         timeout=550,
         check=False,
-        env={**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+        cwd=ROOT,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-6000:]
     outcomes = re.findall(r"'read': (\d+), 'refused': (\d+)", result.stdout)

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image
-from pdrunet_jax.data.importers.labelme import import_labelme
+from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.data.labelme.contours import outlines
 from pdrunet_jax.data.labelme.read import image_location, rasterise, read_annotation
 from pdrunet_jax.data.labelme.write import write_labelme
@@ -44,7 +44,7 @@ def source(tmp_path: Path) -> Path:
 def masks(source: Path, **options: Any) -> dict[str, np.ndarray]:
     """Import `source` and read back every mask's values, by the mask's path."""
     target = source.parent / "target"
-    import_labelme(source, target, **options)
+    import_labelme(ImportLabelme(source, target, **options))
     folder = target / "masks"
     return {path.relative_to(folder).as_posix(): np.array(Image.open(path)) for path in folder.rglob("*.png")}
 
@@ -58,7 +58,7 @@ def refused(source: Path, **options: Any) -> str:
     """The message of a failing import, which must leave nothing behind."""
     before = sorted(source.parent.rglob("*"))
     with pytest.raises(DataError) as caught:
-        import_labelme(source, source.parent / "target", **options)
+        import_labelme(ImportLabelme(source, source.parent / "target", **options))
     assert sorted(source.parent.rglob("*")) == before
     return str(caught.value)
 
@@ -68,7 +68,7 @@ def test_an_import_is_a_dataset_that_stands_by_itself(source: Path, tmp_path: Pa
         save(noise(index + 1), source / "images" / "sub" / f"{name}.png")
         annotate(source / "json" / f"{name}.json", f"..\\images\\sub\\{name}.png", [shape("tibia", box(2, 3, 9, 12))])
     annotate(source / "a.json", "a.png", [shape("femur", box(1, 1, 5, 5))], SIZE)
-    notes = import_labelme(source, tmp_path / "target")
+    notes = import_labelme(ImportLabelme(source, tmp_path / "target"))
     source.rename(tmp_path / "gone")
     dataset = open_dataset(config(tmp_path / "target"))
     assert dataset.class_names == ("femur", "tibia")
@@ -145,7 +145,7 @@ def test_later_shapes_lie_over_earlier_ones_and_background_cuts_out(source: Path
 def test_lines_and_points_have_no_area_which_is_said(source: Path) -> None:
     shapes = [shape("femur", box(1, 1, 4, 4)), shape("ruler", [[0, 0], [9, 9]], "line"), shape("x", [[9, 9]], "point")]
     annotate(source / "a.json", "a.png", shapes, SIZE)
-    notes = import_labelme(source, source.parent / "target", classes={"femur": 1})
+    notes = import_labelme(ImportLabelme(source, source.parent / "target", classes={"femur": 1}))
     assert "skipped, having no area: 1 line, 1 point" in notes
 
 
@@ -156,7 +156,7 @@ def test_a_rectangle_around_its_own_polygon_is_a_box_unless_kept(source: Path) -
         shape("tibia", [[14, 2], [20, 8]], "rectangle"),
     ]
     annotate(source / "a.json", "a.png", shapes, SIZE)
-    notes = import_labelme(source, source.parent / "dropped")
+    notes = import_labelme(ImportLabelme(source, source.parent / "dropped"))
     assert any(note.startswith("1 rectangles around") for note in notes)
     mask = np.array(Image.open(source.parent / "dropped" / "masks" / "a.png"))
     assert mask[15, 2] == 0
@@ -166,15 +166,15 @@ def test_a_rectangle_around_its_own_polygon_is_a_box_unless_kept(source: Path) -
 
 def test_the_image_file_beats_embedded_data_of_another_contrast(source: Path) -> None:
     annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], imageData=png(noise(0) // 3))
-    import_labelme(source, source.parent / "target")
+    import_labelme(ImportLabelme(source, source.parent / "target"))
     assert (read_image(source.parent / "target" / "images" / "a.png")[:, :, 0] == noise(0)).all()
 
 
 def test_embedded_data_serves_where_there_is_no_file(source: Path, tmp_path: Path) -> None:
     annotate(source / "b.json", "../source/b.dcm", [shape("bone", box(1, 1, 5, 5))], SIZE, imageData=png(noise(7)))
-    notes = import_labelme(source, tmp_path / "target")
+    notes = import_labelme(ImportLabelme(source, tmp_path / "target"))
     assert (read_image(tmp_path / "target" / "images" / "b.png")[:, :, 0] == noise(7)).all()
-    assert "1 images have no file: taken out of imageData" in notes
+    assert "1 images have no file: taken from imageData" in notes
     assert any(note.startswith("1 images without a LabelMe file are left out: a.png") for note in notes)
 
 
@@ -254,7 +254,7 @@ def test_every_problem_of_every_file_is_reported_at_once(source: Path) -> None:
         assert any(reason in line for line in lines), (name, lines)
     for name in (*texts, "bytes"):
         assert f"  - {name}.json: " in message
-    assert "twice.json: size.png is annotated in again.json already" in message
+    assert "twice.json: size.png is already annotated in again.json" in message
 
 
 def test_a_bomb_inside_a_mask_shape_is_not_unpacked(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,21 +298,21 @@ def test_other_json_and_system_files_are_passed_over(source: Path) -> None:
     (source / "list.json").write_text("[1, 2]")
     (source / "._a.json").write_bytes(b"\x00\x05")
     annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
-    notes = import_labelme(source, source.parent / "target")
-    assert "passed over, JSON but not LabelMe's: coco.json, list.json" in notes
+    notes = import_labelme(ImportLabelme(source, source.parent / "target"))
+    assert "skipped, JSON but not LabelMe: coco.json, list.json" in notes
 
 
 def test_a_folder_that_is_in_use_is_left_alone(source: Path, tmp_path: Path) -> None:
     annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
     with pytest.raises(UserError, match="not empty"):
-        import_labelme(source, source)
-    with pytest.raises(UserError, match="is no folder"):
-        import_labelme(tmp_path / "absent", tmp_path / "target")
+        import_labelme(ImportLabelme(source, source))
+    with pytest.raises(UserError, match="is not a folder"):
+        import_labelme(ImportLabelme(tmp_path / "absent", tmp_path / "target"))
     (source / "a.json").unlink()
     with pytest.raises(UserError, match="no LabelMe file"):
-        import_labelme(source, tmp_path / "target")
+        import_labelme(ImportLabelme(source, tmp_path / "target"))
     with pytest.raises(UserError, match="--classes bone 300"):
-        import_labelme(source, tmp_path / "target", classes={"bone": 300})
+        import_labelme(ImportLabelme(source, tmp_path / "target", classes={"bone": 300}))
 
 
 def test_masks_of_one_stem_do_not_overwrite_each_other(source: Path) -> None:

@@ -141,7 +141,7 @@ def test_settings_may_list_values_and_colours() -> None:
 def test_masks_of_sixteen_bit_colour_are_refused(folder: Folder) -> None:
     root = folder()
     (root / "masks" / "x001.png").write_bytes(deep_png(np.stack([shapes(1)] * 3, axis=-1)))
-    with pytest.raises(DataError, match=r"masks/x001\.png: a mask of 16 bits for each colour channel"):
+    with pytest.raises(DataError, match=r"masks/x001\.png: 16 bits in each of several channels"):
         open_dataset(config(root))
 
 
@@ -237,7 +237,7 @@ def test_declarations_that_make_no_sense_are_refused() -> None:
         ({"a": True}, None, "neither a number"),
         ({"a": 1, "b": 1}, None, "declared 2 times"),
         ({"a": 1}, 1, "declared 2 times"),
-        ({"background": 0}, None, "nothing but the background"),
+        ({"background": 0}, None, "declares only the background"),
     ):
         with pytest.raises(UserError, match=words):
             declare(classes, ignore)

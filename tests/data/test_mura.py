@@ -13,7 +13,7 @@ from PIL import Image
 
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image
-from pdrunet_jax.data.importers.mura import import_mura
+from pdrunet_jax.data.importers.mura import ImportMura, import_mura
 from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.runtime.errors import DataError, UserError
 from tests.support.labelme_files import annotate, box, shape
@@ -67,7 +67,7 @@ def rows(target: Path) -> dict[str, dict[str, str]]:
 def refused(mura: Path, masks: Path, **options: Any) -> str:
     target = mura.parent.parent / "target"
     with pytest.raises(DataError) as caught:
-        import_mura(mura, target, HUMERUS, masks, **options)
+        import_mura(ImportMura(mura, target, masks, HUMERUS, **options))
     assert not target.exists()
     assert not list(target.parent.glob(".target-*"))
     return str(caught.value)
@@ -76,7 +76,7 @@ def refused(mura: Path, masks: Path, **options: Any) -> str:
 @pytest.mark.parametrize("root", ["download/MURA-v1.1", "download"])
 def test_muras_own_split_is_kept_by_patient(mura: Path, drawn: Path, root: str, tmp_path: Path) -> None:
     drawn = drawn.rename(mura.parent / "masks")  # which looks like another MURA
-    notes = import_mura(tmp_path / root, tmp_path / "target", HUMERUS, drawn, val_fraction=0.25)
+    notes = import_mura(ImportMura(tmp_path / root, tmp_path / "target", drawn, HUMERUS, val_fraction=0.25))
     found = rows(tmp_path / "target")
     assert found.keys() == {path for path in PATHS if "HUMERUS" in path}
     patients = {
@@ -91,7 +91,7 @@ def test_muras_own_split_is_kept_by_patient(mura: Path, drawn: Path, root: str, 
 
 def test_images_stay_where_they_are_and_every_mode_reads(mura: Path, drawn: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in mura.rglob("*")}
-    import_mura(mura, tmp_path / "target", HUMERUS, drawn)
+    import_mura(ImportMura(mura, tmp_path / "target", drawn, HUMERUS))
     assert {path: path.stat().st_mtime_ns for path in mura.rglob("*")} == before
     assert {path.name for path in (tmp_path / "target").iterdir()} == {"manifest.csv", "dataset.toml", "masks"}
     dataset = open_dataset(config(tmp_path / "target"))
@@ -103,7 +103,6 @@ def test_images_stay_where_they_are_and_every_mode_reads(mura: Path, drawn: Path
             modes.add(file.mode)
         image = read_image(sample.image)[:, :, 0].astype(float)
         assert np.corrcoef(image.ravel(), noise(index).ravel())[0, 1] > 0.99
-        assert sample.mask is not None
         assert (read_mask(sample.mask, dataset.coding) == (shapes(index) > 0)).all()
     assert modes == {"L", "RGB", "RGBA", "P", "I;16"}
 
@@ -124,7 +123,7 @@ def test_masks_go_by_muras_paths_in_folders_or_in_one_name(mura: Path, tmp_path:
     for index, path in enumerate(PATHS):
         if "HUMERUS" in path:
             save((shapes(index) > 0).astype(np.uint8), tmp_path / "masks" / (rename(path) + ".png"))
-    import_mura(mura, tmp_path / "target", HUMERUS, tmp_path / "masks")
+    import_mura(ImportMura(mura, tmp_path / "target", tmp_path / "masks", HUMERUS))
     for path, row in rows(tmp_path / "target").items():
         written = np.array(Image.open(tmp_path / "target" / row["mask"]))
         assert (written == (shapes(PATHS.index(path)) > 0)).all()
@@ -134,7 +133,7 @@ def test_labelme_files_beside_the_images_are_the_masks(mura: Path, tmp_path: Pat
     for path in (PATHS[0], PATHS[1], PATHS[-1]):
         annotate(mura / f"{path}.json", "image1.png", [shape("humerus", box(2, 3, 9, 12))], SIZE)
     annotate(mura / "mine.json", f"..\\elsewhere\\{PATHS[2]}.png", [shape("__ignore__", box(0, 0, 1, 1))], SIZE)
-    notes = import_mura(mura, tmp_path / "target", HUMERUS, mura, classes={"humerus": 1})
+    notes = import_mura(ImportMura(mura, tmp_path / "target", mura, HUMERUS, classes={"humerus": 1}))
     assert rows(tmp_path / "target").keys() == {PATHS[0], PATHS[1], PATHS[2], PATHS[-1]}
     dataset = open_dataset(config(tmp_path / "target"))
     assert dataset.class_names == ("humerus",)
@@ -151,7 +150,7 @@ def test_classes_of_mask_images_are_declared(mura: Path, tmp_path: Path) -> None
     undeclared = refused(mura, tmp_path / "masks")
     assert "no classes are declared" in undeclared
     options = {"classes": {"bone": "#00ff00"}, "ignore": "#ff0000"}
-    notes = import_mura(mura, tmp_path / "target", ("humerus", "forearm"), tmp_path / "masks", **options)
+    notes = import_mura(ImportMura(mura, tmp_path / "target", tmp_path / "masks", ("humerus", "forearm"), **options))
     dataset = open_dataset(config(tmp_path / "target"))
     assert (dataset.name, dataset.class_names) == ("mura_humerus_forearm", ("bone",))
     mask = read_mask(tmp_path / "target" / "masks" / f"{PATHS[0]}.png", dataset.coding)
@@ -162,8 +161,8 @@ def test_classes_of_mask_images_are_declared(mura: Path, tmp_path: Path) -> None
 def test_masks_of_other_regions_are_left_out_and_counted(mura: Path, drawn: Path, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         save(np.zeros(SIZE, np.uint8), drawn / f"train/XR_WRIST/patient0000{number}/study1_positive/image1.png")
-    notes = import_mura(mura, tmp_path / "target", HUMERUS, drawn)
-    assert "3 masks of XR_WRIST are left out: not asked for" in notes
+    notes = import_mura(ImportMura(mura, tmp_path / "target", drawn, HUMERUS))
+    assert "3 masks of XR_WRIST are left out: not in --region" in notes
 
 
 def test_every_problem_is_reported_at_once(mura: Path, drawn: Path) -> None:
@@ -180,8 +179,8 @@ def test_every_problem_is_reported_at_once(mura: Path, drawn: Path) -> None:
     for words in (
         "patient00999/study1_positive/image1.png: a mask without an image",
         "valid_XR_HUMERUS_patient00001_study1_positive_image1.png: a mask without an image",
-        "notes.png: notes is no path of an image in MURA",
-        f"{PATHS[0]} has a mask already: train",
+        "notes.png: notes is not the path of an image in MURA",
+        f"{PATHS[0]} already has a mask: train",
         f"{PATHS[1]}.png: 24x10 pixels, but the image has 24x20",
         f"{PATHS[2]}.png: undeclared mask value 85",
         f"{PATHS[3]}.png: the file is empty",
@@ -203,9 +202,9 @@ def test_bad_labelme_files_are_reported_together(mura: Path, tmp_path: Path) -> 
         f"{PATHS[0]}.json: drawn on 99x99 pixels",
         f"{PATHS[1]}.json: shape 1 (humerus) reaches to",
         f'label "ulna" (in {PATHS[2]}.json) is not declared',
-        "stray.json: ../../etc/passwd is no path",
+        "stray.json: ../../etc/passwd is not the path",
         f"{PATHS[3]}.json: not valid JSON",
-        f"{PATHS[4]}.json: JSON, but no LabelMe file",
+        f"{PATHS[4]}.json: JSON, but not a LabelMe file",
     ):
         assert words in message
 
@@ -227,7 +226,7 @@ def test_a_name_that_fits_two_images_is_an_error(mura: Path, drawn: Path) -> Non
 
 def test_an_image_that_is_in_valid_too_does_not_train(mura: Path, drawn: Path, tmp_path: Path) -> None:
     (mura / f"{PATHS[3]}.png").write_bytes((mura / f"{PATHS[-1]}.png").read_bytes())
-    notes = import_mura(mura, tmp_path / "target", HUMERUS, drawn)
+    notes = import_mura(ImportMura(mura, tmp_path / "target", drawn, HUMERUS))
     assert any(note.startswith("left out of train") and PATHS[3] in note for note in notes)
     open_dataset(config(tmp_path / "target"))
     assert PATHS[3] not in rows(tmp_path / "target")
@@ -236,16 +235,16 @@ def test_an_image_that_is_in_valid_too_does_not_train(mura: Path, drawn: Path, t
 def test_what_is_no_mura_or_no_mask_is_said(mura: Path, drawn: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     for arguments, words in (
-        ((drawn / "train", target, HUMERUS, drawn), "is not MURA"),
-        ((tmp_path / "absent", target, HUMERUS, drawn), "is not MURA"),
-        ((mura, target, ("XR_KNEE",), drawn), "XR_HUMERUS"),
-        ((mura, target, ("XR_HAND",), drawn), "has no images of XR_HAND"),
-        ((mura, target, HUMERUS, tmp_path / "absent"), "--masks"),
-        ((mura, target, HUMERUS, mura), "no LabelMe file and no mask image"),
-        ((mura, drawn, HUMERUS, drawn), "not empty"),
+        ((drawn / "train", target, drawn, HUMERUS), "is not MURA"),
+        ((tmp_path / "absent", target, drawn, HUMERUS), "is not MURA"),
+        ((mura, target, drawn, ("XR_KNEE",)), "XR_HUMERUS"),
+        ((mura, target, drawn, ("XR_HAND",)), "has no images of XR_HAND"),
+        ((mura, target, tmp_path / "absent", HUMERUS), "--masks"),
+        ((mura, target, mura, HUMERUS), "no LabelMe file and no mask image"),
+        ((mura, drawn, drawn, HUMERUS), "not empty"),
     ):
         with pytest.raises(UserError, match=words):
-            import_mura(*arguments)
+            import_mura(ImportMura(*arguments))
     assert not target.exists()
 
 
@@ -270,8 +269,12 @@ def test_soft_masks_are_cut_at_the_threshold(mura: Path, tmp_path: Path) -> None
             soft = (shapes(index) > 0) * np.uint8(255)
             soft[0, :20] = np.arange(20) * 12
             save(soft, tmp_path / "masks" / f"{path}.png")
-    import_mura(mura, tmp_path / "target", HUMERUS, tmp_path / "masks", classes={"humerus": 255}, threshold=200)
+    import_mura(
+        ImportMura(mura, tmp_path / "target", tmp_path / "masks", HUMERUS, classes={"humerus": 255}, threshold=200)
+    )
     mask = np.asarray(Image.open(tmp_path / "target" / "masks" / f"{PATHS[0]}.png"))
     assert mask[0].tolist() == [0] * 17 + [1] * 3 + [0] * 4
     with pytest.raises(UserError, match="--threshold 0"):
-        import_mura(mura, tmp_path / "other", HUMERUS, tmp_path / "masks", classes={"humerus": 255}, threshold=0)
+        import_mura(
+            ImportMura(mura, tmp_path / "other", tmp_path / "masks", HUMERUS, classes={"humerus": 255}, threshold=0)
+        )

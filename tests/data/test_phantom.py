@@ -16,7 +16,7 @@ from scipy import ndimage
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image, read_spacing
-from pdrunet_jax.data.importers.labelme import import_labelme
+from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.phantoms.anatomy import BONES
 from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
@@ -156,9 +156,9 @@ def test_an_empty_folder_is_filled_and_a_full_one_is_left_alone(tmp_path: Path) 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_drawing_leaves_no_dataset(tmp_path: Path, how: signal.Signals) -> None:
     root = tmp_path / "phantoms"
-    script = "import signal, sys, pathlib\nfrom pdrunet_jax.data.phantoms.files import Drawing, write_phantoms\n"
+    script = "import signal, sys, pathlib\nfrom pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-    script += "write_phantoms(pathlib.Path(sys.argv[1]), Drawing(10**6, size=32))"
+    script += "write_phantoms(pathlib.Path(sys.argv[1]), PhantomOptions(10**6, size=32))"
     with subprocess.Popen([sys.executable, "-c", script, str(root)], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".phantoms-*/dataset/masks/*.png")):
@@ -221,11 +221,10 @@ def test_phantoms_come_back_through_the_labelme_importer(tmp_path: Path, images:
     drawing = PhantomOptions(9, size=96, by_bone=True, images=images, annotations="labelme")
     write_phantoms(tmp_path / "drawn", drawing)
     classes = {name: value for value, name in enumerate(BONES, start=1)}
-    import_labelme(tmp_path / "drawn", tmp_path / "data", classes=classes)
+    import_labelme(ImportLabelme(tmp_path / "drawn", tmp_path / "data", classes=classes))
     dataset = open_dataset(DataConfig(root=str(tmp_path / "data"), threads=1))
     for index, sample in enumerate(dataset.samples):
         phantom = draw(index, size=96)
-        assert sample.mask is not None
         read = np.array([0, *(classes[name] for name in dataset.class_names)])[read_mask(sample.mask, dataset.coding)]
         assert dice(read > 0, phantom.bones > 0) > 0.985
         assert (read == phantom.bones).mean() > 0.99

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask, resize_mask
-from pdrunet_jax.data.pipeline import Batch, epoch_order, eval_batches, train_batches
+from pdrunet_jax.data.pipeline import Batch, epoch_order, eval_batches, position_after, train_batches
 from pdrunet_jax.runtime.errors import DataError, UserError
 from tests.support import ROOT
 from tests.support.small_data import config, shapes
@@ -52,7 +54,6 @@ def test_batches_hold_the_resized_files(folder: Folder) -> None:
     }
     for row, index in enumerate(batch["index"]):
         sample = samples[index]
-        assert sample.mask is not None
         np.testing.assert_array_equal(batch["image"][row], resize_image(read_image(sample.image), (16, 16)))
         np.testing.assert_array_equal(batch["mask"][row], resize_mask(read_mask(sample.mask, dataset.coding), (16, 16)))
 
@@ -96,6 +97,27 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(folder: Folder, done: int, th
     whole += list(islice(batches, 4))
     batches.close()
     assert_equal(take(root, 4, state, threads=2), whole[done:])
+
+
+def test_positions_of_earlier_checkpoints_are_accepted(folder: Folder) -> None:
+    root = folder(9)
+    old = {"images": 7, "batch_size": 4, "seed": 0, "position": {"next_index": 3}}
+    assert_equal(take(root, 4, old), take(root, 7)[3:])
+    assert_equal(take(root, 4, position_after(3)), take(root, 7)[3:])
+
+
+def test_seeking_stops_the_threads_that_read_ahead(folder: Folder) -> None:
+    options = config(folder(9), threads=3)
+    batches = train_batches(open_dataset(options), options, batch_size=4, channels=1, seed=0)
+    before = threading.active_count()
+    for done in range(10):
+        batches.set_state(position_after(done))
+        next(batches)
+    batches.close()
+    deadline = time.monotonic() + 10  # threads end on their own once they are told to
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_going_back_is_exact_too(folder: Folder) -> None:

@@ -85,7 +85,7 @@ def test_a_regular_expression_names_the_patient(folder: Folder) -> None:
     assert dataset.samples[3].patient == "003"
     with pytest.raises(DataError, match=r"images/x005\.png: data\.patient_regex"):
         open_dataset(config(folder(6), patient_regex=r"x00[0-4]"))
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="not a regular expression"):
         open_dataset(config(folder(6), patient_regex="("))
 
 

@@ -1,4 +1,4 @@
-"""Damaged files, made from good ones: `python fuzz.py COUNT SEED` reads COUNT of each kind and says what it took.
+"""Read COUNT damaged files of each kind, made from good ones, and report: `python -m tests.support.fuzz COUNT SEED`.
 
 A process of its own, so that its memory can be limited and a hang cannot stop the tests.
 """
@@ -24,7 +24,7 @@ from pydicom import uid
 
 from pdrunet_jax.data.dataset import inspect_dataset
 from pdrunet_jax.data.images import decode_image
-from pdrunet_jax.data.importers.labelme import import_labelme
+from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.data.masks import codes_to_classes, declare, decode_codes
 from pdrunet_jax.runtime.errors import UserError
 from tests.support.labelme_files import annotate, box, png, shape
@@ -64,7 +64,7 @@ def images() -> list[bytes]:
         encoded(rgb.convert("RGBA"), "PNG"),
         encoded(palette(shapes(0), [0, 0, 0, 9, 9, 9, 50, 60, 70], bytes([0, 100, 255])), "PNG"),
         encoded(rgb.convert("1"), "PNG", exif=exif),
-        deep_png(np.stack([deep] * 3, axis=-1)),
+        deep_png(np.stack([deep] * 3, axis=-1)),  # refused
         encoded(grey, "JPEG"),
         encoded(rgb, "JPEG", exif=exif, progressive=True),
         encoded(rgb.convert("CMYK"), "JPEG"),
@@ -222,7 +222,7 @@ def kinds(folder: Path) -> dict[str, tuple[st.SearchStrategy[bytes], Callable[[b
     def imported(data: bytes) -> None:
         (source / "a.json").write_bytes(data)
         with tempfile.TemporaryDirectory(dir=folder) as target:
-            import_labelme(source, Path(target) / "x")
+            import_labelme(ImportLabelme(source, Path(target) / "x"))
 
     coded = images()
     return {

@@ -1,4 +1,4 @@
-"""Files that mean harm: each function writes one into a folder and returns what a user would do with it."""
+"""Hostile files: each function writes one into a folder and returns an action of a user that opens it."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 from pdrunet_jax import config as config_io
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
-from pdrunet_jax.data.importers.labelme import import_labelme
+from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.evaluate.report.page import write_report
 from pdrunet_jax.model.load import load_model
 from pdrunet_jax.predict import __main__ as predict
@@ -32,7 +32,7 @@ DEEP = 200_000
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a file when unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -136,14 +136,14 @@ def labelme(folder: Path, **changes: Any) -> Action:
     content = {"version": "5.0", "imagePath": "a.png", "imageData": None, "imageHeight": 16, "imageWidth": 16}
     content["shapes"] = [{"label": "bone", "points": points, "shape_type": "polygon"}]
     (source / "a.json").write_text(json.dumps(content | changes))
-    return lambda: import_labelme(source, folder / "target")
+    return lambda: import_labelme(ImportLabelme(source, folder / "target"))
 
 
 def nested_labelme(folder: Path, canary: Path) -> Action:
     source = folder / "labelme"
     source.mkdir()
     (source / "a.json").write_text('{"shapes": ' + "[" * DEEP + "]" * DEEP + "}")
-    return lambda: import_labelme(source, folder / "target")
+    return lambda: import_labelme(ImportLabelme(source, folder / "target"))
 
 
 def embedded_bomb(folder: Path, canary: Path) -> Action:
@@ -234,7 +234,7 @@ def digest_of_elsewhere(run: Path, folder: Path, name: str) -> Action:
 
 
 def linked_checkpoint(run: Path, folder: Path, outside: Path) -> Action:
-    """What a checkpoint links to must not be deleted with it."""
+    """The target of a link must not be deleted with the checkpoint."""
     run = copied_run(run, folder)
     for checkpoint in (run / "checkpoints").iterdir():
         shutil.rmtree(checkpoint)

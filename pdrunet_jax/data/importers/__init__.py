@@ -1,1 +1,1 @@
-"""Import datasets in the formats of other tools; one module for each format."""
+"""Importers for datasets of other tools, one module per format."""
