@@ -133,7 +133,7 @@ def test_an_empty_split_names_those_that_are_not(tmp_path):
 
 def test_a_model_of_other_classes_is_refused(tmp_path):
     dataset, config = opened(save_dataset(tmp_path))
-    with pytest.raises(UserError, match=r"2 foreground classes .* has 1"):
+    with pytest.raises(UserError, match=r"2 foreground classes, but .* has 1 "):
         evaluate_split(brightness_model(3), dataset, "test", config)
 
 

@@ -232,7 +232,7 @@ def test_marks_lie_where_the_axes_say():
     marks = Marks(axis="threshold", at=(0.5, "used: 0.5"), reference=[(0, 0), (1, 1)], bars=[(0.0, 0.5, 0.25)])
     drawn = curve("A" * 50, {"Dice": [(0.0, 1.0), (1.0, 0.0)]}, 1.0, marks)
     assert '<polyline class="reference" points="52.0,260.0 466.0,34.0"/>' in drawn
-    assert '<line class="reference" x1="259.0" x2="259.0" y1="34" y2="260.0"/>' in drawn
+    assert '<line class="reference" x1="259.0" x2="259.0" y1="34.0" y2="260.0"/>' in drawn
     assert '<rect class="bar" x="52.5" y="203.5" width="206.0" height="56.5"/>' in drawn
     assert f">{'A' * 35}…<" in drawn
 
