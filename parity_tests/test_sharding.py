@@ -1,4 +1,4 @@
-"""Level 10: the network split over a device mesh, against the plain one on one device."""
+"""Level 10: the network with its batch split over devices, against the plain path on one device."""
 
 import os
 import subprocess
@@ -33,15 +33,13 @@ def compare(budget: Budget, name: str, outcomes: dict[str, Arrays]) -> None:
 
 
 @pytest.mark.parametrize("name", INTACT)
-def test_split_over_devices_the_network_is_the_plain_one(
+def test_a_batch_split_over_devices_gives_the_results_of_one_device(
     name: str, split_outcomes: dict[str, Arrays], budget: Budget
 ) -> None:
     compare(budget, name, split_outcomes)
 
 
-def test_neighbours_taken_for_zeros(split_outcomes: dict[str, Arrays], caught: Callable[..., str]) -> None:
-    assert "level 10, sharding: logits" in caught(compare, "neighbours taken for zeros", split_outcomes)
-
-
-def test_variances_of_the_parts_averaged(split_outcomes: dict[str, Arrays], caught: Callable[..., str]) -> None:
-    assert "level 10, sharding: logits" in caught(compare, "variances of the parts", split_outcomes)
+def test_averaged_variances_of_the_parts_are_detected(
+    split_outcomes: dict[str, Arrays], caught: Callable[..., str]
+) -> None:
+    assert "level 10, sharding: logits" in caught(compare, "variances of the parts averaged", split_outcomes)

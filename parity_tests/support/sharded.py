@@ -1,7 +1,7 @@
-"""The network on parts of this CPU that JAX takes for 4 devices, in a process of its own.
+"""Compute the network on 4 virtual devices of this CPU, in a process of its own.
 
-`python -m parity_tests.support.sharded FOLDER` leaves NAME.npz for each of `SPLITS`. JAX has to be told of devices
-before it starts, and the other tests are of one.
+`python -m parity_tests.support.sharded FOLDER` writes NAME.npz for each of `SPLITS`. The number of devices is fixed
+when JAX starts, and the other tests need one.
 """
 
 import dataclasses
@@ -11,53 +11,42 @@ from pathlib import Path
 from unittest.mock import patch
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from parity_tests.conftest import SETTINGS
 from parity_tests.support.case import Case
 from parity_tests.test_execution_paths import outcome
-from pdrunet_jax.model import sharding as shards
-from pdrunet_jax.model.fast import block as fused_block
-from pdrunet_jax.model.fast import convolution as fused
+from pdrunet_jax.model.fast import block, convolution
 from pdrunet_jax.runtime.devices import make_mesh
 
-LARGE = Case(shape=(1, 256, 96))
-SMALL = Case(shape=(2, 64, 32))
+CASE = Case(shape=(4, 64, 32))
 
 
-def zeros_for_neighbours(x: jax.Array, rows: int) -> jax.Array:
-    """Each part convolved by itself, as if the image ended there."""
-    return jnp.pad(x, ((0, 0), (rows, rows), (0, 0), (0, 0)))
-
-
-def moments_without_what_lies_between(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The parts' variances, each around the part's own mean, averaged."""
-    deviation = x - fused.per_channel(x.mean((0, 1, 2)))
-    return fused.channel_sum(x) / fused.pixel_count(x), fused.channel_sum(deviation**2) / fused.pixel_count(x)
+def average_of_variances(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Take each part's variance around its own mean, as if batch statistics were averaged over devices."""
+    deviation = x - convolution.per_channel(x.mean((0, 1, 2)))
+    count = convolution.pixel_count(x)
+    return convolution.channel_sum(x) / count, convolution.channel_sum(deviation**2) / count
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A case and the (data, rows) that it is split into."""
+    """A case and the number of devices that its batch is split over."""
 
     case: Case
-    mesh: tuple[int, int]
+    devices: int
     remat: bool = False
     broken: tuple[object, str, Callable[..., object]] | None = None
     """What is replaced to make the comparison fail."""
 
 
 SPLITS = {
-    "fused, 2 rows": Split(LARGE.replace(path="fused"), (1, 2)),
-    "fused, 4 rows": Split(LARGE.replace(path="fused"), (1, 4)),
-    "plain, 2 rows": Split(LARGE, (1, 2)),
-    "polyphase, rematerialised, 2 images and 2 rows": Split(SMALL.replace(path="polyphase"), (2, 2), remat=True),
-    "neighbours taken for zeros": Split(
-        SMALL.replace(path="fused"), (2, 2), broken=(shards, "with_neighbours", zeros_for_neighbours)
-    ),
-    "variances of the parts": Split(
-        SMALL.replace(path="fused"), (2, 2), broken=(fused_block, "moments", moments_without_what_lies_between)
+    "fused, 2 devices": Split(CASE.replace(path="fused"), 2),
+    "fused, 4 devices": Split(CASE.replace(path="fused"), 4),
+    "plain, 4 devices": Split(CASE, 4),
+    "polyphase, rematerialised, 2 devices": Split(CASE.replace(path="polyphase"), 2, remat=True),
+    "variances of the parts averaged": Split(
+        CASE.replace(path="fused"), 2, broken=(block, "moments", average_of_variances)
     ),
 }
 
@@ -69,7 +58,7 @@ def main(folder: Path) -> None:
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
     for name, split in SPLITS.items():
-        mesh = make_mesh(split.mesh[1], jax.devices()[: split.mesh[0] * split.mesh[1]])
+        mesh = make_mesh(jax.devices()[: split.devices])
         if split.broken is None:
             arrays = outcome.__wrapped__(split.case, remat=split.remat, mesh=mesh)
         else:

@@ -1,17 +1,11 @@
-"""How a command is told that it is one of several processes. No setting of a run: it has no part in the result.
+"""Training and evaluation in several processes: options, start-up, the exchange between processes, and shutdown.
 
-Several processes that train or score together: how they find each other, what the first alone does, how they end.
-
-The first process alone touches the run folder; every process reads its own share of the data. They meet in the
-coordination service of `jax.distributed`, which the first process runs. What one process cannot do, none of the others
-waits for: its message ends all of them (see `Group`).
-
-JAX is imported where it is used: it takes longer to load than a wrong command line may take to be refused.
+Only the main process (index 0) touches the run folder; every process reads its own share of the data. They meet through
+`jax.distributed` and exchange data with `jax.experimental.multihost_utils`. JAX is imported inside functions, so that a
+wrong command line is refused before JAX loads.
 """
 
 import contextlib
-import itertools
-import json
 import os
 import re
 import socket
@@ -19,250 +13,188 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, NoReturn
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, NoReturn, TypeVar
 
+import numpy as np
 import tyro
 
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.stop import StopFlag
 
+HEARTBEAT = 30
+"""Seconds without a heartbeat after which a process counts as dead and JAX ends the others."""
+LINGER = 3
+"""Seconds the main process stays after an error: JAX aborts the others as soon as it leaves, and they may have a
+message of their own."""
+WEEK = 7 * 24 * 3600
+"""Seconds the other processes wait at the end, while the main process scores and writes the report."""
+
+Tree = TypeVar("Tree")
+
 DetectCluster = Annotated[bool, tyro.conf.arg(name="distributed"), tyro.conf.FlagCreatePairsOff]
-"""The option --distributed, alone, beside those of `Distributed`."""
+"""The option --distributed; see `Distributed` for the rest of the group."""
 
 
 @dataclass(frozen=True)
 class Distributed:
     """Several processes, on one machine or many; see docs/distributed.md.
 
-    On SLURM, Kubernetes and Cloud TPU, --distributed alone finds out everything. Elsewhere each process is given
-    coordinator, processes and index.
+    On SLURM, Kubernetes and Cloud TPU, --distributed alone is enough. Elsewhere give each process coordinator,
+    processes and index.
     """
 
     coordinator: str | None = None
-    """HOST:PORT at which all processes reach the first one; any free port of its machine."""
+    """HOST:PORT of the first process; any free port of its machine."""
     processes: int | None = None
-    """How many there are."""
+    """Number of processes."""
     index: int | None = None
-    """Which one this is; 0 is the first."""
+    """Index of this process, from 0."""
     timeout: int = 300
-    """Seconds to wait for the others at the start."""
+    """Seconds to wait for the other processes at the start."""
 
     def wanted(self, detect: bool) -> bool:
-        """Whether several processes were asked for. Raises `UserError` if it was said by halves or makes no sense."""
+        """Return whether several processes were requested. Raises `UserError` if the options are wrong."""
         given = {"coordinator": self.coordinator, "processes": self.processes, "index": self.index}
         missing = [f"--distributed.{name}" for name, value in given.items() if value is None]
         if self.timeout < 1:
-            raise UserError(f"--distributed.timeout {self.timeout}: at least 1 second")
+            raise UserError(f"--distributed.timeout {self.timeout}: give at least 1 second")
         if len(missing) == 3:
             return detect
         if self.coordinator is None or self.processes is None or self.index is None:
             raise UserError(
-                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: without a cluster that JAX "
-                "knows, give all of --distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
+                f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: give all of "
+                "--distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I, or --distributed "
+                "alone on SLURM, Kubernetes or Cloud TPU"
             )
         if not re.fullmatch(r"[^:\s]+:[0-9]{1,5}|\[[0-9a-fA-F:.]+\]:[0-9]{1,5}", self.coordinator):
             raise UserError(f"--distributed.coordinator {self.coordinator}: give HOST:PORT, as in node1:9000")
         if self.processes < 1:
-            raise UserError(f"--distributed.processes {self.processes}: at least 1")
+            raise UserError(f"--distributed.processes {self.processes}: give at least 1")
         if not 0 <= self.index < self.processes:
             raise UserError(
-                f"--distributed.index {self.index}: the {self.processes} processes are numbered "
-                f"from 0 to {self.processes - 1}"
+                f"--distributed.index {self.index}: give 0 to {self.processes - 1} "
+                f"for --distributed.processes {self.processes}"
             )
         return True
 
 
-HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as dead, and all others end."""
-LEAVING = 5
-"""Seconds that a process which ends with an error gives the others to read why."""
-LAST = 3
-"""Seconds that the first process stays when all others know that they are to end."""
-_FOREVER = 7 * 24 * 3600 * 1000
-_PART = 1 << 20
-"""Bytes that are sent at once: a message of the coordination service holds 4 MiB."""
-_FAILED, _TOLD = "pdrunet_jax/failed", "pdrunet_jax/told"
-
-
 @dataclass(frozen=True)
 class Group:
-    """This process among all that work together; alone it is the first of one, and every method does nothing.
+    """The processes of one command, seen from this one. A single process is the main one of a group of one.
 
-    All of them call the methods in the same order.
+    All processes must call the collective methods (`wait`, `main_first`, `gather`, `broadcast`, `broadcast_arrays`,
+    `require_same`) in the same order.
     """
 
     index: int = 0
     count: int = 1
-    _calls: Iterator[int] = field(default_factory=itertools.count, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes, and speaks."""
+        """Whether this process writes files and prints."""
         return self.index == 0
 
     def log(self, line: str) -> None:
-        """Print a line, in the first process."""
+        """Print a line in the main process."""
         if self.is_main:
             print(line, flush=True)
 
     def wait(self) -> None:
-        """Go on when every process has come here."""
+        """Return once every process has called this."""
         if self.count > 1:
-            _client().wait_at_barrier(self._key(), _FOREVER)
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("pdrunet_jax")
 
     @contextlib.contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """The block is done by the first process, then by all others at once: what the first makes, they find."""
+    def main_first(self) -> Iterator[None]:
+        """Run the block in the main process, then in all others at once: they find the files it has made."""
         if not self.is_main:
             self.wait()
         yield
         if self.is_main:
             self.wait()
 
+    def gather(self, value: bytes) -> list[bytes]:
+        """Return the `value` of every process, in the order of their indices."""
+        if self.count == 1:
+            return [value]
+        from jax.experimental import multihost_utils
+
+        lengths = multihost_utils.process_allgather(np.int32(len(value)))
+        padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+        padded[: len(value)] = np.frombuffer(value, np.uint8)
+        rows = multihost_utils.process_allgather(padded)
+        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
     def broadcast(self, value: str) -> str:
-        """What the first process gives as `value`, in every process."""
-        key = self._key()
-        if self.is_main:
-            if self.count > 1:
-                _client().key_value_set(key, value)
-            return value
-        found: str = _client().blocking_key_value_get(key, _FOREVER)
-        return found
+        """Return the `value` of the main process."""
+        return self.gather(value.encode() if self.is_main else b"")[0].decode() if self.count > 1 else value
 
-    def require_same(self, value: str, what: str) -> None:
-        """Raise `UserError` that says `what` is to be done unless `value` is that of the first process."""
-        if self.broadcast(value) != value:
-            raise UserError(f"process {self.index} of {self.count}: {what}")
-
-    def broadcast_arrays(self, tree: Any) -> Any:
-        """`tree` with the arrays of the first process in every process, bit for bit, as NumPy arrays."""
+    def broadcast_arrays(self, tree: Tree) -> Tree:
+        """Return `tree` with the arrays of the main process, bit for bit, as NumPy arrays; alone, `tree` itself."""
         if self.count == 1:
             return tree
         import jax
-        import numpy as np
         from jax.experimental import multihost_utils
 
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-        # As bytes: the processes add up what they have, and 0.0 + -0.0 is not -0.0.
-        sent = multihost_utils.broadcast_one_to_all(
-            np.frombuffer(b"".join(leaf.tobytes() for leaf in leaves), np.uint8)
-        )
-        received, place = np.asarray(sent).tobytes(), 0
-        filled = []
-        for leaf in leaves:
-            part = received[place : place + leaf.nbytes]
-            filled.append(np.frombuffer(part, leaf.dtype).reshape(leaf.shape).copy())
-            place += leaf.nbytes
-        return jax.tree.unflatten(jax.tree.structure(tree), filled)
+        # As bytes: a broadcast sums over the processes, and 0.0 + -0.0 is not -0.0.
+        parts = [leaf.reshape(-1).view(np.uint8) for leaf in leaves]
+        sent = np.asarray(multihost_utils.broadcast_one_to_all(np.concatenate(parts)))
+        received = np.split(sent, np.cumsum([part.size for part in parts])[:-1])
+        arrays = [part.copy().view(leaf.dtype).reshape(leaf.shape) for part, leaf in zip(received, leaves, strict=True)]
+        filled: Tree = jax.tree.unflatten(jax.tree.structure(tree), arrays)
+        return filled
 
-    def exchange(self, value: bytes) -> list[bytes]:
-        """What every process gives as `value`, in their order, in all of them."""
-        if self.count == 1:
-            return [value]
-        client, key = _client(), self._key()
-        for part in range(0, len(value), _PART):
-            client.key_value_set_bytes(f"{key}/{self.index}/{part}", value[part : part + _PART])
-        client.key_value_set(f"{key}/{self.index}/length", str(len(value)))
-        found = []
-        for index in range(self.count):
-            length = int(client.blocking_key_value_get(f"{key}/{index}/length", _FOREVER))
-            parts = range(0, length, _PART)
-            found.append(
-                b"".join(client.blocking_key_value_get_bytes(f"{key}/{index}/{part}", _FOREVER) for part in parts)
-            )
-        return found
-
-    def _key(self) -> str:
-        """What this call is known by in the coordination service."""
-        return f"pdrunet_jax/{next(self._calls)}"
+    def require_same(self, value: str, what: str) -> None:
+        """Raise `UserError` with the remedy `what`, in every process, unless all have the `value` of the main one."""
+        values = self.gather(value.encode())
+        unlike = [str(index) for index, other in enumerate(values) if other != values[0]]
+        if unlike:
+            raise UserError(f"process {' and '.join(unlike)} of {self.count}: {what}")
 
 
 @contextlib.contextmanager
 def join(options: Distributed, detect: bool, stop: StopFlag | None = None) -> Iterator[Group]:
-    """The group of processes that `options` describe, from when all are there until all are done.
+    """Form the group described by `options`; on leaving the block, wait for all processes.
 
-    An error that leaves the block in one process ends all of them: this one with its own message and exit code, the
-    others with that message and 1. That does not return: an orderly end would wait for processes that are stuck. Nor
-    does a request to `stop` while the others are waited for.
+    This starts JAX's devices: set precision and XLA flags before. If the block raises in a group of several, the
+    process prints the message and leaves with its exit code at once; JAX ends the others when their next collective
+    fails or after `HEARTBEAT` seconds. A request to `stop` during start-up leaves with exit code 75.
 
     Raises:
-        UserError: the options make no sense, or JAX knows no cluster here.
+        UserError: the options are wrong, or JAX detects no cluster.
     """
     if not options.wanted(detect):
         yield Group()
         return
-    group = _connect(options, stop)
-    threading.Thread(target=_end_with_others, args=(group,), daemon=True).start()
+    import jax
+
+    from pdrunet_jax.runtime.compile import disable_async_dispatch
+
+    disable_async_dispatch()
+    _connect(options, stop)
+    group = Group(jax.process_index(), jax.process_count())
     try:
         yield group
-        group.wait()
+    except (UserError, RunError) as error:
+        _leave(error.exit_code, str(error), LINGER if group.is_main else 0)
     except BaseException as error:
-        _end(group, error)
-    import jax
-
-    jax.distributed.shutdown()
-
-
-def _connect(options: Distributed, stop: StopFlag | None = None) -> Group:
-    """Meet the other processes."""
-    import jax
-    from jax._src import distributed
-
-    errors: list[Exception] = []
-
-    def meet() -> None:
-        try:
-            jax.distributed.initialize(
-                options.coordinator,
-                options.processes,
-                options.index,
-                initialization_timeout=options.timeout + 60,  # JAX ends the process then, without a word that helps
-                heartbeat_timeout_seconds=HEARTBEAT,
-            )
-        except (ValueError, RuntimeError, KeyError) as error:
-            errors.append(error)
-
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopFlag`
-    who = "" if options.index is None else f"process {options.index} of {options.processes}: "
-    meeting = threading.Thread(target=meet, daemon=True)  # not in the main thread, which alone receives signals
-    end = time.monotonic() + options.timeout
-    meeting.start()
-    while meeting.is_alive():
-        meeting.join(0.05)
-        if stop:
-            os._exit(cli.STOPPED)  # nothing was begun
-        if meeting.is_alive() and time.monotonic() > end:
-            print(f"error: {who}{_nobody(options)}", file=sys.stderr, flush=True)
-            os._exit(UserError.exit_code)
-    if errors:
-        reason = str(errors[0]).splitlines()[0]
-        if options.coordinator is None:
-            raise UserError(
-                f"--distributed: JAX finds no cluster here ({reason}). On SLURM start it with srun; elsewhere give "
-                "--distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
-            )
-        raise UserError(
-            f"{who}--distributed.coordinator {options.coordinator} cannot be opened ({reason}); is the port in use?"
+        traceback.print_exception(error)
+        message = (
+            f"process {group.index} of {group.count} failed as shown above. If another process ended first, its "
+            "message names the cause. The same command in all processes resumes"
         )
-    # As JAX has them: its public names would start the devices, before precision and flags are set.
-    return Group(distributed.global_state.process_id, distributed.global_state.num_processes)
-
-
-def _nobody(options: Distributed) -> str:
-    """Why the processes have not met in time."""
-    text = f"the processes did not find each other within {options.timeout} s: "
-    if options.coordinator is None or options.index == 0:
-        return text + "not all of them were started, or they do not reach the first one"
-    if problem := _unreachable(options.coordinator):
-        return f"{text}--distributed.coordinator {options.coordinator} does not answer ({problem})"
-    return f"{text}{options.coordinator} answers, but not all {options.processes} processes were started"
+        _leave(RunError.exit_code, message, LINGER if group.is_main else 0)
+    jax.distributed.shutdown()  # waits for all processes
 
 
 def place_among(options: Distributed, detect: bool, stop: StopFlag | None = None) -> tuple[int, int] | None:
-    """Which process this is, and of how many, for work that they share without meeting again; None if it is alone.
+    """Return (index, count) of this process for work that needs no exchange, or None if it is alone.
 
     Raises `UserError` as `join`.
     """
@@ -270,84 +202,84 @@ def place_among(options: Distributed, detect: bool, stop: StopFlag | None = None
         return None
     if options.index is not None and options.processes is not None:
         return options.index, options.processes
-    group = _connect(options, stop)
+    _connect(options, stop)
+    import jax
+    from jax.extend.backend import clear_backends
+
+    place = jax.process_index(), jax.process_count()
+    jax.distributed.shutdown()
+    clear_backends()  # the next use of JAX finds the devices of this process only
+    return place
+
+
+def _connect(options: Distributed, stop: StopFlag | None) -> None:
+    """Call `jax.distributed.initialize`, with a message for each way in which it fails."""
     import jax
 
-    jax.distributed.shutdown()
-    return group.index, group.count
+    errors: list[Exception] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                options.coordinator,
+                options.processes,
+                options.index,
+                initialization_timeout=options.timeout + 60,  # later than ours: JAX aborts the process then
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=WEEK,
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            errors.append(error)
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopFlag`
+    # In a thread: the call does not return for signals, which the main thread receives.
+    thread = threading.Thread(target=initialize, daemon=True)
+    end = time.monotonic() + options.timeout
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.05)
+        if stop:
+            _leave(cli.STOPPED)
+        if thread.is_alive() and time.monotonic() > end:
+            _leave(UserError.exit_code, _why_nobody_came(options))
+    if errors:
+        reason = str(errors[0]).splitlines()[0]
+        if options.coordinator is None:
+            raise UserError(
+                f"--distributed: JAX detects no cluster ({reason}). On SLURM start the command with srun; elsewhere "
+                "give --distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
+            )
+        raise UserError(
+            f"process {options.index} of {options.processes}: cannot listen at --distributed.coordinator "
+            f"{options.coordinator} ({reason}); choose a free port"
+        )
 
 
-def _unreachable(coordinator: str) -> str:
-    host, _, port = coordinator.rpartition(":")
+def _why_nobody_came(options: Distributed) -> str:
+    """Describe a start that timed out."""
+    text = f"the processes did not find each other within {options.timeout} s"
+    if options.coordinator is None or options.index is None:
+        return f"{text}: start all of them, and check that they can reach the first one"
+    text = f"process {options.index} of {options.processes}: {text}"
+    if options.index == 0:
+        return f"{text}: start all {options.processes}, and check that they can reach {options.coordinator}"
+    host, _, port = options.coordinator.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
-        return str(error)
-    return ""
+        return f"{text}: --distributed.coordinator {options.coordinator} does not answer ({error})"
+    return f"{text}: {options.coordinator} answers; start all {options.processes} processes"
 
 
-def _end_with_others(group: Group) -> None:
-    """Wait for another process's message, in a thread of its own, and end with it."""
-    try:
-        text = _client().blocking_key_value_get(_FAILED, _FOREVER)
-    except Exception:  # the end, or the first process is gone, which is noticed elsewhere
-        return
-    failure = json.loads(text)
-    if failure["index"] == group.index:
-        return
-    with contextlib.suppress(Exception):
-        _client().key_value_set(f"{_TOLD}/{group.index}", "")
-    where = f"process {failure['index']} of {group.count} on {failure['host']}"
-    print(f"error: process {group.index} ends: {where} failed: {failure['message']}", file=sys.stderr, flush=True)
-    _let_others_leave(group)
-    os._exit(RunError.exit_code)
+def _leave(code: int, message: str = "", linger: float = 0) -> NoReturn:
+    """End this process with its own message and exit code.
 
-
-def _end(group: Group, error: BaseException) -> NoReturn:
-    """Say why this process ends, tell the others, and end."""
-    code = RunError.exit_code
-    if isinstance(error, UserError | RunError):
-        code, message = error.exit_code, str(error)
-    elif _lost(error):
-        message = (
-            f"process {group.index} of {group.count}: another process has ended, or cannot be reached any more "
-            f"({_first_line(error)}). The same command in all processes resumes"
-        )
-    else:
-        traceback.print_exception(error)
-        message = f"{type(error).__name__}: {error}"
-    print(f"error: {message}", file=sys.stderr)
+    An ordinary exit would not do: JAX waits for the other processes in it and then aborts with a code of its own, and
+    a thread may still be connecting.
+    """
+    if message:
+        print(f"error: {message}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    failure: Mapping[str, Any] = {"index": group.index, "host": socket.gethostname(), "message": message[:2000]}
-    with contextlib.suppress(Exception):  # another one was first, or the first process is gone
-        client = _client()
-        client.key_value_set(_FAILED, json.dumps(failure))
-        end = time.monotonic() + LEAVING
-        while len(client.key_value_dir_get(_TOLD)) < group.count - 1 and time.monotonic() < end:
-            time.sleep(0.05)
-    _let_others_leave(group)
+    time.sleep(linger)
     os._exit(code)
-
-
-def _let_others_leave(group: Group) -> None:
-    """The first process runs the service that all are tied to, and goes last: JAX aborts whoever it leaves behind."""
-    if group.is_main and group.count > 1:
-        time.sleep(LAST)
-
-
-def _lost(error: BaseException) -> bool:
-    """Whether an error says that a collective operation had nobody at its other end."""
-    known = re.search(r"gloo|nccl|collective|coordination|connection|barrier|heartbeat|peer", str(error), re.IGNORECASE)
-    return isinstance(error, ValueError | RuntimeError) and known is not None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
-
-
-def _client() -> Any:
-    """The coordination service: JAX has no public name for it."""
-    from jax._src import distributed
-
-    return distributed.global_state.client

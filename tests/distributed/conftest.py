@@ -1,6 +1,7 @@
-"""One folder with data, compiled programs and the run of a single process on a single device."""
+"""A folder for runs, data and compiled programs, and the run of a single process."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(path / "cache"),
     }
-    site = Site(path, environment)
-    [(code, _, err)] = ends([site.train(site.alone)])
+    return Site(path, environment)
+
+
+@pytest.fixture(scope="session")
+def alone(site: Site) -> Path:
+    """The run of a single process on a single device."""
+    run = site.path / "alone"
+    [(code, _, err)] = ends([site.train(run)])
     assert (code, err) == (0, "")
-    return site
+    return run

@@ -1,4 +1,4 @@
-"""What each process reads, and how it is told its place."""
+"""The part of the data that each process reads, and what several processes evaluate and predict together."""
 
 import subprocess
 import sys
@@ -11,11 +11,9 @@ from PIL import Image
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.pipeline import eval_batches, train_batches
-from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.processes import Distributed
 from tests.support import ROOT
 from tests.support.tiny import brightness_model, save_model
-from tests.support.together import Site, ends, save_squares
+from tests.support.together import Site, ends, free_port, save_squares
 
 
 def test_the_shares_of_a_batch_are_the_batch_whatever_their_number(tmp_path: Path) -> None:
@@ -42,7 +40,7 @@ def test_the_shares_of_a_batch_are_the_batch_whatever_their_number(tmp_path: Pat
 
 
 @pytest.mark.parametrize("shares", [1, 2, 8])
-def test_every_one_of_101_images_is_validated_once(tmp_path: Path, shares: int) -> None:
+def test_each_of_101_images_is_validated_once(tmp_path: Path, shares: int) -> None:
     config = DataConfig(root=str(save_squares(tmp_path, 101, "val")), size=(8,), threads=1)
     dataset = open_dataset(config)
     seen: list[int] = []
@@ -54,16 +52,16 @@ def test_every_one_of_101_images_is_validated_once(tmp_path: Path, shares: int) 
             assert len(batch["image"]) == 16 // shares
             seen += batch["index"][batch["valid"]].tolist()
     assert sorted(seen) == list(range(101))
-    assert batches == {7}  # in every process as many: none waits for another
+    assert batches == {7}  # equal in every process, or one would wait for another
 
 
 def test_several_processes_of_several_devices_evaluate_every_image_once_as_one_does(tmp_path: Path, site: Site) -> None:
     data = save_squares(tmp_path / "data", 101, "test")
     weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[32, 32])
     command = ["--weights", weights, "--data.root", data, "--batch-size", 16, "--output"]
-    [(code, _, err)] = ends([site.start(*command, tmp_path / "alone", command="evaluate")])
+    [(code, _, err)] = ends([site.command("evaluate", *command, tmp_path / "alone")])
     assert (code, err) == (0, "")
-    with site.together(2, *command, tmp_path / "both", command="evaluate", devices=4) as processes:
+    with site.together(2, "evaluate", *command, tmp_path / "both", devices=4) as processes:
         (code, out, err), (other_code, other_out, other_err) = ends(processes)
     assert (code, err, other_code, other_err) == (0, "", 0, "")
     assert out.splitlines()[-1].startswith("test dice ")
@@ -77,9 +75,9 @@ def test_several_processes_of_several_devices_segment_every_image_once_as_one_do
     images = save_squares(tmp_path / "data", 11, "test") / "images"
     weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[32, 32])
     command = [images, "--weights", weights, "--output"]
-    [(code, _, err)] = ends([site.start(*command, tmp_path / "alone", command="predict")])
+    [(code, _, err)] = ends([site.command("predict", *command, tmp_path / "alone")])
     assert (code, err) == (0, "")
-    with site.together(2, *command, tmp_path / "both", command="predict", devices=2) as processes:
+    with site.together(2, "predict", *command, tmp_path / "both", devices=2) as processes:
         found = ends(processes)
     assert [(code, err) for code, _, err in found] == [(0, "")] * 2
     assert [out.splitlines()[-1].split()[0] for _, out, _ in found] == ["6", "5"]
@@ -89,44 +87,39 @@ def test_several_processes_of_several_devices_segment_every_image_once_as_one_do
         assert np.array_equal(np.asarray(Image.open(tmp_path / "both" / path.name)), np.asarray(Image.open(path)))
 
 
+def test_predict_takes_its_share_from_the_cluster(tmp_path: Path, site: Site) -> None:
+    images = save_squares(tmp_path / "data", 3, "test") / "images"
+    weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[32, 32])
+    slurm = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    processes = []
+    for index in range(2):
+        task = {**slurm, "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+        place = Site(site.path, {**site.environment, **task})
+        processes.append(
+            place.command("predict", images, "--weights", weights, "--output", tmp_path / "out", "--distributed")
+        )
+    found = ends(processes)
+    assert [(code, err) for code, _, err in found] == [(0, "")] * 2
+    assert [out.splitlines()[-1].split()[0] for _, out, _ in found] == ["2", "1"]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+
+
 def test_a_state_saved_on_4_devices_comes_back_bit_for_bit_on_1_2_and_8(tmp_path: Path) -> None:
     code = """
 import sys, jax, numpy as np
 from pathlib import Path
 from pdrunet_jax.runtime.checkpoint import Checkpoints
-from pdrunet_jax.runtime.devices import make_mesh
-from pdrunet_jax.runtime.devices import Placement
+from pdrunet_jax.runtime.devices import Placement, make_mesh
 values = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 values[0, :3] = -0.0, np.nan, np.float32(1e-42)
 state = {"w": values, "step": np.int32(7)}
-on = lambda count: Placement(make_mesh(devices=jax.devices()[:count]))
-Checkpoints(Path(sys.argv[1]), 1, 1).save(7, on(4).state(state), position={})
+on = lambda count: Placement(make_mesh(jax.devices()[:count]))
+Checkpoints(Path(sys.argv[1]), 1, 1).save(7, on(4).replicate(state), position={})
 for count in (1, 2, 8):
     restored = Checkpoints(Path(sys.argv[1]), 1, 1).restore(state).state
-    placed = on(count).state(restored)
+    placed = on(count).replicate(restored)
     assert len(placed["w"].sharding.device_set) == count
     assert np.asarray(placed["w"]).tobytes() == values.tobytes() and int(placed["step"]) == 7
 """
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "c")], check=True, env=environment)
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"coordinator": "host:1"}, "--distributed.processes and --distributed.index are missing"),
-        ({"processes": 2, "index": 0}, "--distributed.coordinator is missing"),
-        ({"coordinator": "host:1", "processes": 2, "index": 2}, "numbered from 0 to 1"),
-        ({"coordinator": "host:1", "processes": 2, "index": -1}, "--distributed.index -1"),
-        ({"coordinator": "host:1", "processes": 0, "index": 0}, "--distributed.processes 0"),
-        ({"coordinator": "host", "processes": 2, "index": 0}, "give HOST:PORT"),
-        ({"coordinator": "host:port", "processes": 2, "index": 0}, "give HOST:PORT"),
-        ({"timeout": 0}, "--distributed.timeout 0"),
-    ],
-)
-def test_a_place_that_is_given_by_halves_is_refused(options: dict[str, object], named: str) -> None:
-    with pytest.raises(UserError, match=named):
-        Distributed(**options).wanted(detect=True)  # type: ignore[arg-type]

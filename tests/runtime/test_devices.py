@@ -1,4 +1,4 @@
-"""The arithmetic that is asked for is the arithmetic that is used, and the first line says so."""
+"""JAX computes with the requested precision, and the first line of output names it."""
 
 import os
 import subprocess
@@ -7,10 +7,10 @@ import sys
 import pytest
 
 PROGRAM = """
-import sys
-from pdrunet_jax.runtime.devices import configure_jax
-print(configure_jax(sys.argv[1], deterministic=True))
-import jax, jax.numpy as jnp
+import sys, jax, jax.numpy as jnp
+from pdrunet_jax.runtime.devices import configure_jax, describe_device
+configure_jax(sys.argv[1], deterministic=True)
+print(describe_device(sys.argv[1], deterministic=True))
 print(jnp.ones(1).dtype if sys.argv[1] != "float64" else jnp.ones(1, jnp.float64).dtype)
 text = jax.jit(jnp.matmul).lower(jnp.ones((2, 2), jnp.float32), jnp.ones((2, 2), jnp.float32)).as_text()
 print("precision = [HIGHEST, HIGHEST]" in text)
@@ -37,7 +37,7 @@ def test_precision_is_set_and_named(precision: str, dtype: str, highest: bool) -
 
 
 def test_a_platform_that_does_not_exist_is_a_user_error() -> None:
-    program = "from pdrunet_jax.runtime import cli, devices\ncli.run(lambda: print(devices.configure_jax('float32')))"
+    program = "from pdrunet_jax.runtime import cli, devices\ncli.run(lambda: print(devices.describe_device('float32')))"
     result = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, "JAX_PLATFORMS": "abacus"},

@@ -1,4 +1,4 @@
-"""Runs of several real processes on this machine, and how far two runs may differ."""
+"""Commands run by several real processes on this machine, and the tolerance between two runs."""
 
 import json
 import socket
@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,40 +53,38 @@ Process = subprocess.Popen[str]
 
 @dataclass
 class Site:
-    """A folder with a configuration, data, and the run of one process on one device."""
+    """A folder with a configuration and data, and the environment of the processes started there."""
 
     path: Path
     environment: dict[str, str]
 
-    @property
-    def alone(self) -> Path:
-        return self.path / "alone"
-
-    def start(self, *options: object, devices: int = 1, command: str = "train") -> Process:
-        words = [sys.executable, "-m", f"pdrunet_jax.{command}", *map(str, options)]
-        flags = f"--xla_force_host_platform_device_count={devices}"
+    def start(self, *words: object, devices: int = 1) -> Process:
+        """Start `python WORDS` in the folder, with so many virtual devices."""
         return subprocess.Popen(
-            words,
+            [sys.executable, *map(str, words)],
             cwd=self.path,
-            env={**self.environment, "XLA_FLAGS": flags},
+            env={**self.environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
+    def command(self, name: str, *options: object, devices: int = 1) -> Process:
+        return self.start("-m", f"pdrunet_jax.{name}", *options, devices=devices)
+
     def train(self, run: Path, *options: object, devices: int = 1) -> Process:
-        return self.start("--config", "tiny.toml", "--workdir", run, *options, devices=devices)
+        return self.command("train", "--config", "tiny.toml", "--workdir", run, *options, devices=devices)
 
     @contextmanager
     def together(
-        self, count: int, *options: object, command: str = "train", devices: int = 1
+        self, count: int, name: str, *options: object, each: Sequence[Sequence[object]] = (), devices: int = 1
     ) -> Iterator[list[Process]]:
-        """So many processes of one command; whatever still runs afterwards is killed."""
+        """Start so many processes of a command; process i also gets the options `each[i]`. Kill the rest on exit."""
         address = f"127.0.0.1:{free_port()}"
         where = ["--distributed.coordinator", address, "--distributed.processes", count, "--distributed.timeout", 120]
         processes = [
-            self.start(*options, *where, "--distributed.index", index, command=command, devices=devices)
-            for index in range(count)
+            self.command(name, *options, *where, "--distributed.index", index, *own, devices=devices)
+            for index, own in enumerate(each or [()] * count)
         ]
         try:
             yield processes
@@ -95,12 +93,14 @@ class Site:
                 process.kill()
                 process.communicate()
 
-    def train_together(self, run: Path, count: int, *options: object) -> Any:
-        return self.together(count, "--config", "tiny.toml", "--workdir", run, *options)
+    def train_together(
+        self, run: Path, count: int, each: Sequence[Sequence[object]] = ()
+    ) -> AbstractContextManager[list[Process]]:
+        return self.together(count, "train", "--config", "tiny.toml", "--workdir", run, each=each)
 
 
 def ends(processes: Sequence[Process], timeout: float = 300) -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each."""
+    """Wait for processes; return exit code, output and errors of each."""
     found = []
     for process in processes:
         out, err = process.communicate(timeout=timeout)
@@ -109,7 +109,7 @@ def ends(processes: Sequence[Process], timeout: float = 300) -> list[tuple[int, 
 
 
 def save_squares(root: Path, count: int, split: str) -> Path:
-    """So many images of bright squares, no two alike; where the truth is larger than the square, one is found wrong."""
+    """Save a dataset of bright squares, no two alike; the truth of every tenth is larger than its square."""
     rows = []
     for number in range(count):
         image = bright_square(24, 32, 2 + number % 8, 2 + number // 8, 12)
@@ -132,7 +132,7 @@ def free_port() -> int:
 
 
 def wait_for(run: Path, step: int, processes: Sequence[Process]) -> None:
-    """Until `step` is written down."""
+    """Wait until metrics.jsonl has `step`."""
     path = run / "metrics.jsonl"
     while not (path.exists() and f'"step": {step},' in path.read_text()):
         assert all(process.poll() is None for process in processes), ends(processes)
@@ -155,8 +155,14 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_same_state(found: Path, expected: Path) -> None:
+    """Parameters, statistics and optimizer state are bit-equal after the last step."""
+    a, b = state_of(found), state_of(expected)
+    assert [name for name in b if a[name].tobytes() != b[name].tobytes()] == []
+
+
 def assert_close_runs(found: Path, expected: Path) -> None:
-    """The same samples at every step; losses, parameters, statistics and optimizer state within `CLOSE`."""
+    """The samples of every step are equal; losses, parameters, statistics and optimizer state are within `CLOSE`."""
     lines, others = lines_of(found), lines_of(expected)
     for name in ("step", "data/sequence"):
         assert [line.get(name) for line in lines] == [line.get(name) for line in others]
