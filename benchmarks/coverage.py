@@ -1,8 +1,8 @@
-"""python -m benchmarks.coverage: how often the 95 % interval of a mean score holds the true mean.
+"""`python -m benchmarks.coverage`: coverage of the 95 % interval of a mean score.
 
-Datasets are drawn from populations whose mean is known: patients with 1 to 6 images each, scores that share a part by
-patient. Beside `pdrunet_jax.intervals.interval` stands the percentile interval of the same bootstrap of whole patients,
-which is what most programs have.
+Datasets are simulated from populations with a known mean: patients with 1 to 6 images each, whose scores share a
+patient effect. `pdrunet_jax.evaluate.intervals.interval` is compared with the percentile interval of the same bootstrap
+over patients, the usual choice.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ from pdrunet_jax.evaluate.intervals import RESAMPLES, interval
 
 PATIENTS = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100)
 LARGE = 400_000
-"""Patients from which a population's mean is taken."""
+"""Simulated patients for the true mean of a population."""
 
 Draw = Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
-"""Scores of all images of so many patients, and the patient of each image."""
+"""Generator and number of patients to the scores of all images, and the patient of each image."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Coverage of the intervals of evaluation."""
+    """Measure the coverage of the confidence intervals."""
 
     datasets: int = 1000
-    """Simulated datasets for each population and number of patients."""
+    """Simulated datasets per population and number of patients."""
     patients: tuple[int, ...] = PATIENTS
     """Numbers of patients."""
     output: Path | None = None
-    """JSON file for the figures, e.g. benchmarks/results/coverage.json."""
+    """JSON file for the results, e.g. benchmarks/results/coverage.json."""
 
 
 def members(generator: np.random.Generator, count: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def members(generator: np.random.Generator, count: int) -> np.ndarray:
 
 
 def normal(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """0.8, standard deviation 0.05 between patients and 0.05 within."""
+    """Mean 0.8, standard deviation 0.05 between patients and 0.05 within."""
     member = members(generator, count)
     return 0.8 + 0.05 * generator.normal(size=count)[member] + 0.05 * generator.normal(size=len(member)), member
 
@@ -55,7 +55,7 @@ def skewed(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.n
 
 
 def linked(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `skewed`, but a patient's logit is lower by 0.2 for every image more: who is ill has more taken."""
+    """Like `skewed`, but each additional image lowers the patient's logit by 0.2: the sicker have more X-rays taken."""
     member = members(generator, count)
     images = np.bincount(member)
     effect = 0.8 * generator.normal(size=count) - 0.2 * (images - 3.5)
@@ -63,14 +63,14 @@ def linked(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.n
 
 
 def failures(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `skewed`, but of one patient in ten all images score 40 % less."""
+    """Like `skewed`, but all images of one patient in ten score 40 % less."""
     scores, member = skewed(generator, count)
     failed = generator.uniform(size=count) < 0.1
     return np.where(failed[member], 0.6 * scores, scores), member
 
 
 def perfect(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """As `skewed`, but of seven patients in ten all images score exactly 1."""
+    """Like `skewed`, but all images of seven patients in ten score exactly 1."""
     scores, member = skewed(generator, count)
     right = generator.uniform(size=count) < 0.7
     return np.where(right[member], 1.0, scores), member
@@ -87,7 +87,7 @@ def percentile(scores: np.ndarray, member: np.ndarray, seed: int) -> tuple[float
 
 
 def coverage(draw: Draw, patients: int, datasets: int) -> dict[str, float]:
-    """Shares of datasets whose interval holds the true mean, and the median width of the intervals."""
+    """Share of datasets whose interval contains the true mean, and median width of the intervals."""
     truth = float(np.mean(draw(np.random.default_rng(0), LARGE)[0]))
     ours, theirs = [], []
     for number in range(datasets):
@@ -106,7 +106,7 @@ def coverage(draw: Draw, patients: int, datasets: int) -> dict[str, float]:
 
 
 def table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A line for each number of patients: coverage of each population, that of the percentile interval in brackets."""
+    """One line per number of patients: coverage in each population, in brackets for the percentile interval."""
     names = list(figures)
     lines = ["patients  " + "".join(f"{name:>18}" for name in names)]
     for patients in figures[names[0]]:
@@ -117,7 +117,7 @@ def table(figures: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     options = tyro.cli(Options, prog="python -m benchmarks.coverage")
     figures = {
         name: {str(count): coverage(draw, count, options.datasets) for count in options.patients}
