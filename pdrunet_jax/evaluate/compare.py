@@ -257,7 +257,7 @@ def comparison_table(values: Mapping[str, Any]) -> list[list[str]]:
 
 def changed_table(values: Mapping[str, Any]) -> list[list[str]]:
     """Header and cells of the images in comparison.json whose Dice changed most; one column of words, then numbers."""
-    table = [["changed most", "Dice here", "there", "difference"]]
+    table = [["changed most", "Dice, this", "Dice, other", "difference"]]
     for case in values["changed"]:
         this, other = case["this"], case["other"]
         table.append([case["image"], format_score(this), format_score(other), format_score(this - other, "+")])

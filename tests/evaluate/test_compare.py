@@ -138,7 +138,7 @@ def test_the_command_compares_with_weights_and_with_the_folder_of_their_evaluati
         results.append(json.loads((place / "out/comparison.json").read_text()))
         lines = capsys.readouterr().out.splitlines()
         assert lines[-1].startswith("test dice 0.974 (95% ")
-        assert any(line.split()[:3] == ["changed", "most", "Dice"] for line in lines)
+        assert any(line.split()[:3] == ["changed", "most", "Dice,"] for line in lines)
         assert results[-1].pop("against") == against
     assert results[0] == results[1] == results[2]
     assert results[0]["classes"]["square"]["dice"]["better"] == 3

@@ -1,12 +1,13 @@
 """Line charts as SVG in the colours of the page, and metrics.jsonl as curves."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from pdrunet_jax.runtime.run_folder import read_entries
 
 Points = list[tuple[float, float]]
 
@@ -25,14 +26,7 @@ def read_metrics(path: Path) -> dict[str, Points]:
     Skips an incomplete last line, as a killed run may leave it. A missing file has no values.
     """
     values: dict[str, dict[float, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        try:
-            entry: Any = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(entry, dict) or not _is_number(entry.get("step")):
-            continue
+    for entry in filter(None, read_entries(path)):
         for key, value in entry.items():
             if key != "step" and _is_number(value):
                 values.setdefault(key, {})[entry["step"]] = value
