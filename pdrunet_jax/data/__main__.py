@@ -27,7 +27,7 @@ _HELP = "Import, check and split datasets, or draw synthetic X-rays."
 class _Folder(DataConfig):
     """The settings of training that decide what a dataset folder holds."""
 
-    root: tyro.conf.Positional[str] = tyro.MISSING
+    root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = tyro.MISSING
     """Dataset folder."""
     # Nothing is resized or kept here, and phantoms have a subcommand of their own.
     size: tyro.conf.Suppress[tuple[int, ...]] = (256,)
@@ -62,7 +62,7 @@ class Split(_Folder):
 class Phantom(PhantomOptions):
     """Draw synthetic X-rays of long bones with exact masks."""
 
-    root: tyro.conf.Positional[Path] = tyro.MISSING
+    root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = tyro.MISSING
     """Folder to write; must be empty or not exist."""
 
 

@@ -1,8 +1,7 @@
-"""Random changes to training images on the device, inside jit: image and mask move together.
+"""Random augmentation of training images and masks on the device, inside jit.
 
-Every draw depends on the sample's own key alone, which comes from the seed, the epoch and the sample's index; so
-neither the batch's order nor an interruption changes it, and switching one option on or off leaves the draws of the
-others as they were.
+Every draw depends only on the sample's key, made from seed, epoch and sample index. The order of samples, or an
+interruption, does not change it, and turning one option on or off does not change the draws of the others.
 """
 
 import math
@@ -17,15 +16,15 @@ from pdrunet_jax.config import AugmentConfig
 from pdrunet_jax.data.masks import IGNORE
 
 ELASTIC_CELLS = 8
-"""Control points of the elastic displacement along each side; it is smooth over one such cell."""
+"""Cells of the elastic displacement's control grid along each side."""
 
-# Where each option finds its number among those drawn for a sample; noise and elastic fields have their own streams.
+# Position of each option's number among those of a sample; noise and elastic fields have streams of their own.
 _FLIP_H, _FLIP_V, _ROTATE, _SCALE, _SHIFT_Y, _SHIFT_X, _SHEAR, _BLUR, _GAMMA, _CONTRAST, _BRIGHTNESS, _NOISE = range(12)
 _NUMBERS, _ELASTIC_FIELD, _NOISE_FIELD = range(3)
 
 
 def sample_keys(key: Array, epoch: ArrayLike, index: ArrayLike) -> Array:
-    """A key for each sample, from the run's `key` and the samples' `epoch` and `index`, both int (N,)."""
+    """One key per sample, from the run's `key` and the samples' `epoch` and `index`, both int (N,)."""
     return jax.vmap(lambda e, i: jax.random.fold_in(jax.random.fold_in(key, e), i))(
         jnp.asarray(epoch), jnp.asarray(index)
     )
@@ -34,21 +33,20 @@ def sample_keys(key: Array, epoch: ArrayLike, index: ArrayLike) -> Array:
 def augment(
     images: Array, masks: Array, keys: Array, config: AugmentConfig, *, soft: bool = False
 ) -> tuple[Array, Array]:
-    """Change `images` and `masks` at random as `config` says; with every option at zero they come back untouched.
+    """Augment `images` and `masks`; with every option at zero they are returned as they are.
 
     Flips are exact. Rotation, scale, shift, shear and elastic displacement are composed into one resampling: bilinear
-    for images, nearest for masks. What comes from outside of the image is black, and `IGNORE` in the mask (0 if
-    `soft`): nothing is known about it.
+    for images, nearest for masks. Pixels from outside the image are black, and `IGNORE` in the mask (0 if `soft`).
 
     Args:
         images: floating point (N, H, W, C) in [0, 1].
         masks: uint8 (N, H, W), class indices; grey values if `soft`.
         keys: (N,) keys from `sample_keys`.
-        config: how much; static, so an option at zero adds no work.
-        soft: the masks are grey values and are resampled bilinearly too.
+        config: strengths; static, so an option at zero costs nothing.
+        soft: masks are grey values and resampled bilinearly.
 
     Returns:
-        Images in [0, 1] and masks, of the shapes and types given.
+        Images in [0, 1] and masks, with the given shapes and types.
     """
     if config == AugmentConfig():
         return images, masks
@@ -69,7 +67,7 @@ def augment(
 
 
 def _normal(keys: Array, stream: int, shape: tuple[int, ...]) -> Array:
-    """(N, *shape) normal numbers, float32 whatever the precision, so that it does not change the draws."""
+    """(N, *shape) normal numbers, float32 at any precision, so that the draws do not depend on it."""
     count = math.prod(shape)  # drawn flat: in three dimensions XLA on CPUs takes seconds to compile it
     flat = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), (count,), jnp.float32))(keys)
     return flat.reshape(-1, *shape)
@@ -78,9 +76,9 @@ def _normal(keys: Array, stream: int, shape: tuple[int, ...]) -> Array:
 def _sources(
     drawn: Array, flips: dict[int, Array], keys: Array, config: AugmentConfig, shape: tuple[int, ...]
 ) -> tuple[Array, Array]:
-    """Row and column, float32 (N, H, W) in pixels, that each output pixel is taken from.
+    """Source row and column of each output pixel, float32 (N, H, W).
 
-    `drawn` (N, 12) is uniform; `flips` says for axes 1 and 2 which samples (N,) are mirrored before everything else.
+    `drawn` (N, 12) is uniform; `flips` holds for axes 1 and 2 which samples (N,) are mirrored first.
     """
     height, width = shape
     centred = 2 * drawn - 1
@@ -88,7 +86,7 @@ def _sources(
     slant = jnp.tan(math.radians(config.shear) * centred[:, _SHEAR])
     zoom = jnp.exp(math.log1p(config.scale) * centred[:, _SCALE])
 
-    # About the centre, in pixels rather than shares of a side, so that a rotation is one in oblong images too.
+    # About the centre and in pixels, so that a rotation stays one in images that are not square.
     y = jnp.arange(height, dtype=jnp.float32)[None, :, None] - (height - 1) / 2
     x = jnp.arange(width, dtype=jnp.float32)[None, None, :] - (width - 1) / 2
     cos, sin = (jnp.cos(angle) / zoom)[:, None, None], (jnp.sin(angle) / zoom)[:, None, None]
@@ -126,7 +124,7 @@ def _resample(images: Array, masks: Array, rows: Array, columns: Array, *, soft:
     next_row, next_column = jnp.minimum(row + 1, height - 1), jnp.minimum(column + 1, width - 1)
 
     def bilinear(pixels: Array) -> Array:
-        """`pixels` (N, H, W, C) at the sources."""
+        """`pixels` (N, H, W, C) at the source positions."""
         a, b = down[..., None].astype(pixels.dtype), right[..., None].astype(pixels.dtype)
         upper = _take(pixels, row, column) * (1 - b) + _take(pixels, row, next_column) * b
         lower = _take(pixels, next_row, column) * (1 - b) + _take(pixels, next_row, next_column) * b
@@ -152,7 +150,7 @@ def _change_intensity(images: Array, drawn: Array, keys: Array, config: AugmentC
         return images
 
     def each(place: int) -> Array:
-        """The uniform number of an option, in the shape that broadcasts over images."""
+        """The uniform number of an option, broadcastable to images."""
         return drawn[:, place, None, None, None].astype(images.dtype)
 
     if config.blur:
@@ -171,7 +169,7 @@ def _change_intensity(images: Array, drawn: Array, keys: Array, config: AugmentC
 
 
 def _blur(images: Array, deviation: Array) -> Array:
-    """Gaussian blur of `deviation` (N,) pixels; at the edges the kernel is cut and weighed anew."""
+    """Gaussian blur of `deviation` (N,) pixels; at the edges the kernel is truncated and renormalised."""
 
     def kernel(length: int) -> Array:
         position = jnp.arange(length, dtype=jnp.float32)

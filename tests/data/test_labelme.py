@@ -22,7 +22,7 @@ from pdrunet_jax.data.labelme.read import image_location, rasterise, read_annota
 from pdrunet_jax.data.labelme.write import write_labelme
 from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.phantoms.phantom import draw
-from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.errors import DataError, RunError, UserError
 from tests.support.labelme_files import annotate, box, png, shape
 from tests.support.small_data import SIZE, config, noise, save
 
@@ -224,18 +224,18 @@ def test_every_problem_of_every_file_is_reported_at_once(source: Path) -> None:
         "many": ([shape("bone", [[1, 1]] * 200_001)], {}, "200,001 points"),
         "pairs": ([shape("bone", [[1, 1, 1], [2, 2], [3, 3]])], {}, "pairs"),
         "text": ([shape("bone", [["1", 1], [2, 2], [3, 3]])], {}, "pairs"),
-        "half": ([shape("a\ud800", box(1, 1, 5, 5))], {}, "is no text"),
-        "label": ([shape("", box(1, 1, 5, 5)), {**good[0], "label": {"a": 1}}], {}, "label a dict is no text"),
+        "half": ([shape("a\ud800", box(1, 1, 5, 5))], {}, "must be printable text"),
+        "label": ([shape("", box(1, 1, 5, 5)), {**good[0], "label": {"a": 1}}], {}, "label a dict must be printable text"),
         "kind": ([shape("bone", box(1, 1, 5, 5), "spline")], {}, "shape_type 'spline' is unknown"),
-        "object": (["bone"], {}, "shape 1: no object"),
-        "shapes": (good, {"shapes": {"a": 1}}, "shapes is no list"),
+        "object": (["bone"], {}, "shape 1: must be an object"),
+        "shapes": (good, {"shapes": {"a": 1}}, "shapes must be a list"),
         "path": (good, {"imagePath": 7}, "imagePath is missing"),
-        "base64": ([shape("bone", [[1, 1], [3, 3]], "mask", mask="%%%")], {}, "no valid base64"),
-        "nopng": ([shape("bone", [[1, 1], [3, 3]], "mask", mask="AAAA")], {}, "its mask is no PNG"),
-        "nomask": ([shape("bone", [[1, 1], [3, 3]], "mask")], {}, "without its mask"),
+        "base64": ([shape("bone", [[1, 1], [3, 3]], "mask", mask="%%%")], {}, "not valid base64"),
+        "nopng": ([shape("bone", [[1, 1], [3, 3]], "mask", mask="AAAA")], {}, "its mask is not a PNG"),
+        "nomask": ([shape("bone", [[1, 1], [3, 3]], "mask")], {}, "without mask data"),
         "corner": ([shape("bone", [[1, 1], [9, 9]], "mask", mask=png(noise(0)))], {}, "24x20 pixels, but its corners"),
         "gone": (good, {"imagePath": "none.png"}, "none.png does not exist, and none is embedded"),
-        "data": (good, {"imagePath": "no1.png", "imageData": "*"}, "imageData is no valid base64"),
+        "data": (good, {"imagePath": "no1.png", "imageData": "*"}, "imageData is not valid base64"),
         "noimage": (good, {"imagePath": "no2.png", "imageData": "AAAA"}, "no PNG, JPEG"),
         "datasize": (good, {"imagePath": "no3.png", "imageData": png(noise(0)[:9])}, "imageData has 24x9"),
     }
@@ -415,5 +415,5 @@ def test_what_is_written_is_a_labelme_5_file(tmp_path: Path) -> None:
 def test_a_mask_with_classes_that_have_no_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="class 2"):
         write_labelme(tmp_path / "x.json", np.full(SIZE, 2, np.uint8), ("bone",), "x.png")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(RunError, match="cannot be written"):
         write_labelme(tmp_path / "no" / "x.json", np.zeros(SIZE, np.uint8), ("bone",), "x.png")

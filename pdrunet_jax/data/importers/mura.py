@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from pdrunet_jax.data.folder import files_below, some, write_manifest
 from pdrunet_jax.data.images import SUFFIXES, decode_image, read_bytes
 from pdrunet_jax.data.importers.common import (
-    LabelTable,
     Source,
     Target,
     check_classes,
@@ -271,7 +270,6 @@ class DrawnMasks:
             raise UserError("--classes: LabelMe labels need numbers, such as --classes humerus 1 ulna 2")
         check_classes(numbers)
         self._declared, self._boxes = numbers, options.boxes
-        self._table = LabelTable({}, {})
         self._survey = Survey()
 
     def add(self, path: Path, size: tuple[int, int], name: str) -> None:
@@ -280,29 +278,17 @@ class DrawnMasks:
         rasterise(shapes, dict.fromkeys((shape.label for shape in shapes), 1), size, name)
 
     def settle(self) -> list[str]:
-        """Number the labels; returns problems."""
-        self._table = label_table(self._survey.labels, self._declared)
-        return list(self._table.problems)
+        """Number the labels; returns problems. Sets `classes` with their mask values, `ignores` and `notes`."""
+        self._table = table = label_table(self._survey.labels, self._declared)
+        self.classes = table.classes
+        self.ignores = any(table.index_of.get(label) == IGNORE for label in self._survey.labels)
+        self.notes = [*table.notes, *self._survey.notes()]
+        return list(table.problems)
 
     def read(self, path: Path, size: tuple[int, int], name: str) -> NDArray[np.uint8]:
         """(H, W) mask values. Raises `DataError`."""
         annotation = to_draw(_read_annotation(path, size, name), self._boxes)
         return rasterise(annotation.shapes, self._table.index_of, size, name)
-
-    @property
-    def classes(self) -> dict[str, int]:
-        """Class names with their mask values."""
-        return self._table.classes
-
-    @property
-    def ignores(self) -> bool:
-        """Whether any pixel may be ignored."""
-        return any(self._table.index_of.get(label) == IGNORE for label in self._survey.labels)
-
-    @property
-    def notes(self) -> list[str]:
-        """Remarks for the user."""
-        return [*self._table.notes, *self._survey.notes()]
 
 
 class ImageMasks:
@@ -313,7 +299,6 @@ class ImageMasks:
             raise UserError(f"--threshold {options.threshold} must be a grey value from 1 to 255")
         self._coding = declare(options.classes, options.ignore, options.threshold, source="--classes")
         self._found: list[tuple[str, dict[int, int]]] = []
-        self.notes: list[str] = []
 
     def add(self, path: Path, size: tuple[int, int], name: str) -> None:
         """Check the mask of an image of `size` (height, width). Raises `DataError`."""
@@ -324,26 +309,18 @@ class ImageMasks:
         self._found.append((name, count_codes(codes)))
 
     def settle(self) -> list[str]:
-        """Find the coding of all masks together; returns problems."""
+        """Find the coding of all masks; returns problems. Sets `classes` with their mask values, `ignores`, `notes`."""
         try:
             self._coding, self.notes = resolve(self._coding, self._found)
         except UndeclaredError as error:
             return error.problems
+        self.classes = {name: index for index, name in enumerate(self._coding.names, start=1)}
+        self.ignores = bool(self._coding.ignore)
         return []
 
     def read(self, path: Path, size: tuple[int, int], name: str) -> NDArray[np.uint8]:
         """(H, W) class indices. Raises `DataError`."""
         return codes_to_classes(decode_codes(read_bytes(path, name), name, self._coding), self._coding, name)
-
-    @property
-    def classes(self) -> dict[str, int]:
-        """Class names with their mask values."""
-        return {name: index for index, name in enumerate(self._coding.names, start=1)}
-
-    @property
-    def ignores(self) -> bool:
-        """Whether any pixel may be ignored."""
-        return bool(self._coding.ignore)
 
 
 def _is_root(folder: Path) -> bool:

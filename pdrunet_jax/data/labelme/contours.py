@@ -1,4 +1,4 @@
-"""Outlines of a mask's regions as polygons that Pillow, and so LabelMe, fills back to nearly the same pixels."""
+"""Polygons around the regions of a mask, which Pillow, and so LabelMe, fills to nearly the same pixels."""
 
 from collections import defaultdict
 
@@ -6,23 +6,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ring = NDArray[np.int64]
-"""(n, 2) columns and rows of pixels: a closed path through the outermost pixels of a region."""
+"""(n, 2) columns and rows: a closed path through the outermost pixels of a region."""
 
 _VERTEX = 0.5
-"""Half keeps bones of 15 pixels across at a Dice of 0.995 with a tolerance of 1; 1 would save a third of the vertices
-and needs bones twice as wide for that."""
+"""Cost of a vertex. 0.5 keeps bones of 15 pixels at a Dice of 0.995 with a tolerance of 1; a cost of 1 would save a
+third of the vertices, but needs bones twice as wide for that."""
 
 _LONGEST = 1024
-"""Pixels of the outline that one edge of a polygon may replace; bounds the work on long straight borders."""
+"""Longest run of outline pixels that one edge may replace; bounds the work on straight borders."""
 
 
 def outlines(region: NDArray[np.bool_], tolerance: float) -> list[Ring]:
-    """A polygon for each part of `region` (H, W), whose outline lies within `tolerance` pixels of the polygon.
+    """One polygon for each part of `region` (H, W), at most `tolerance` pixels from its outline.
 
-    Pixels that touch by a corner belong to one part. A hole is reached by a cut from the outline, there and back, so
-    that a part with holes is one polygon too. Filled by `ImageDraw.polygon`, the polygons of tolerance 0 give the
-    region exactly, except for a few pixels where a cut meets another hole; larger tolerances lose as much on one side
-    of the outline as they add on the other.
+    Parts are 8-connected. A cut there and back joins each hole to the outline, so a part with holes is one polygon,
+    too. Filled by `ImageDraw.polygon`, polygons of tolerance 0 reproduce the region, except for a few pixels where a
+    cut meets another hole; larger tolerances cut off about as much as they add.
     """
     import scipy.ndimage
 
@@ -34,20 +33,20 @@ def outlines(region: NDArray[np.bool_], tolerance: float) -> list[Ring]:
         simple = _simplify(ring, tolerance)
         if not is_hole:
             outer[part] = simple if len(simple) > 2 else ring
-        elif len(simple) > 2:  # else the hole is thinner than the tolerance: it closes
+        elif len(simple) > 2:  # else the hole is thinner than the tolerance and closes
             holes[part].append(simple)
     return [_with_cuts(ring, holes[part]) for part, ring in sorted(outer.items())]
 
 
 def _rings(region: NDArray[np.bool_]) -> list[tuple[Ring, bool]]:
-    """Every border of `region` as the region's own pixels along it, and whether it is that of a hole.
+    """Trace every border of `region`: the region's pixels along it, and whether it surrounds a hole.
 
-    The cracks between pixels are followed with the region on the right hand.
+    The path follows the cracks between pixels, with the region on its right.
     """
     padded = np.pad(region, 1)
     rows, columns = np.nonzero(padded)
-    # A crack is where it starts (as the pixel whose upper left corner that is) and its direction: 0 east, 1 south,
-    # 2 west, 3 north. East runs along the upper side of its pixel, and so on.
+    # A crack is given by its start (the pixel whose upper left corner that is) and direction: 0 east, 1 south, 2 west,
+    # 3 north. East runs along the upper side of its pixel, and so on.
     sides = (
         (0, ~padded[rows - 1, columns], 0, 0),
         (1, ~padded[rows, columns + 1], 0, 1),
@@ -72,7 +71,7 @@ def _rings(region: NDArray[np.bool_]) -> list[tuple[Ring, bool]]:
             row, column, direction = crack
             area += (0, column, 0, -column)[direction]
             row, column = row + steps[direction][0], column + steps[direction][1]
-            # The left turn first: pixels that touch by a corner stay together.
+            # Left turn first: pixels that touch at a corner stay connected.
             ways = ((row, column, (direction + turn) % 4) for turn in (3, 0, 1))
             crack = next(way for way in ways if way in pixel_of or way == start)
             if crack == start:
@@ -84,17 +83,17 @@ def _rings(region: NDArray[np.bool_]) -> list[tuple[Ring, bool]]:
 
 
 def _simplify(ring: Ring, tolerance: float) -> Ring:
-    """The vertices of `ring` whose polygon is cheapest among all that stay within `tolerance` of it.
+    """Find the cheapest polygon within `tolerance` of `ring`, by dynamic programming.
 
-    A vertex costs `_VERTEX` of `tolerance` squared; a pixel of the outline, the square of its distance from where it
-    ideally is. To drop vertices until the tolerance is used up, as Douglas and Peucker do, would cut more off than it
-    adds: most corners of a pixel outline point outwards.
+    A vertex costs `_VERTEX` times `tolerance` squared; an outline pixel, its squared distance from its ideal position.
+    Douglas-Peucker, which drops vertices as far as the tolerance allows, would cut off more than it adds: most corners
+    of a pixel outline point outwards.
     """
     count = len(ring)
     if count < 4:
         return ring
     centred = ring - ring.mean(axis=0)
-    ring = np.roll(ring, -int((centred**2).sum(axis=1).argmax()), axis=0)  # begin at a corner: it stays a vertex
+    ring = np.roll(ring, -int((centred**2).sum(axis=1).argmax()), axis=0)  # start at a corner: it stays a vertex
     closed = np.concatenate([ring, ring[:1]]).astype(np.float64)
     cost = np.full(count + 1, np.inf)
     cost[0] = 0.0
@@ -114,24 +113,24 @@ def _simplify(ring: Ring, tolerance: float) -> Ring:
 
 
 def _edge_costs(path: NDArray[np.float64], at: int, tolerance: float) -> NDArray[np.float64]:
-    """Sums of squares for edges from point `at` of `path` to each of the next ones; infinite beyond `tolerance`."""
+    """Squared errors of edges from point `at` of `path` to each of the next; infinite beyond `tolerance`."""
     length = 32
     while True:
         x, y = (path[at + 1 : at + 1 + length] - path[at]).T
         distance = np.maximum(np.hypot(x, y), 1e-9)
         angle = np.unwrap(np.arctan2(y, x))
-        # An edge must pass every point at most `tolerance` away: each leaves it a wedge of directions.
+        # An edge must pass within `tolerance` of every point: each point allows a wedge of directions.
         half = np.where(distance > tolerance, np.arcsin(np.minimum(1.0, tolerance / distance)), np.inf)
         lowest, highest = np.maximum.accumulate(angle - half), np.minimum.accumulate(angle + half)
         if highest[-1] < lowest[-1] or length >= _LONGEST or at + 1 + length >= len(path):
             break
         length *= 2
-    allowed = distance > 0.5  # not the point itself, when the path comes back to it
+    allowed = distance > 0.5  # not the point itself, if the path returns to it
     allowed[1:] &= (angle[1:] >= lowest[:-1] - 1e-9) & (angle[1:] <= highest[:-1] + 1e-9)
-    allowed[1:] &= np.maximum.accumulate(distance)[:-1] <= distance[1:] + tolerance  # nor may a point lie past its end
+    allowed[1:] &= np.maximum.accumulate(distance)[:-1] <= distance[1:] + tolerance  # nor may a point be past its end
     dx, dy = x / distance, y / distance
-    # Of a line Pillow fills the pixels whose centre is inside, or outside by up to half a pixel to the left or right.
-    # The outermost pixels then lie, in the mean, this far inside of it.
+    # Pillow fills pixels whose centre is inside a line, or outside by up to half a pixel to the left or right. On
+    # average, the outermost pixels are this far inside the line.
     inset = 0.5 * (np.maximum(np.abs(dx), np.abs(dy)) - np.abs(dy))
     outward = np.cumsum(x) * dy - np.cumsum(y) * dx
     squares = np.cumsum(x * x) * dy**2 - 2 * np.cumsum(x * y) * dx * dy + np.cumsum(y * y) * dx**2
@@ -140,11 +139,11 @@ def _edge_costs(path: NDArray[np.float64], at: int, tolerance: float) -> NDArray
 
 
 def _with_cuts(ring: Ring, holes: list[Ring]) -> Ring:
-    """One path along `ring` and all `holes`, each joined where it is nearest to what is joined already."""
+    """Join `holes` to `ring` in one path, each at the shortest distance from the path so far."""
     from scipy.spatial import cKDTree
 
     def nearest(hole: Ring, joined: "cKDTree") -> tuple[float, int, tuple[int, int]]:
-        """Distance, vertex of `hole`, and the point of `joined` for the shortest cut between them."""
+        """Shortest cut: its length, the vertex of `hole`, and the point of `joined`."""
         distances, points = joined.query(hole)
         vertex = int(np.argmin(distances))
         return float(distances[vertex]), vertex, tuple(joined.data[points[vertex]].astype(int).tolist())

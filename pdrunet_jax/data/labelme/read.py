@@ -1,4 +1,4 @@
-"""One LabelMe file: what it says, checked, and its shapes drawn as LabelMe itself draws them."""
+"""Read a LabelMe file, check it, and rasterise its shapes exactly as LabelMe does."""
 
 import base64
 import binascii
@@ -21,7 +21,7 @@ from pdrunet_jax.data.images import open_upright, read_bytes
 from pdrunet_jax.runtime.errors import DataError
 
 IGNORE_LABEL = "__ignore__"
-"""LabelMe's own name for regions that are to be left out."""
+"""LabelMe's own label for regions to ignore."""
 
 _AREAS = {
     "polygon": range(3, 1 << 62),
@@ -31,16 +31,16 @@ _AREAS = {
     "oriented_rectangle": (4,),
     "rotation": (4,),
 }
-"""Shapes that have an area, and how many points each may have."""
+"""Kinds of shapes with an area, and the number of points that each may have."""
 
 _NO_AREA = ("line", "linestrip", "point", "points")
 
 _MOST_BYTES = 256 << 20
 _MOST_POINTS = 200_000
-"""In one file. More is no work of a hand, and would keep the drawing busy for minutes."""
+"""Limit per file: more points are not drawn by hand, and take minutes to rasterise."""
 
 _BOX_SHARE = 0.9
-"""A rectangle that holds this share of the same label's outline is a box around it: people draw boxes too tight."""
+"""A rectangle that contains this share of the same label's bounds is its box: people draw boxes too tight."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Shape:
     label: str
     kind: str
     points: tuple[tuple[float, float], ...]
-    """(x, y) in pixels, from the upper left corner of the image."""
+    """(x, y) in pixels from the upper left corner."""
     mask: str | None = None
     """Base64 of the PNG of a `mask` shape."""
 
@@ -65,28 +65,28 @@ class Shape:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What a LabelMe file says; nothing in it has been followed or decoded yet."""
+    """Content of a LabelMe file; no path is followed and nothing is decoded yet."""
 
     name: str
-    """The file, as messages call it."""
+    """Name of the file in messages."""
     image_path: str
     shapes: tuple[Shape, ...]
-    """In the order in which they are drawn."""
+    """In drawing order."""
     skipped: tuple[tuple[str, str], ...] = ()
     """(kind, label) of the shapes without an area."""
     size: tuple[int | None, int | None] = (None, None)
-    """Height and width of the image, where the file states them."""
+    """Height and width of the image, if stated."""
     image_data: str | None = None
     """Base64 of the embedded image file."""
 
     def check_size(self, height: int, width: int, what: str) -> None:
-        """Raise `DataError` if the file was drawn on an image of another size than `what`."""
+        """Raise `DataError` unless the file was drawn on an image of this size, that of `what`."""
         stated = tuple(theirs or ours for theirs, ours in zip(self.size, (height, width), strict=True))
         if stated != (height, width):
             raise _wrong(self.name, f"drawn on {stated[1]}x{stated[0]} pixels, but {what} has {width}x{height}")
 
     def embedded(self) -> tuple[bytes, tuple[int, int]]:
-        """The embedded image file, and its (height, width), which is that of the annotation. Raises `DataError`."""
+        """The embedded image file and its (height, width). Raises `DataError` if damaged or of another size."""
         if self.image_data is None:
             raise _wrong(self.name, "no image is embedded")
         data = _decode_base64(self.image_data, self.name, "imageData")
@@ -96,10 +96,7 @@ class Annotation:
 
 
 def read_annotation(path: Path, name: str) -> Annotation | None:
-    """Parse a LabelMe file of any version from 3; None for JSON of another kind. Raises `DataError` that says `name`.
-
-    Every problem of the file is in the error.
-    """
+    """Parse a LabelMe file, version 3 or later; None for other JSON. Raises `DataError` with every problem."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -134,9 +131,9 @@ def read_annotation(path: Path, name: str) -> Annotation | None:
 
 
 def image_location(annotation: Annotation, folder: Path, root: Path) -> str:
-    """Where `imagePath`, seen from the annotation's `folder`, leads: POSIX and relative to `root`.
+    """Resolve `imagePath` from the annotation's `folder` to a POSIX path below `root`, without opening anything.
 
-    The path is judged by its words alone: nothing is opened. Raises `DataError` if it leads out of `root`.
+    Raises `DataError` if it leads out of `root`.
     """
     path = annotation.image_path
     if PureWindowsPath(path).drive or _unwritable(path):
@@ -149,7 +146,7 @@ def image_location(annotation: Annotation, folder: Path, root: Path) -> str:
 
 
 def without_boxes(shapes: Sequence[Shape]) -> list[Shape]:
-    """The shapes less the rectangles that are drawn around another shape of the same label."""
+    """Drop rectangles drawn around another shape with the same label."""
     regions = [shape for shape in shapes if shape.kind != "rectangle"]
     return [
         shape
@@ -162,9 +159,9 @@ def without_boxes(shapes: Sequence[Shape]) -> list[Shape]:
 def rasterise(
     shapes: Sequence[Shape], index_of: Mapping[str, int], size: tuple[int, int], name: str
 ) -> NDArray[np.uint8]:
-    """(H, W) uint8: `index_of` the label of the last shape over each pixel, 0 where there is none.
+    """Draw shapes, later over earlier ones, as (H, W) uint8 with the value `index_of` each label; 0 elsewhere.
 
-    Pixel for pixel what LabelMe's own export draws. Raises `DataError` with every shape that cannot be drawn.
+    The pixels equal those of LabelMe's own export. Raises `DataError` with every shape that cannot be drawn.
     """
     height, width = size
     image = Image.new("L", (width, height))
@@ -175,7 +172,7 @@ def rasterise(
         left, top, right, bottom = shape.bounds()
         if left < -width or top < -height or right > 2 * width or bottom > 2 * height:
             far = f"reaches to ({left:.6g}, {top:.6g}) and ({right:.6g}, {bottom:.6g})"
-            problems.append(f"{name}: shape {number} ({shape.label}) {far}, far outside of {width}x{height} pixels")
+            problems.append(f"{name}: shape {number} ({shape.label}) {far}, far outside the {width}x{height} image")
         elif shape.kind == "mask":
             try:
                 _draw_mask(image, shape, index, f"{name}: shape {number} ({shape.label})")
@@ -196,7 +193,7 @@ def _read_shapes(values: Any, problems: list[str]) -> tuple[list[Shape], list[tu
     shapes: list[Shape] = []
     skipped: list[tuple[str, str]] = []
     if not isinstance(values, list):
-        problems.append(f"shapes is {'missing' if values is None else 'no list'}")
+        problems.append(f"shapes {'is missing' if values is None else 'must be a list'}")
         return shapes, skipped
     total = 0
     for number, value in enumerate(values, start=1):
@@ -208,7 +205,7 @@ def _read_shapes(values: Any, problems: list[str]) -> tuple[list[Shape], list[tu
                 continue
             mask = value.get("mask") if kind == "mask" else None
             if kind == "mask" and not isinstance(mask, str):
-                raise ValueError("a mask shape without its mask")
+                raise ValueError("a mask shape without mask data")
             shapes.append(Shape(label, kind, points, mask))
         except ValueError as error:
             problems.append(f"shape {number}: {error}")
@@ -218,18 +215,18 @@ def _read_shapes(values: Any, problems: list[str]) -> tuple[list[Shape], list[tu
 
 
 def _read_shape(value: Any) -> tuple[str, str, tuple[tuple[float, float], ...]]:
-    """Label, kind and points. Raises `ValueError` that says what is wrong."""
+    """Label, kind and points. Raises `ValueError`."""
     if not isinstance(value, dict):
-        raise ValueError("no object")
+        raise ValueError("must be an object")
     label = value.get("label")
     if not isinstance(label, str) or not label.strip() or _unwritable(label.strip()):
-        raise ValueError(f"label {_short(label)} is no text")
-    kind = value.get("shape_type") or "polygon"  # version 3 knew nothing else
+        raise ValueError(f"label {_short(label)} must be printable text")
+    kind = value.get("shape_type") or "polygon"  # version 3 has no others
     if kind not in _NO_AREA and (not isinstance(kind, str) or kind not in _AREAS):
         raise ValueError(f"shape_type {_short(kind)} is unknown")
     points = value.get("points")
     if not isinstance(points, list) or not all(_is_point(point) for point in points):
-        raise ValueError(f"({label.strip()}) points are no list of pairs of finite numbers")
+        raise ValueError(f"({label.strip()}) points must be a list of pairs of finite numbers")
     if kind in _AREAS and len(points) not in _AREAS[kind]:
         raise ValueError(f"({label.strip()}) a {kind} of {len(points)} points")
     return label.strip(), kind, tuple((float(x), float(y)) for x, y in points)
@@ -240,7 +237,7 @@ def _is_point(value: Any) -> bool:
         isinstance(value, list)
         and len(value) == 2
         and all(isinstance(number, int | float) and not isinstance(number, bool) for number in value)
-        and all(abs(number) < 1e9 for number in value)  # neither NaN nor infinity is
+        and all(abs(number) < 1e9 for number in value)  # excludes NaN and infinity
     )
 
 
@@ -248,13 +245,13 @@ def _side(value: Any, key: str, problems: list[str]) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9 or value != int(value):
-        problems.append(f"{key} = {_short(value)} is no number of pixels")
+        problems.append(f"{key} = {_short(value)} must be a number of pixels")
         return None
     return int(value)
 
 
 def _held(inner: Shape, outer: Shape) -> float:
-    """The share of `inner`'s bounds that lies in `outer`'s."""
+    """Share of `inner`'s bounds inside `outer`'s."""
     left, top, right, bottom = inner.bounds()
     other = outer.bounds()
     width = max(0.0, min(right, other[2]) - max(left, other[0]))
@@ -271,7 +268,7 @@ def _draw_mask(image: Image.Image, shape: Shape, index: int, name: str) -> None:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as header:  # the size, before anything is decoded
             stored = header.size
     except Exception:  # Pillow's readers raise nearly every type on damaged files
-        raise _wrong(name, "its mask is no PNG") from None
+        raise _wrong(name, "its mask is not a PNG") from None
     if abs(stored[0] - width) > 1 or abs(stored[1] - height) > 1:  # corners may have been rounded apart
         raise _wrong(name, f"its mask has {stored[0]}x{stored[1]} pixels, but its corners leave {width}x{height}")
     patch = np.asarray(open_upright(data, f"{name}: its mask").convert("L")) > 0
@@ -282,11 +279,11 @@ def _decode_base64(text: str, name: str, what: str) -> bytes:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise _wrong(name, f"{what} is no valid base64") from None
+        raise _wrong(name, f"{what} is not valid base64") from None
 
 
 def _unwritable(text: str) -> bool:
-    """Whether there are control characters, or halves of characters, that no file and no log can hold."""
+    """Whether there are control characters or surrogates, which files and logs cannot hold."""
     return re.search("[\x00-\x1f\x7f\ud800-\udfff]", text) is not None
 
 

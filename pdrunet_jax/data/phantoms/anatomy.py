@@ -1,6 +1,6 @@
-"""The limbs of the phantoms: which long bones, short bones and soft tissue there are, and where.
+"""Anatomy of the phantoms: long bones, short bones and soft tissue of a random limb.
 
-Coordinates: `u` runs along the limb, `v` across it, in units of the image's side; the view turns and shifts them.
+Coordinates `u` (along the limb) and `v` (across it) are in units of the image's side; the view rotates and shifts them.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ class End:
     left: float = 0.0
     right: float = 0.0
     length: float = 1.0
-    """How far along the bone the flare reaches, in half-widths of the shaft."""
+    """Extent of the flare along the bone, in half-widths of the shaft."""
 
 
 @dataclass(frozen=True)
 class Bone:
-    """A long bone: a tube of cortex around marrow, with flared ends full of trabecular bone."""
+    """A long bone: a tube of cortex around marrow, with flared ends of trabecular bone."""
 
     name: str
     """One of `BONES`."""
@@ -42,16 +42,16 @@ class Bone:
     tilt: float = 0.0
     """Change of the offset per unit of u."""
     bow: float = 0.0
-    """How far the middle bulges sideways."""
+    """Sideways displacement of the middle."""
     cortex: float = 0.35
-    """Thickness of the shaft's wall as a share of its half-width."""
+    """Thickness of the shaft's wall as a fraction of its half-width."""
     spongy: float = 0.35
     """Density of the trabecular bone relative to cortex."""
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A short bone (carpal, tarsal, kneecap): an ellipse that is no long bone and not in the mask."""
+    """A short bone (carpal, tarsal, kneecap): an ellipse, not in the mask."""
 
     u: float
     v: float
@@ -62,27 +62,27 @@ class Blob:
 
 @dataclass(frozen=True)
 class Limb:
-    """What lies in front of the detector."""
+    """All that the X-rays pass through."""
 
     bones: tuple[Bone, ...]
     blobs: tuple[Blob, ...]
     left: tuple[float, ...]
-    """Half-widths of the soft tissue on the side of negative v, at equal steps of u in [-1, 1]."""
+    """Half-widths of the soft tissue at negative v, at equal steps of u in [-1, 1]."""
     right: tuple[float, ...]
     depth: float
     """Half-thickness of the soft tissue along the beam."""
     planes: tuple[float, ...]
     """Muscle and fat: relative density at equal steps of v in [-1, 1]."""
     ribs: float
-    """Where, across, a rib cage begins; 0 for none."""
+    """Position v at which a rib cage begins; 0 for none."""
 
 
 CUT = End("cut")
-_FAR = 1.2  # beyond every view
+_FAR = 1.2  # outside every view
 
 
 def draw_limb(rng: np.random.Generator) -> Limb:
-    """One patient's limb."""
+    """Draw one patient's limb."""
     kind = int(rng.choice(len(_KINDS), p=[0.2, 0.25, 0.25, 0.15, 0.15]))
     draw, thickness = _KINDS[kind]
     bones, blobs = draw(rng)
@@ -97,7 +97,7 @@ def draw_limb(rng: np.random.Generator) -> Limb:
         ribs = float(rng.uniform(0.24, 0.32))
         right = right + 0.6
     return Limb(
-        bones=tuple(_zoomed_bone(_varied(bone, rng), zoom) for bone in bones),
+        bones=tuple(_varied(bone, rng, zoom) for bone in bones),
         blobs=tuple(_varied_blob(blob, rng, zoom) for blob in blobs),
         left=tuple((left * zoom).tolist()),
         right=tuple((right * zoom).tolist()),
@@ -112,20 +112,11 @@ def _lower_leg(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     if not ankle:
         return _knee(rng, float(rng.uniform(-0.5, -0.3)))
     end = float(rng.uniform(0.15, 0.55))
-    tibia = Bone(
-        "tibia", -_FAR, end, -0.02, 0.052, CUT, End("slant", 0.75, 0.45, 2.6), bow=float(rng.uniform(-0.02, 0.02))
-    )
-    fibula = Bone(
-        "fibula",
-        -_FAR,
-        end + 0.05,
-        float(rng.uniform(0.09, 0.115)),
-        0.025,
-        CUT,
-        End("head", 0.3, 0.7, 3.0),
-        tilt=float(rng.uniform(-0.03, 0.02)),
-        cortex=0.5,
-    )
+    bow = float(rng.uniform(-0.02, 0.02))
+    tibia = Bone("tibia", -_FAR, end, -0.02, 0.052, CUT, End("slant", 0.75, 0.45, 2.6), bow=bow)
+    offset, tilt = float(rng.uniform(0.09, 0.115)), float(rng.uniform(-0.03, 0.02))
+    head = End("head", 0.3, 0.7, 3.0)
+    fibula = Bone("fibula", -_FAR, end + 0.05, offset, 0.025, CUT, head, tilt=tilt, cortex=0.5)
     foot = [
         Blob(end + 0.085, 0.01, 0.06, 0.085, 0.7),
         Blob(end + 0.2, 0.0, 0.1, 0.07, 0.8),
@@ -136,16 +127,8 @@ def _lower_leg(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
 
 def _knee(rng: np.random.Generator, joint: float | None = None) -> tuple[list[Bone], list[Blob]]:
     joint = float(rng.uniform(-0.2, 0.2)) if joint is None else joint
-    femur = Bone(
-        "femur",
-        -_FAR,
-        joint - 0.012,
-        0.0,
-        0.06,
-        CUT,
-        End("condyles", 0.85, 0.85, 3.2),
-        tilt=float(rng.uniform(-0.08, 0.08)),
-    )
+    tilt = float(rng.uniform(-0.08, 0.08))
+    femur = Bone("femur", -_FAR, joint - 0.012, 0.0, 0.06, CUT, End("condyles", 0.85, 0.85, 3.2), tilt=tilt)
     tibia = Bone("tibia", joint + 0.025, _FAR, -0.01, 0.056, End("plateau", 0.9, 0.9, 2.4), CUT)
     fibula = Bone("fibula", joint + 0.09, _FAR, 0.105, 0.025, End("head", 0.5, 0.7, 2.5), CUT, tilt=0.02, cortex=0.5)
     return [femur, tibia, fibula], [Blob(joint - 0.1, 0.0, 0.055, 0.05, 0.35)]
@@ -165,16 +148,8 @@ def _forearm(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
         palm = [Blob(end + 0.265, 1.1 * v, 0.11, 0.02, 2) for v in (-0.13, -0.065, 0.0, 0.06, 0.115)]
         return [radius, ulna], first + second + palm
     joint = float(rng.uniform(-0.35, -0.05))
-    humerus = Bone(
-        "humerus",
-        -_FAR,
-        joint - 0.02,
-        0.01,
-        0.045,
-        CUT,
-        End("condyles", 1.0, 1.1, 2.6),
-        tilt=float(rng.uniform(-0.15, 0.15)),
-    )
+    tilt = float(rng.uniform(-0.15, 0.15))
+    humerus = Bone("humerus", -_FAR, joint - 0.02, 0.01, 0.045, CUT, End("condyles", 1.0, 1.1, 2.6), tilt=tilt)
     radius = Bone(
         "radius", joint + 0.03, _FAR, -gap * 0.8, 0.029, End("plateau", 0.35, 0.35, 1.2), CUT, bow=-bow, cortex=0.42
     )
@@ -186,16 +161,13 @@ def _humerus(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
     top = float(rng.uniform(-0.35, -0.1))
     tilt = float(rng.uniform(-0.2, 0.1))
     shoulder = [Blob(top + 0.06, 0.2, 0.1, 0.05, 0.8), Blob(top - 0.09, 0.13, 0.022, 0.15, 1.5)]
-    return [
-        Bone("humerus", top, _FAR, -0.02, 0.055, End("head", 0.35, 0.85, 3.6), CUT, tilt=tilt, cortex=0.4)
-    ], shoulder
+    humerus = Bone("humerus", top, _FAR, -0.02, 0.055, End("head", 0.35, 0.85, 3.6), CUT, tilt=tilt, cortex=0.4)
+    return [humerus], shoulder
 
 
 def _femur(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
-    bow = float(rng.uniform(-0.05, 0.05))
-    return [
-        Bone("femur", -_FAR, _FAR, 0.0, 0.08, CUT, CUT, tilt=float(rng.uniform(-0.1, 0.1)), bow=bow, cortex=0.45)
-    ], []
+    bow, tilt = float(rng.uniform(-0.05, 0.05)), float(rng.uniform(-0.1, 0.1))
+    return [Bone("femur", -_FAR, _FAR, 0.0, 0.08, CUT, CUT, tilt=tilt, bow=bow, cortex=0.45)], []
 
 
 _Draw = Callable[[np.random.Generator], tuple[list[Bone], list[Blob]]]
@@ -208,15 +180,18 @@ _KINDS: tuple[tuple[_Draw, float], ...] = (
 )
 
 
-def _varied(bone: Bone, rng: np.random.Generator) -> Bone:
-    """`bone` with a person's own proportions."""
+def _varied(bone: Bone, rng: np.random.Generator, zoom: float) -> Bone:
+    """`bone` with a person's own proportions, enlarged by `zoom`."""
     wide, thick, dense, shift = rng.uniform((0.9, 0.75, 0.7, -0.006), (1.12, 1.2, 1.4, 0.006)).tolist()
     return replace(
         bone,
-        radius=bone.radius * wide,
+        start=bone.start * zoom,
+        stop=bone.stop * zoom,
+        offset=(bone.offset + shift) * zoom,
+        bow=bone.bow * zoom,
+        radius=bone.radius * wide * zoom,
         cortex=bone.cortex * thick,
         spongy=bone.spongy * dense,
-        offset=bone.offset + shift,
     )
 
 
@@ -229,15 +204,4 @@ def _varied_blob(blob: Blob, rng: np.random.Generator, zoom: float) -> Blob:
         blob.half_u * high * zoom,
         blob.half_v * wide * zoom,
         blob.density * dense,
-    )
-
-
-def _zoomed_bone(bone: Bone, zoom: float) -> Bone:
-    return replace(
-        bone,
-        start=bone.start * zoom,
-        stop=bone.stop * zoom,
-        offset=bone.offset * zoom,
-        bow=bone.bow * zoom,
-        radius=bone.radius * zoom,
     )

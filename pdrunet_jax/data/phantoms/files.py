@@ -1,9 +1,5 @@
-"""Phantoms as files: a dataset folder, or annotations to be imported; PNG or DICOM images.
+"""Write phantoms as a dataset folder, or as LabelMe files to import; images are PNG or DICOM."""
 
-A phantom as the DICOM file of a digital X-ray, in the variants that hospitals have. Needs the extra `dicom`.
-"""
-
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pdrunet_jax.data.importers.common import save_index_mask
+from pdrunet_jax.data.folder import write_manifest
+from pdrunet_jax.data.importers.common import save_index_mask, write_description
 from pdrunet_jax.data.labelme.write import write_labelme
 from pdrunet_jax.data.phantoms.anatomy import BONES
 from pdrunet_jax.data.phantoms.phantom import Difficulty, Phantom, draw, generator
@@ -20,49 +17,45 @@ from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import new_folder
 
 SMALLEST = 32
-"""Side, in pixels, below which a bone is no longer recognisable."""
+"""Smallest side in pixels at which a bone is still recognisable."""
 FIELD_MM = 300.0
-"""What the side of a phantom measures, for the pixel spacing in DICOM files."""
+"""Side of a phantom in mm, for the pixel spacing in DICOM files."""
+BITS = 12
+"""Bits stored in DICOM files."""
 
-_SPLIT = 2  # a stream of random numbers of its own
-
-_TOML = """\
-name = "phantoms"
-classes = {{ {classes} }}  # long bones; ribs, wrist and ankle bones, metal and markers are background
-licence = "Synthetic: drawn by pdrunet_jax (seed {seed}); free of rights and of patients"
-"""
+_SPLIT = 2  # stream of random numbers; phantom.py has the others
 
 
 @dataclass(frozen=True)
 class PhantomOptions:
-    """What is drawn, and as which files."""
+    """Number, look and file format of phantoms."""
 
     count: int = 120
-    """Images."""
+    """Number of images."""
     seed: int = 0
-    """Seed of all that is random in them."""
+    """Seed of the random scenes."""
     size: int = 256
     """Height and width in pixels."""
     difficulty: Difficulty = "standard"
-    """easy: dense bones, little noise; hard: faint bones, noise and scatter, casts, metal, wires."""
+    """easy: dense bones and little noise; hard: faint bones, more noise and scatter, casts, metal, wires."""
     by_bone: bool = False
-    """Tell the bones apart: femur, tibia, fibula, humerus, radius and ulna instead of the one class bone."""
+    """One class for each of femur, tibia, fibula, humerus, radius and ulna, instead of the class bone."""
     images: Literal["png", "dicom"] = "png"
-    """8-bit PNG, or 12-bit DICOM: MONOCHROME1 and 2, plain and JPEG 2000, with spacing; needs the extra dicom."""
+    """8-bit PNG, or 12-bit DICOM (MONOCHROME1 and 2, plain and JPEG 2000, with spacing; needs the extra dicom)."""
     annotations: Literal["masks", "labelme"] = "masks"
-    """masks: a dataset folder. labelme: images and LabelMe files, for import-labelme."""
+    """masks writes a dataset folder; labelme writes images and LabelMe files for import-labelme."""
 
 
 def write_phantoms(root: Path, drawing: PhantomOptions) -> None:
-    """Write phantoms as a dataset folder: images, masks, manifest.csv and dataset.toml; or as LabelMe files.
+    """Write phantoms as a dataset folder (images, masks, manifest.csv, dataset.toml) or as LabelMe files.
 
-    About 60, 20 and 20 % of the patients train, validate and test. The folder appears complete or not at all. Raises
-    `UserError` if `root` holds something already or cannot be written, or if there is nothing sensible to draw.
+    About 60, 20 and 20 % of the patients are in train, val and test. The folder appears completely or not at all.
+    Raises `UserError` if `root` is not empty or cannot be written, or if count or size is too small.
     """
     if drawing.count < 1:
-        raise UserError(f"{drawing.count} phantoms cannot be drawn; ask for at least one")
+        raise UserError(f"--count {drawing.count}: ask for at least one phantom")
     if drawing.size < SMALLEST:
-        raise UserError(f"phantoms of {drawing.size} pixels show nothing; ask for at least {SMALLEST}")
+        raise UserError(f"--size {drawing.size}: phantoms need at least {SMALLEST} pixels to show bones")
     with new_folder(root, "phantoms") as folder:
         (folder / "images").mkdir()
         if drawing.annotations == "labelme":
@@ -81,15 +74,14 @@ def _write_dataset(folder: Path, drawing: PhantomOptions) -> None:
             save_index_mask(phantom.bones, folder / mask)
         else:
             Image.fromarray(phantom.mask * np.uint8(255)).save(folder / mask)
-        rows.append((_save_image(phantom, index, folder, drawing), mask, phantom.patient))
-    splits = _splits(sorted({patient for _, _, patient in rows}), drawing.seed)
-    with (folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("image", "mask", "patient", "split"))
-        writer.writerows((image, mask, patient, splits[patient]) for image, mask, patient in rows)
-    named = ", ".join(f"{name} = {value}" for value, name in enumerate(BONES, start=1))
-    text = _TOML.format(classes=named if drawing.by_bone else "bone = 255", seed=drawing.seed)
-    (folder / "dataset.toml").write_text(text, encoding="utf-8")
+        image = _save_image(phantom, index, folder, drawing)
+        rows.append({"image": image, "mask": mask, "patient": phantom.patient})
+    splits = _splits(sorted({row["patient"] for row in rows}), drawing.seed)
+    write_manifest(folder, [{**row, "split": splits[row["patient"]]} for row in rows])
+    # Long bones only: ribs, wrist and ankle bones, metal and markers are background.
+    classes = {name: value for value, name in enumerate(BONES, start=1)} if drawing.by_bone else {"bone": 255}
+    licence = f"Synthetic: drawn by pdrunet_jax (seed {drawing.seed}); no rights reserved, no patients"
+    write_description(folder, "phantoms", classes, ignore=False, licence=licence)
 
 
 def _write_labelme(folder: Path, drawing: PhantomOptions) -> None:
@@ -105,8 +97,6 @@ def _save_image(phantom: Phantom, index: int, folder: Path, drawing: PhantomOpti
     """Write the image; returns its path in `folder`."""
     name = f"images/phantom_{index:05d}"
     if drawing.images == "dicom":
-        pass
-
         identity = f"{drawing.seed} {index} {drawing.size} {drawing.difficulty}"
         save_dicom(phantom, index, FIELD_MM / drawing.size, identity, folder / f"{name}.dcm")
         return f"{name}.dcm"
@@ -115,21 +105,21 @@ def _save_image(phantom: Phantom, index: int, folder: Path, drawing: PhantomOpti
 
 
 def _splits(patients: Sequence[str], seed: int) -> dict[str, str]:
-    """A split for each patient; validation and test get one each as soon as there are three."""
+    """Draw a split for each patient; val and test get at least one each if there are three patients.
+
+    Simpler than `split.assign` and kept as it is: published scores refer to this split.
+    """
     order = generator(seed, _SPLIT, 0).permutation(len(patients))
     share = max(1, round(0.2 * len(patients))) if len(patients) >= 3 else 0
     names = ["val"] * share + ["test"] * share + ["train"] * (len(patients) - 2 * share)
     return {patients[place]: name for place, name in zip(order.tolist(), names, strict=True)}
 
 
-BITS = 12
-
-
 def save_dicom(phantom: Phantom, index: int, spacing: float, identity: str, path: Path) -> None:
-    """Write `phantom` with 12 bits stored and `spacing` in mm; the same `identity` gives the same file.
+    """Write a 12-bit digital X-ray in DICOM format, in a variant of hospitals that depends on `index`.
 
-    Every second one is MONOCHROME1, every third is compressed by JPEG 2000 without loss, and every fifth has no
-    window. Raises `UserError` if pydicom is not installed.
+    Every second phantom is MONOCHROME1, every third is compressed (JPEG 2000, lossless), every fifth has no window.
+    `spacing` is in mm; `identity` determines the file's UIDs. Raises `UserError` if pydicom is not installed.
     """
     try:
         from pydicom import uid

@@ -1,7 +1,4 @@
-"""Synthetic X-rays of long bones with exact masks, drawn from a seed: practice data that anyone may have.
-
-Everything depends on the seed and the picture's index alone, so pictures can be drawn in any order, in any number.
-"""
+"""Synthetic X-rays of long bones with exact masks, which depend only on a seed and their index."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +11,7 @@ from pdrunet_jax.data.phantoms.radiograph import LEVELS, radiograph
 
 Difficulty = Literal["easy", "standard", "hard"]
 
-_LIMB, _PICTURE = 0, 1  # independent streams of random numbers; phantom_files has the third
+_LIMB, _PICTURE = 0, 1  # independent streams of random numbers; files.py has the third
 
 
 @dataclass(frozen=True)
@@ -24,9 +21,9 @@ class Phantom:
     image: NDArray[np.uint8]
     """(H, W), 0 to 255."""
     bones: NDArray[np.uint8]
-    """(H, W): 0, or 1 + the place in `phantom_anatomy.BONES` of the bone there."""
+    """(H, W): 0, or 1 + the place in `anatomy.BONES` of the bone there."""
     brightness: NDArray[np.float32]
-    """(H, W) in [0, 1]: the image before it became 8 bits."""
+    """(H, W) in [0, 1]: the image before quantization to 8 bits."""
     patient: str
 
     @property
@@ -36,10 +33,10 @@ class Phantom:
 
 
 def draw(index: int, *, seed: int = 0, size: int = 256, difficulty: Difficulty = "standard") -> Phantom:
-    """Phantom number `index` of `seed`, (size, size) pixels.
+    """Draw phantom number `index`, (size, size) pixels.
 
-    The same arguments give the same bits on the same kind of processor with the same NumPy and SciPy. Of every three
-    phantoms the first two are views of one patient's limb.
+    The result is bit-reproducible on the same kind of processor with the same NumPy and SciPy. The first two of every
+    three phantoms show the same patient's limb.
     """
     patient = index // 3 * 2 + (index % 3 == 2)
     limb = draw_limb(generator(seed, _LIMB, patient))
@@ -48,5 +45,5 @@ def draw(index: int, *, seed: int = 0, size: int = 256, difficulty: Difficulty =
 
 
 def generator(seed: int, stream: int, number: int) -> np.random.Generator:
-    """Random numbers that belong to `number` alone."""
+    """Random generator that depends only on the arguments."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, stream, number))))

@@ -1,7 +1,4 @@
-"""Path lengths of parallel rays through the parts of a phantom: bone, soft tissue, casts, ribs and metal.
-
-All thicknesses are in units of the image's side, like the coordinates.
-"""
+"""Path lengths of parallel rays through bones, soft tissue and ribs, in units of the image's side."""
 
 from dataclasses import dataclass
 
@@ -15,9 +12,10 @@ Array = NDArray[np.floating]
 
 @dataclass(frozen=True)
 class BoneProjection:
-    """Path lengths through one bone at the pixels `at`: flat indices of those near it."""
+    """Path lengths through one bone at the pixels near it."""
 
     at: NDArray[np.intp]
+    """Flat indices of these pixels."""
     inside: NDArray[np.bool_]
     cortical: Array
     trabecular: Array
@@ -59,7 +57,7 @@ def project_bone(bone: Bone, u: Array, v: Array) -> BoneProjection:
 
 
 def project_soft_tissue(limb: Limb, u: Array, v: Array) -> tuple[Array, Array]:
-    """Path length through skin, fat and muscle, and the distance inwards from the skin, at the points (`u`, `v`)."""
+    """Path length through soft tissue, and depth below the skin, at the points (`u`, `v`)."""
     knots = np.linspace(-1, 1, 201)
     left = _lookup(u, knots, _smooth(np.interp(knots, np.linspace(-1, 1, len(limb.left)), limb.left)))
     right = _lookup(u, knots, _smooth(np.interp(knots, np.linspace(-1, 1, len(limb.right)), limb.right)))
@@ -75,10 +73,8 @@ def project_soft_tissue(limb: Limb, u: Array, v: Array) -> tuple[Array, Array]:
 def project_blobs(blobs: tuple[Blob, ...], u: Array, v: Array) -> Array:
     """Path length through short bones: a thin shell around a sparse core."""
     total = np.zeros_like(u)
-    u, v = (
-        u + np.float32(0.007) * np.sin(37 * v + 9 * u),
-        v + np.float32(0.007) * np.sin(17 * u - 23 * v),
-    )  # no ellipses
+    waves = np.sin(37 * v + 9 * u), np.sin(17 * u - 23 * v)  # so that no outline is an ellipse
+    u, v = u + np.float32(0.007) * waves[0], v + np.float32(0.007) * waves[1]
     for blob in blobs:
         distance = ((u - np.float32(blob.u)) / blob.half_u) ** 2 + ((v - np.float32(blob.v)) / blob.half_v) ** 2
         depth = np.float32(min(blob.half_u, blob.half_v))
@@ -89,7 +85,7 @@ def project_blobs(blobs: tuple[Blob, ...], u: Array, v: Array) -> Array:
 
 
 def project_ribs(limb: Limb, u: Array, v: Array, rng: np.random.Generator) -> Array:
-    """Thin, curved, repeated shadows: bone to a threshold, no long bone to a reader."""
+    """Path length through ribs: thin, curved, repeated; as bright as bone, but not a long bone."""
     spacing, phase, slope = rng.uniform((0.1, 0.0, 0.2), (0.14, 1.0, 0.6)).astype(np.float32)
     depth = v - np.float32(limb.ribs)
     row = (u + slope * depth - np.float32(0.8) * depth**2) / spacing + phase
@@ -100,7 +96,7 @@ def project_ribs(limb: Limb, u: Array, v: Array, rng: np.random.Generator) -> Ar
 
 
 def _lookup(at: Array, knots: NDArray[np.float64], values: NDArray[np.float64]) -> Array:
-    """Linear interpolation in a table with equal steps; several times faster than np.interp on images."""
+    """Interpolate linearly between equal steps; several times faster than np.interp on images."""
     last = len(knots) - 1
     position = np.clip((at - np.float32(knots[0])) * np.float32(last / (knots[-1] - knots[0])), 0, last - 1e-3)
     below = position.astype(np.int32)
@@ -110,7 +106,7 @@ def _lookup(at: Array, knots: NDArray[np.float64], values: NDArray[np.float64]) 
 
 
 def _cap(shape: EndShape, across: Array) -> Array:
-    """How far an end reaches beyond its nominal position, in half-widths of the bone."""
+    """Extent of an end beyond its nominal position, in half-widths of the bone."""
     if shape == "condyles":
         bumps = 0.2 - 0.25 * (np.abs(across) - 0.55) ** 2 - 0.07 * np.exp(-((across / 0.25) ** 2))
         return np.asarray(bumps, np.float32)
@@ -123,13 +119,13 @@ def _cap(shape: EndShape, across: Array) -> Array:
 
 
 def _chord(inward: Array, radius: Array) -> Array:
-    """Length of the chord through a cylinder of `radius`, `inward` from its edge; the diameter beyond its middle."""
+    """Chord of a cylinder of `radius`, `inward` from its edge; the diameter beyond its middle."""
     share = np.clip(inward / radius, 0, 1)
     return 2 * radius * np.sqrt(share * (2 - share))
 
 
 def _rounded_minimum(first: Array, second: Array, rounding: float) -> Array:
-    """Minimum whose corners are rounded off over `rounding`."""
+    """Smooth minimum, with corners rounded over `rounding`."""
     blend = np.clip(0.5 + 0.5 * (second - first) / rounding, 0, 1)
     return second + (first - second) * blend - np.float32(rounding) * blend * (1 - blend)
 

@@ -1,7 +1,4 @@
-"""How hard the phantoms are: faint bones, noise, scatter, and what hides bones in a hospital.
-
-From a phantom limb to an 8-bit radiograph: view, attenuation, exposure, collimator, markers, metal, noise.
-"""
+"""From a phantom limb to an 8-bit radiograph: view, attenuation, metal, exposure, noise, collimator, markers."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,22 +13,22 @@ from pdrunet_jax.data.phantoms.projection import Array, project_blobs, project_b
 
 @dataclass(frozen=True)
 class Level:
-    """Factors of, and chances for, what makes a radiograph hard to read."""
+    """Factors and probabilities of what makes a radiograph hard to read."""
 
     density: float = 1.0
-    """Of bone: osteoporosis is below 1."""
+    """Factor of bone density; below 1 is osteoporosis."""
     noise: float = 1.0
     scatter: float = 1.0
     cast: float = 0.06
-    """Chance of plaster around the limb."""
+    """Probability of a plaster cast."""
     metal: float = 0.12
-    """Chance of a plate or nail."""
+    """Probability of a plate or nail."""
     uncollimated: float = 0.15
-    """Chance of an open field: no edges in the picture."""
+    """Probability of no collimator edges."""
     unmarked: float = 0.35
-    """Chance of no lead letter."""
+    """Probability of no lead letter."""
     wires: int = 0
-    """Most cables and tubes that lie across the picture."""
+    """Maximum number of cables and tubes."""
 
 
 STANDARD = Level()
@@ -43,7 +40,7 @@ LEVELS = {
 
 
 def draw_wires(brightness: Array, x: Array, y: Array, rng: np.random.Generator, most: int, pixel: float) -> Array:
-    """Up to `most` cables and tubes: bright lines that bend, tubes with a darker middle."""
+    """Add up to `most` cables and tubes: bent bright lines, tubes with a darker middle."""
     for _ in range(int(rng.integers(most + 1))):
         angle, bend, shift, phase = rng.uniform((0, -0.5, -0.35, 0), (np.pi, 0.5, 0.35, 2 * np.pi))
         along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
@@ -66,20 +63,18 @@ _LETTERS = {
 
 
 class Radiograph(NamedTuple):
-    """A picture and what is on it, each (size, size)."""
+    """A radiograph and its bones, each (size, size)."""
 
     grey: NDArray[np.uint8]
     bones: NDArray[np.uint8]
     """0, or 1 + the bone's place in `BONES`; where two overlap, the one nearer to the film."""
     brightness: Array
-    """float32 in [0, 1], before it became 8 bits."""
+    """float32 in [0, 1], before quantization to 8 bits."""
 
 
 def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = STANDARD) -> Radiograph:
-    """A picture of `limb` of (size, size) pixels.
-
-    The scene is the same at every size; only the detector's grain differs.
-    """
+    """Take a radiograph of `limb` with (size, size) pixels; only the grain depends on the size, not the scene."""
+    # Attenuation of soft tissue, short bones, ribs and cast.
     grain = rng.spawn(1)[0]
     y, x = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size - 0.5] * 2, indexing="ij")
     u, v = _view(x, y, rng)
@@ -91,6 +86,7 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = S
     if rng.random() < level.cast:
         attenuation += _cast(under_skin, trabeculae, rng)
 
+    # Long bones, and the mask.
     flat, texture = attenuation.ravel(), trabeculae.ravel()  # views
     found = np.zeros(size * size, np.uint8)
     for bone in limb.bones:
@@ -104,6 +100,7 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = S
         metal = _implant(limb.bones[int(rng.integers(len(limb.bones)))], u, v, rng, 1 / size)
         attenuation += metal
         bare = mask & (metal == 0)
+    # Exposure, and what lies over the picture.
     brightness = _expose(attenuation, bare, under_skin > 0, x, y, haze, rng, grain, level)
     if level.wires:
         brightness = draw_wires(brightness, x, y, rng.spawn(1)[0], level.wires, 1 / size)
@@ -115,7 +112,7 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = S
 
 
 def _view(x: Array, y: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Limb coordinates of the pixels: turned, scaled, shifted, mirrored."""
+    """Limb coordinates of the pixels: rotated, scaled, shifted, mirrored."""
     angle = rng.normal(0, 14) if rng.random() < 0.85 else rng.uniform(-180, 180)
     scale = rng.uniform(1.05, 1.35)
     shift = rng.uniform(-0.08, 0.08, 2)
@@ -126,7 +123,7 @@ def _view(x: Array, y: Array, rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def _cloud(rng: np.random.Generator, cells: int, size: int) -> Array:
-    """Smooth noise of unit variance or somewhat less: a coarse random grid, interpolated."""
+    """Smooth noise of about unit variance: a coarse random grid, interpolated."""
     position = np.linspace(0, cells - 1, size)
     weights = np.clip(1 - np.abs(position[:, None] - np.arange(cells)[None, :]), 0, 1).astype(np.float32)
     grid = rng.standard_normal((cells, cells), np.float32)
@@ -135,7 +132,7 @@ def _cloud(rng: np.random.Generator, cells: int, size: int) -> Array:
 
 
 def _cast(under_skin: Array, texture: Array, rng: np.random.Generator) -> Array:
-    """Plaster around the limb: bright, above all along the skin."""
+    """Attenuation of plaster around the limb, highest along the skin."""
     thickness = rng.uniform(0.025, 0.045)
     band = np.clip((under_skin + thickness) / 0.01, 0, 1)
     along_skin = np.clip(1 - under_skin / thickness, 0, 1)
@@ -143,7 +140,7 @@ def _cast(under_skin: Array, texture: Array, rng: np.random.Generator) -> Array:
 
 
 def _implant(bone: Bone, u: Array, v: Array, rng: np.random.Generator, pixel: float) -> Array:
-    """A plate with screws beside the shaft, or a nail inside it."""
+    """Attenuation of a plate with screws next to the shaft, or of a nail inside it."""
     low, high = max(bone.start, -0.45), min(bone.stop, 0.45)
     length = (high - low) * rng.uniform(0.35, 0.8)
     begin = low + (high - low - length) * rng.uniform(0.1, 0.9)
@@ -183,18 +180,17 @@ def _expose(
     grain: np.random.Generator,
     level: Level,
 ) -> Array:
-    """Beam, scatter, blur, noise and the display's window: attenuation in, brightness in [0, 1] out."""
+    """Turn attenuation into brightness in [0, 1]: beam, scatter, blur, noise and display window."""
     direction = rng.uniform(0, 2 * np.pi)
     heel = rng.uniform(0.1, 1.2) * (np.cos(direction) * x + np.sin(direction) * y) + 0.04 * haze
     scatter = np.float32(level.scatter * rng.uniform(0.01, 0.05)) * (1 + 0.1 * haze)
     signal = heel - np.log(np.exp(-attenuation) + scatter)
     signal = ndimage.gaussian_filter(signal, rng.uniform(0.25, 0.8) * len(x) / 256)
-    quanta = np.float32(level.noise * rng.uniform(0.006, 0.02)) * np.exp(
-        np.clip(signal, 0, 3) / 3
-    )  # fewer behind thick parts
+    # Noise grows behind thick parts, where fewer quanta arrive.
+    quanta = np.float32(level.noise * rng.uniform(0.006, 0.02)) * np.exp(np.clip(signal, 0, 3) / 3)
     signal += quanta * grain.standard_normal(x.shape, np.float32)
 
-    # The window is set for the bones, as a radiographer does; how bright soft tissue becomes is left to chance.
+    # The window fits the bones, as a radiographer would set it; the brightness of soft tissue is random.
     low, high = np.percentile(signal[bone if bone.any() else body], (2, 98))
     soft = np.percentile(signal[body & ~bone], rng.uniform(5, 60))
     contrast = max(high - soft, 0.3)
@@ -207,7 +203,7 @@ def _expose(
 def _collimate(
     brightness: Array, x: Array, y: Array, rng: np.random.Generator, pixel: float, uncollimated: float
 ) -> tuple[Array, NDArray[np.bool_]]:
-    """The beam's rectangular field; outside it the film is unexposed (white) or the shutter is drawn black."""
+    """Limit the picture to a rectangular field; outside, film is unexposed (white) or the shutter black."""
     if rng.random() < uncollimated:
         return brightness, np.ones(brightness.shape, np.bool_)
     angle = np.radians(rng.normal(0, 6))
@@ -224,7 +220,7 @@ def _collimate(
 def _mark(
     brightness: Array, mask: NDArray[np.bool_], x: Array, y: Array, rng: np.random.Generator, unmarked: float
 ) -> Array:
-    """A lead letter, where it covers the least bone of four places."""
+    """Add a lead letter, at the one of four places where it covers least bone."""
     if rng.random() < unmarked:
         return brightness
     letter = np.array([[int(c) for c in row] for row in _LETTERS["RL"[int(rng.integers(2))]]], np.float32)
