@@ -8,12 +8,11 @@ wrong command line is refused before JAX loads.
 import contextlib
 import os
 import re
-import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Annotated, NoReturn, TypeVar
 
@@ -179,17 +178,18 @@ def join(options: Distributed, detect: bool, stop: StopFlag | None = None) -> It
     disable_async_dispatch()
     _connect(options, stop)
     group = Group(jax.process_index(), jax.process_count())
+    linger = LINGER if group.is_main else 0
     try:
         yield group
     except (UserError, RunError) as error:
-        _leave(error.exit_code, str(error), LINGER if group.is_main else 0)
+        _leave(error.exit_code, str(error), linger)
     except BaseException as error:
         traceback.print_exception(error)
         message = (
             f"process {group.index} of {group.count} failed as shown above. If another process ended first, its "
             "message names the cause. The same command in all processes resumes"
         )
-        _leave(RunError.exit_code, message, LINGER if group.is_main else 0)
+        _leave(RunError.exit_code, message, linger)
     jax.distributed.shutdown()  # waits for all processes
 
 
@@ -216,59 +216,39 @@ def _connect(options: Distributed, stop: StopFlag | None) -> None:
     """Call `jax.distributed.initialize`, with a message for each way in which it fails."""
     import jax
 
-    errors: list[Exception] = []
-
-    def initialize() -> None:
-        try:
-            jax.distributed.initialize(
-                options.coordinator,
-                options.processes,
-                options.index,
-                initialization_timeout=options.timeout + 60,  # later than ours: JAX aborts the process then
-                heartbeat_timeout_seconds=HEARTBEAT,
-                shutdown_timeout_seconds=WEEK,
-            )
-        except (ValueError, RuntimeError, KeyError) as error:
-            errors.append(error)
-
+    where = f"--distributed.coordinator {options.coordinator}"
+    who = "" if options.index is None else f"process {options.index} of {options.processes}: "
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopFlag`
-    # In a thread: the call does not return for signals, which the main thread receives.
-    thread = threading.Thread(target=initialize, daemon=True)
+    # In a thread, since the call does not return for signals, and aborts the process when its own time is over.
+    thread = ThreadPoolExecutor(1)
+    connected = thread.submit(
+        jax.distributed.initialize,
+        options.coordinator,
+        options.processes,
+        options.index,
+        initialization_timeout=options.timeout + 60,
+        heartbeat_timeout_seconds=HEARTBEAT,
+        shutdown_timeout_seconds=WEEK,
+    )
     end = time.monotonic() + options.timeout
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.05)
+    while not wait([connected], timeout=0.05).done:
         if stop:
             _leave(cli.STOPPED)
-        if thread.is_alive() and time.monotonic() > end:
-            _leave(UserError.exit_code, _why_nobody_came(options))
-    if errors:
-        reason = str(errors[0]).splitlines()[0]
+        if time.monotonic() > end:
+            reach = "they can reach the first one" if options.coordinator is None else f"they can reach {where}"
+            message = f"the processes did not find each other within {options.timeout} s: start all, and check that"
+            _leave(UserError.exit_code, f"{who}{message} {reach}")
+    try:
+        connected.result()
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
         if options.coordinator is None:
             raise UserError(
                 f"--distributed: JAX detects no cluster ({reason}). On SLURM start the command with srun; elsewhere "
                 "give --distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
-            )
-        raise UserError(
-            f"process {options.index} of {options.processes}: cannot listen at --distributed.coordinator "
-            f"{options.coordinator} ({reason}); choose a free port"
-        )
-
-
-def _why_nobody_came(options: Distributed) -> str:
-    """Describe a start that timed out."""
-    text = f"the processes did not find each other within {options.timeout} s"
-    if options.coordinator is None or options.index is None:
-        return f"{text}: start all of them, and check that they can reach the first one"
-    text = f"process {options.index} of {options.processes}: {text}"
-    if options.index == 0:
-        return f"{text}: start all {options.processes}, and check that they can reach {options.coordinator}"
-    host, _, port = options.coordinator.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        return f"{text}: --distributed.coordinator {options.coordinator} does not answer ({error})"
-    return f"{text}: {options.coordinator} answers; start all {options.processes} processes"
+            ) from None
+        raise UserError(f"{who}cannot listen at {where} ({reason}); choose a free port") from None
+    thread.shutdown()
 
 
 def _leave(code: int, message: str = "", linger: float = 0) -> NoReturn:

@@ -1,7 +1,7 @@
 """Start, exchange and end of several processes."""
 
-import re
 import signal
+import socket
 import time
 from contextlib import ExitStack
 
@@ -86,19 +86,25 @@ def test_a_signal_ends_the_wait_for_the_other_processes(site: Site) -> None:
     assert (code, out, err) == (75, "", "")
 
 
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (0, r"start all 2, and check that they can reach 127\.0\.0\.1:\d+"),
-        (1, r"--distributed\.coordinator 127\.0\.0\.1:\d+ does not answer \(.*\)"),
-    ],
-)
-def test_a_process_that_finds_no_other_says_so(site: Site, index: int, message: str) -> None:
-    options = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.processes", 2]
-    options += ["--distributed.index", index, "--distributed.timeout", 2]
-    [(code, _, err)] = ends([site.train(site.path / "lost", *options)], timeout=60)
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_finds_no_other_says_so(site: Site, index: int) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    options = ["--distributed.coordinator", address, "--distributed.processes", 2, "--distributed.index", index]
+    [(code, _, err)] = ends([site.train(site.path / "lost", *options, "--distributed.timeout", 2)], timeout=60)
     assert code == 2
-    assert re.fullmatch(rf"error: process {index} of 2: .* within 2 s: {message}\n", err)
+    assert err == (
+        f"error: process {index} of 2: the processes did not find each other within 2 s: start all, and check that "
+        f"they can reach --distributed.coordinator {address}\n"
+    )
+
+
+def test_a_coordinator_port_that_is_taken_is_named(site: Site) -> None:
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        options = ["--distributed.coordinator", address, "--distributed.processes", 2, "--distributed.index", 0]
+        [(code, _, err)] = ends([site.train(site.path / "taken", *options)], timeout=60)
+    assert code == 2
+    assert f"error: process 0 of 2: cannot listen at --distributed.coordinator {address}" in err
 
 
 def test_without_a_cluster_the_options_that_are_needed_are_named(site: Site) -> None:
