@@ -1,1 +1,1 @@
-"""`python -m pdrunet_jax.convert`: weights and trainings between PyTorch and JAX."""
+"""Convert weights and training runs between PyTorch and JAX; the command `python -m pdrunet_jax.convert`."""

@@ -1,1 +1,1 @@
-"""`python -m pdrunet_jax.export`: ONNX and StableHLO."""
+"""Export a trained model to ONNX or StableHLO; the command `python -m pdrunet_jax.export`."""

@@ -1,4 +1,4 @@
-"""python -m pdrunet_jax.export: the trained model as one file that runs without this package."""
+"""Command `export`: write a trained model as one file that runs without this package."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -9,10 +9,15 @@ from typing import Annotated, Any, Literal
 import jax.numpy as jnp
 import tyro
 
-from pdrunet_jax.export.check import Run, check_images, compare
+from pdrunet_jax.export.check import Run, check_images, compare_outputs
 from pdrunet_jax.export.onnx_graph import build_onnx, open_onnx, require
-from pdrunet_jax.export.stablehlo import build_stablehlo, open_stablehlo, tall_images_vertically_first
-from pdrunet_jax.model.load import class_names, load_model, load_options
+from pdrunet_jax.export.stablehlo import (
+    GraphSpec,
+    build_stablehlo,
+    open_stablehlo,
+    resizes_tall_images_vertically_first,
+)
+from pdrunet_jax.model.load import build_loaded, class_names, load_weights
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import height_width
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
@@ -20,126 +25,93 @@ from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
-Format = Literal["onnx", "stablehlo"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """Write the model as ONNX, or as a StableHLO artifact of jax.export, from uint8 images to masks.
+    """Export a trained model to ONNX, or to a StableHLO artifact for jax.export.
 
-    Resizing to the network's size and back, scaling, probabilities and decision are inside. Before it is written, the
-    file is run and compared with the model; docs/export.md shows how to use it.
+    The file maps uint8 images to masks of the same size; it includes resizing, scaling, probabilities and threshold.
+    Before it is written, it is run and compared with the model. See docs/export.md for how to use it.
     """
 
     weights: str
     """Run folder, checkpoint, .safetensors or public .pth."""
-    format: Format
-    """onnx for onnxruntime and others, stablehlo for JAX."""
+    format: Literal["onnx", "stablehlo"]
+    """onnx for onnxruntime and other runtimes, stablehlo for JAX."""
     output: Path
-    """The file to write."""
+    """Output file."""
     size: tuple[int, ...] = ()
-    """Height and width in pixels that the network works at, one number for both; as it was trained when left out."""
+    """Size in pixels to run the network at: height and width, or one number for both. Default: the training size."""
     threshold: Threshold = 0.5
-    """Probability above which a pixel is foreground, or validation: the one that scored best on the validation images
-    of the training. For one output only."""
+    """Foreground probability threshold, or validation for the one that scored best on the validation set during
+    training. Models with one output only."""
     check_image: tuple[Path, ...] = ()
-    """Images to compare on; synthetic X-rays when left out."""
+    """Images for the comparison. Default: synthetic X-rays."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace OUTPUT if it exists."""
 
 
-def export(
-    weights: str | Path,
-    output: str | Path,
-    *,
-    format: Format,
-    size: tuple[int, int] | None = None,
-    threshold: Threshold = 0.5,
-    check: Sequence[Path] = (),
-    force: bool = False,
-) -> list[str]:
-    """Write the model in `weights` to `output`, if it runs there as it does here; returns what a user should know.
-
-    Args:
-        weights: as in `load_model`.
-        output: the file.
-        format: "onnx" or "stablehlo".
-        size: (height, width) that the network works at, if not the one it was trained at.
-        threshold: probability above which a pixel is foreground, for one output; "validation" for the one that the
-            weights hold.
-        check: images to compare on; synthetic X-rays where there are none.
-        force: replace `output` if it exists.
+def export(options: ExportOptions) -> list[str]:
+    """Export a model, provided that the file gives the model's results; returns lines to print.
 
     Raises:
-        UserError: the weights, an option or an image cannot be used, `output` exists, or a package is missing.
-        RunError: the file does not agree with the model, or cannot be written; `output` is as it was.
+        UserError: The weights, an option or an image are invalid, the output exists, or a package is missing.
+        RunError: The file does not agree with the model, or cannot be written. An existing output is left alone.
     """
-    output = Path(output)
-    _check_target(Path(weights), output, force)
-    build, open_file = _tools(format)
-    model, known = load_model(weights, param_dtype=jnp.float32), load_options(weights)
-    threshold = resolve_threshold(threshold, known, weights)
-    network_size = size or model.size
-    if network_size is None:
-        raise UserError(f"{weights} does not state the size that it was trained at; give --size")
-    images = check_images(check, model.in_channels)
-    facts = export_metadata(model, known.get("class_names"), network_size, threshold)
-    data = build(
-        model, size=network_size, threshold=threshold, tall_first=tall_images_vertically_first(), metadata=facts
-    )
-    agreement = compare(open_file(data), model, images, size=network_size, threshold=threshold)
+    _check_target(Path(options.weights), options.output, options.force)
+    build, open_file = _tools(options.format)
+    loaded = load_weights(options.weights)
+    model = build_loaded(loaded, param_dtype=jnp.float32)
+    threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
+    size = height_width(options.size) or model.size
+    if size is None:
+        raise UserError(f"{options.weights} does not state the size that it was trained at; give --size")
+    images = check_images(options.check_image, model.config.in_channels)
+    facts = _metadata(model, loaded.options.get("class_names"), size, threshold)
+    data = build(model, GraphSpec(size, threshold, resizes_tall_images_vertically_first(), facts))
+    agreement = compare_outputs(open_file(data), model, images, size=size, threshold=threshold)
     if not agreement.good:
-        raise RunError(f"{output} is not written: it does not agree with the model. {agreement}")
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(output, data)
+        raise RunError(f"{options.output} was not written: its results do not agree with the model's. {agreement}")
+    with writing(options.output):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(options.output, data)
     return [
-        f"{output}: {format}, {len(data):,} bytes",
+        f"{options.output}: {options.format}, {len(data):,} bytes",
         f"  {facts['input']}",
         *(f"  -> {line}" for line in facts["outputs"]),
-        f"  works at {network_size[0]} x {network_size[1]}; classes: {', '.join(facts['class_names'])}",
+        f"  works at {size[0]} x {size[1]}; classes: {', '.join(facts['class_names'])}",
         f"  agrees with the model on {agreement}",
     ]
 
 
-def export_metadata(
-    model: PDRUNet, names: Sequence[str] | None, size: tuple[int, int], threshold: float
-) -> dict[str, Any]:
-    """What the file says about itself, as JSON values; `names` are those of the foreground classes where known."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; `arguments` default to those of the process."""
+    print("\n".join(export(tyro.cli(ExportOptions, args=arguments, prog=cli.program("export")))))
+
+
+def _metadata(model: PDRUNet, labels: Sequence[str] | None, size: tuple[int, int], threshold: float) -> dict[str, Any]:
+    """Self-description of the file, as JSON values; `labels` are the foreground classes, if known."""
     height, width = size
-    classes = "" if model.outputs == 1 else f", {model.outputs}"
-    decision = f"above {threshold}" if model.outputs == 1 else "the likeliest wins"
+    channels, single = model.config.in_channels, model.outputs == 1
+    decision = f"above {threshold}" if single else "the most probable class"
     return {
         "version": _version(),
-        "class_names": ["background", *class_names(model, names)],
+        "class_names": ["background", *class_names(model, labels)],
         "size": [height, width],
-        "threshold": threshold if model.outputs == 1 else None,
-        "input": f"images: uint8 (N, H, W, {model.in_channels}), {'grey' if model.in_channels == 1 else 'RGB'} values",
+        "threshold": threshold if single else None,
+        "input": f"images: uint8 (N, H, W, {channels}), {'grey' if channels == 1 else 'RGB'} values",
         "outputs": [
             f"mask: uint8 (N, H, W), index into class_names; {decision}",
-            f"probability: float32 (N, H, W{classes})" + (" of foreground" if model.outputs == 1 else ""),
+            "probability: float32 (N, H, W) of foreground"
+            if single
+            else f"probability: float32 (N, H, W, {model.outputs})",
             f"logits: float32 (N, {height}, {width}, {model.outputs}), at the network's size",
         ],
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; `arguments` default to the process's own."""
-    options = tyro.cli(ExportOptions, args=arguments, prog="python -m pdrunet_jax.export")
-    lines = export(
-        options.weights,
-        options.output,
-        format=options.format,
-        size=height_width(options.size) if options.size else None,
-        threshold=options.threshold,
-        check=options.check_image,
-        force=options.force,
-    )
-    print("\n".join(lines))
-
-
-def _tools(format: Format) -> tuple[Callable[..., bytes], Callable[[bytes], Run]]:
-    """What makes a file, and what opens it; a missing package is found now, not after the work."""
+def _tools(format: str) -> tuple[Callable[[PDRUNet, GraphSpec], bytes], Callable[[bytes], Run]]:
+    """Functions that build and open a file; reports a missing package before any work is done."""
     if format == "onnx":
         require("onnx")
         require("onnxruntime")
@@ -153,7 +125,7 @@ def _check_target(weights: Path, output: Path, force: bool) -> None:
     if not output.exists():
         return
     if weights.exists() and weights.resolve() == output.resolve():
-        raise UserError(f"{output} is --weights itself; give another --output")
+        raise UserError(f"{output} is the --weights file itself; give another --output")
     if not force:
         raise UserError(f"{output} exists; give --force to replace it")
 
@@ -161,7 +133,7 @@ def _check_target(weights: Path, output: Path, force: bool) -> None:
 def _version() -> str:
     try:
         return metadata.version("pdrunet-jax")
-    except metadata.PackageNotFoundError:  # run from its folder, not installed
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return "unknown"
 
 

@@ -1,4 +1,4 @@
-"""An exported model held against the model that it was made of, on images."""
+"""Comparison of an exported model with the original on images."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,24 +10,24 @@ import numpy as np
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.phantoms.phantom import draw
 from pdrunet_jax.model.network import PDRUNet
-from pdrunet_jax.predict.inference import forward, network_input, predict
+from pdrunet_jax.predict.inference import forward, segment
 from pdrunet_jax.predict.threshold import apply_threshold
 
 TOLERANCE = 1e-4
-"""The most by which probabilities may differ, and logits up to ±`LARGE_LOGIT`; larger ones in proportion."""
+"""Largest accepted difference of probabilities, and of logits up to ±`LARGE_LOGIT`; beyond, it grows in proportion."""
 
 LARGE_LOGIT = 10.0
-"""From here on the rounding of float32 alone makes logits differ by more than a fixed bound could allow."""
+"""Beyond this, float32 rounding alone makes logits differ by more than a fixed bound allows."""
 
 PHANTOMS = ((320, 256), (176, 208))
-"""(height, width) of the synthetic X-rays that are taken where no images are given."""
+"""(height, width) of the synthetic X-rays used if no images are given."""
 
 Run = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """From images (N, H, W, C), uint8, to "mask", "probability" and "logits"."""
 
 
 class Agreement(NamedTuple):
-    """How far an exported model is from its original."""
+    """Differences between an exported model and the original."""
 
     logits: float
     """Largest difference."""
@@ -36,18 +36,18 @@ class Agreement(NamedTuple):
     probability: float
     """Largest difference, at the images' own sizes."""
     differing: int
-    """Pixels with another class."""
-    undecided: int
-    """Pixels whose class is not the one that the exported model's own probability says."""
+    """Mask pixels with another class."""
+    inconsistent: int
+    """Mask pixels that contradict the exported model's own probabilities."""
     pixels: int
     images: int
     sizes: tuple[tuple[int, int], ...]
 
     @property
     def good(self) -> bool:
-        """Everything is as it should be, but for rounding."""
+        """Whether all differences are rounding errors."""
         bound = TOLERANCE * max(1.0, self.largest_logit / LARGE_LOGIT)
-        return self.logits <= bound and self.probability <= TOLERANCE and self.undecided == 0  # false for NaN, too
+        return self.logits <= bound and self.probability <= TOLERANCE and self.inconsistent == 0  # false for NaN, too
 
     def __str__(self) -> str:
         sizes = ", ".join(f"{height} x {width}" for height, width in self.sizes)
@@ -59,48 +59,43 @@ class Agreement(NamedTuple):
 
 
 def check_images(paths: Sequence[Path], channels: int) -> list[np.ndarray]:
-    """Images (H, W, channels), uint8: from `paths`, or synthetic X-rays. Raises `UserError` that names a bad file."""
+    """Images (H, W, channels), uint8, from `paths` or synthetic. Raises `UserError` that names an unreadable file."""
     if paths:
         return [np.clip(np.rint(read_image(path, channels)), 0, 255).astype(np.uint8) for path in paths]
     drawn = [draw(number, size=max(size)).image[: size[0], : size[1]] for number, size in enumerate(PHANTOMS)]
     return [np.repeat(image[..., None], channels, axis=-1) for image in drawn]
 
 
-def batches(images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """What is run: each image alone at its own size, and all of them, with a mirrored one, at another size."""
-    height, width = (max(1, side * 3 // 4) for side in images[0].shape[:2])
-    second = np.stack([resize_image(image, (height, width)) for image in (*images, images[0][:, ::-1])])
-    return [*(image[None] for image in images), second]
-
-
-def compare(
+def compare_outputs(
     run: Run, model: PDRUNet, images: Sequence[np.ndarray], *, size: tuple[int, int], threshold: float
 ) -> Agreement:
-    """Hold `run` against `predict` and the logits of `model`, which works at `size`, on `batches(images)`."""
+    """Compare `run` with `segment` and the logits of `model` at the network size (height, width).
+
+    Each image is run alone at its own size, then all of them and a mirrored one as a batch at another size.
+    """
     logits = probability = largest = 0.0
-    differing = undecided = pixels = count = 0
-    sizes: list[tuple[int, int]] = []
-    for batch in batches(images):
+    differing = inconsistent = pixels = count = 0
+    sizes: dict[tuple[int, int], None] = {}
+    for batch in _batches(images):
         got = run(batch)
         for number, image in enumerate(batch):
-            with jax.default_matmul_precision("highest"):  # on GPUs JAX would multiply in a shorter format
-                want = predict(model, image, size=size, threshold=threshold)
-                want_logits = np.asarray(forward(model, network_input(image, size)[None]))[0]
+            with jax.default_matmul_precision("highest"):  # on GPUs, JAX's default would be TF32
+                want = segment(model, image, size=size, threshold=threshold)
+                want_logits = np.asarray(forward(model, resize_image(image, size)[None]))[0]
+            # np.maximum keeps NaN, max() would drop it.
             logits = np.maximum(logits, np.abs(got["logits"][number] - want_logits).max())
             largest = np.maximum(largest, np.abs(want_logits).max())
             probability = np.maximum(probability, np.abs(got["probability"][number] - want.probability).max())
             differing += int(np.sum(got["mask"][number] != want.mask))
-            undecided += int(np.sum(got["mask"][number] != apply_threshold(got["probability"][number], threshold)))
+            inconsistent += int(np.sum(got["mask"][number] != apply_threshold(got["probability"][number], threshold)))
             pixels += want.mask.size
         count += len(batch)
-        sizes.append((batch.shape[1], batch.shape[2]))
-    return Agreement(
-        float(logits),
-        float(largest),
-        float(probability),
-        differing,
-        undecided,
-        pixels,
-        count,
-        tuple(dict.fromkeys(sizes)),
-    )
+        sizes[batch.shape[1], batch.shape[2]] = None
+    differences = float(logits), float(largest), float(probability)
+    return Agreement(*differences, differing, inconsistent, pixels, count, tuple(sizes))
+
+
+def _batches(images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    height, width = (max(1, side * 3 // 4) for side in images[0].shape[:2])
+    second = np.stack([resize_image(image, (height, width)) for image in (*images, images[0][:, ::-1])])
+    return [*(image[None] for image in images), second]

@@ -1,11 +1,7 @@
-"""python -m pdrunet_jax.predict: masks and everything made of them for files, folders and globs.
-
-In Python, `pdrunet_jax.predict` is the function of that name in `pdrunet_jax.inference`. Importing this module puts
-the module in its place (that is how Python treats a package and its modules), so the module can be called like it.
-"""
+"""Command `predict`: segment files, folders and globs, and write masks and everything derived from them."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,17 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from flax import nnx
 from tqdm import tqdm
 
-from pdrunet_jax.model.load import class_names, load_model, load_options
+from pdrunet_jax.model.layers import split_state
+from pdrunet_jax.model.load import build_loaded, class_names, load_weights
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
-from pdrunet_jax.predict.inference import Augmentation, height_width, predict
+from pdrunet_jax.predict.inference import Augmentation, height_width, segment
 from pdrunet_jax.predict.inputs import find_images, name_results, parse_shard, take_shard
-from pdrunet_jax.predict.outputs import Areas, Outputs, write_result
+from pdrunet_jax.predict.outputs import Areas, WrittenFiles, write_result
 from pdrunet_jax.predict.postprocess import Cleaning
-from pdrunet_jax.predict.resume import Recipe, finished
+from pdrunet_jax.predict.resume import Recipe, finished_images
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.predict.tiling import RADIUS
 from pdrunet_jax.runtime import cli
@@ -36,12 +32,12 @@ from pdrunet_jax.runtime.stop import StopFlag
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Segment images: NAME_mask.png, NAME_overlay.png and more for each, at its own resolution, and areas.csv.
+    """Segment images. Writes NAME_mask.png, NAME_overlay.png and more for each image, and the table areas.csv.
 
-    NAME_mask.png is an index image: NumPy reads class indices from it, a viewer shows colours (one class: white on
-    black, 255 when read as grey). The folder structure below the inputs' common folder is kept. An image that cannot
-    be read does not stop the rest; it is named at the end, and the exit code is 1. Started again, the same command
-    goes on with the images that are not done.
+    Results have the resolution of the image and keep the folder structure below the inputs' common folder.
+    NAME_mask.png is an indexed image: NumPy reads class indices, a viewer shows colours (one class: white on black,
+    255 when read as grey). Unreadable images are skipped, listed at the end, and make the exit code 1. To resume an
+    interrupted run, start the same command again.
     """
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
@@ -49,62 +45,64 @@ class PredictOptions:
     weights: str
     """Run folder, checkpoint, .safetensors or public .pth."""
     output: Path
-    """Folder for the results; is made."""
+    """Output folder; created if needed."""
     size: tuple[int, ...] | Literal["own"] = ()
-    """Height and width in pixels that the network works at, one number for both, or own: each image's own. As it was
-    trained when left out, and the image's own where the weights do not tell."""
+    """Size in pixels to run the network at: height and width, one number for both, or own for each image's own
+    resolution. Default: the training size, or own if the weights do not state it."""
     threshold: Threshold = 0.5
-    """Probability above which a pixel is foreground, or validation: the one that scored best on the validation images
-    of the training. For one output only."""
+    """Foreground probability threshold, or validation for the one that scored best on the validation set during
+    training. Models with one output only."""
     augmentation: Augmentation = "none"
-    """Average the probabilities with those of the mirrored image: flip, left to right; flips, top to bottom, too."""
+    """Test-time augmentation, averaging probabilities: flip adds the left-right mirror image, flips also top-bottom."""
     tile: int | None = None
-    """Compute the network in tiles of so many pixels a side, for sizes that memory does not hold at once."""
+    """Run the network in tiles of this many pixels per side, for images that do not fit in memory."""
     halo: int = RADIUS
-    """Pixels around a tile that count for it. Exact from 316 on; less is faster, and approximate."""
+    """Extra pixels around each tile. Exact from 316 on; smaller values are faster and approximate."""
     cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
-    outputs: Annotated[Outputs, tyro.conf.arg(name="")] = field(default_factory=Outputs)
+    files: Annotated[WrittenFiles, tyro.conf.arg(name="")] = field(default_factory=WrittenFiles)
     shard: str | None = None
-    """K/N: only the K-th of N shares of the images, for several machines that write to one folder."""
+    """K/N: process only the K-th of N shards of the images; several machines can write to one folder."""
     detect: DetectCluster = False
-    """One of several processes, as SLURM, Kubernetes or Cloud TPU have started them, each of which takes its share, as
-    with --shard."""
+    """Take this process's shard of the images, as one of several processes started by SLURM, Kubernetes or Cloud
+    TPU."""
     distributed: Distributed = field(default_factory=Distributed)
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace results that were made otherwise (other weights, other options, another image) instead of refusing."""
+    """Replace results made with other weights, other options or another version of the image, instead of refusing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """The command."""
-    options = tyro.cli(PredictOptions, args=arguments, prog="python -m pdrunet_jax.predict")
+    """Run the command; returns the exit code."""
+    options = tyro.cli(PredictOptions, args=arguments, prog=cli.program("predict"))
     with StopFlag() as stop:
         return _run(options, stop)
 
 
 def _run(options: PredictOptions, stop: StopFlag) -> int | None:
-    shard, table = _share(options, stop)
-    size = _size(options.size)
+    # Check everything that can be checked before the weights are loaded.
+    shard, table = _shard(options, stop)
+    size: tuple[int, int] | Literal["own"] | None = "own" if options.size == "own" else height_width(options.size)
     if (options.tile is not None and options.tile < 1) or options.halo < 0:
-        raise UserError(f"--tile {options.tile} --halo {options.halo}: at least 1 and 0 pixels")
-    options.outputs.require()
-    names = name_results(find_images(options.inputs, options.output))
-    share = take_shard(names, shard)
-    model, known = load_model(options.weights), load_options(options.weights)
-    threshold = resolve_threshold(options.threshold, known, options.weights)
-    classes = class_names(model, known.get("class_names"))
-    settings = _settings(options, model, classes, size or known.get("size") or "own", threshold)
-    recipe = Recipe(settings, tuple(classes), model.outputs, options.outputs)
-    targets = {path: options.output / name for path, name in share.items()}
-    done = finished(recipe, targets, overwrite=options.overwrite)
-    if options.tile and options.halo < RADIUS:
-        print(f"tiles with a halo of {options.halo} pixels: the results are approximate; exact from {RADIUS} on")
-    if done:
-        print(f"{len(done)} of {len(share)} images are done already")
+        raise UserError(f"--tile {options.tile} --halo {options.halo}: give at least 1 and 0 pixels")
+    options.files.require_packages()
+    names = take_shard(name_results(find_images(options.inputs, options.output)), shard)
+    targets = {path: options.output / name for path, name in names.items()}
 
-    failed: list[str] = []
-    counted = len(done)
+    # Find out which images are finished.
+    loaded = load_weights(options.weights)
+    model = build_loaded(loaded)
+    threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
+    labels = class_names(model, loaded.options.get("class_names"))
+    settings = _settings(options, model, labels, size or loaded.options.get("size") or "own", threshold)
+    recipe = Recipe(settings, tuple(labels), model.outputs, options.files)
+    finished = finished_images(recipe, targets, overwrite=options.overwrite)
+    if options.tile and options.halo < RADIUS:
+        print(f"--halo {options.halo}: results are approximate; exact from {RADIUS} on")
+    if finished:
+        print(f"{len(finished)} of {len(names)} images are done already")
+
+    # Segment the others.
     compute = partial(
-        predict,
+        segment,
         model,
         size=size,
         threshold=threshold,
@@ -113,68 +111,59 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
         halo=options.halo,
         cleaning=options.cleaning,
     )
-    with (
-        Areas(options.output / table, ((_name(share, path), record) for path, record in done.items())) as areas,
-        _progress(len(share), len(done)) as say,
-    ):
-        for path, prediction in over_devices(compute, [path for path in share if path not in done]):
+    failed: list[str] = []
+    done = len(finished)
+    rows = ((_name_in_table(names, path), record) for path, record in finished.items())
+    with Areas(options.output / table, rows) as areas, _progress(len(names), done) as report:
+        for path, prediction in over_devices(compute, [path for path in names if path not in finished]):
             if stop:
                 break
             try:
                 result = prediction()
             except UserError as error:
                 failed += error.problems if isinstance(error, DataError) else [f"{path}: {error}"]
-                say(None)
+                report(None)
                 continue
             record = recipe.record(result, path, targets[path])
-            write_result(result, path, targets[path], classes, options.outputs, record)
-            areas.add(_name(share, path), record)
-            counted += 1
+            write_result(result, path, targets[path], labels, options.files, record)
+            areas.add(_name_in_table(names, path), record)
+            done += 1
             shares = ", ".join(f"{label} {pixels / result.mask.size:.1%}" for label, pixels in record["pixels"].items())
-            say(f"{counted + len(failed)}/{len(share)} {path}: {shares}")
-    print(f"{counted} of {len(share)} images segmented; results in {options.output}")
-    listing = "\n".join(f"  - {problem}" for problem in failed)
-    if stop and counted + len(failed) < len(share):
+            report(f"{done + len(failed)}/{len(names)} {path}: {shares}")
+
+    # Summarise.
+    print(f"{done} of {len(names)} images segmented; results in {options.output}")
+    unreadable = DataError(f"{len(failed)} of {len(names)} images could not be read", failed)
+    if stop and done + len(failed) < len(names):
         if failed:
-            print(f"{len(failed)} images could not be read:\n{listing}", file=sys.stderr)
-        print(f"stopped by {stop.signal}; the same command goes on from here", file=sys.stderr)
+            print(unreadable, file=sys.stderr)
+        print(f"stopped by {stop.signal}; start the same command again to resume", file=sys.stderr)
         return cli.STOPPED
     if failed:
-        raise RunError(f"{len(failed)} of {len(share)} images could not be read:\n{listing}")
+        raise RunError(str(unreadable))
     return None
 
 
-def _share(options: PredictOptions, stop: StopFlag) -> tuple[tuple[int, int], str]:
-    """Which part of the images is meant, counted from 1, and of how many; and the name of its table."""
+def _shard(options: PredictOptions, stop: StopFlag) -> tuple[tuple[int, int], str]:
+    """(K, N) for the K-th of N shards, and the file name of its table."""
     among = place_among(options.distributed, options.detect, stop)
     if among is None and options.shard is None:
         return (1, 1), "areas.csv"
     if among is not None and options.shard is not None:
-        raise UserError(
-            f"--shard {options.shard} with --distributed, which gives each process its share: leave out one"
-        )
-    number, count = parse_shard(options.shard) if among is None else (among[0] + 1, among[1])
+        raise UserError(f"--shard {options.shard}: leave it out, --distributed gives each process its shard")
+    number, count = (among[0] + 1, among[1]) if among is not None else parse_shard(options.shard or "")
     return (number, count), f"areas_{number}of{count}.csv"
 
 
-def _size(size: tuple[int, ...] | Literal["own"]) -> tuple[int, int] | Literal["own"] | None:
-    if size == "own":
-        return "own"
-    if not size:
-        return None
-    return height_width(size, ", or own")
-
-
 def _settings(
-    options: PredictOptions, model: PDRUNet, classes: list[str], size: Any, threshold: float
+    options: PredictOptions, model: PDRUNet, labels: list[str], size: Any, threshold: float
 ) -> dict[str, Any]:
-    """All that results depend on beside the image, as JSON values."""
-    parts: Any = nnx.split(model, nnx.Param, nnx.BatchStat)
-    wiring = {"shortcut": model.shortcut, "in_channels": model.in_channels}
+    """Everything that results depend on, except the image, as JSON values."""
+    wiring = {"shortcut": model.config.shortcut, "in_channels": model.config.in_channels}
     approximate = bool(options.tile) and options.halo < RADIUS
     return {
-        "weights": content_digest(to_public(*parts[1:], dead_block=False), wiring),
-        "classes": classes,
+        "weights": content_digest(to_public(*split_state(model)[1:], dead_block=False), wiring),
+        "classes": labels,
         "size": list(size) if isinstance(size, tuple | list) else size,
         "threshold": threshold,
         "augmentation": options.augmentation,
@@ -182,18 +171,18 @@ def _settings(
         "largest": options.cleaning.largest,
         "min-area": options.cleaning.min_area,
         "fill-holes": options.cleaning.fill_holes,
-        "tolerance": options.outputs.tolerance,
+        "tolerance": options.files.tolerance,
     }
 
 
-def _name(share: Mapping[Path, Path], path: Path) -> str:
-    """The image in areas.csv: the name of its results, with its extension."""
-    return share[path].with_name(path.name).as_posix()
+def _name_in_table(names: Mapping[Path, Path], path: Path) -> str:
+    """The path of an image's results with the image's own file name."""
+    return names[path].with_name(path.name).as_posix()
 
 
 @contextmanager
-def _progress(total: int, done: int) -> Iterator[Any]:
-    """What tells of an image that is done (a line), or failed (None): a bar on a terminal, elsewhere the lines."""
+def _progress(total: int, done: int) -> Iterator[Callable[[str | None], object]]:
+    """A function to call after each image with a line to print, or None: a bar on a terminal, otherwise the lines."""
     if not sys.stderr.isatty():
         yield lambda line: print(line, flush=True) if line else None
         return

@@ -1,7 +1,4 @@
-"""What the files are called that `predict` leaves of an image: NAME and one of these ends.
-
-Which images a command line names, what their results are called, and which of them are one machine's share.
-"""
+"""Input images of the predict command: find them, name their results, split them between machines."""
 
 import glob
 import os
@@ -13,44 +10,18 @@ from pathlib import Path
 from pdrunet_jax.data.images import SUFFIXES, looks_like_dicom
 from pdrunet_jax.runtime.errors import UserError
 
-MASK = "_mask.png"
-OVERLAY = "_overlay.png"
-PROBABILITY = "_probability.png"
-NPZ = "_probability.npz"
-CONTOURS = "_contours.csv"
-NRRD = "_mask.seg.nrrd"
-NIFTI = "_mask.nii.gz"
-LABELME = ".json"
-LABELME_PICTURE = "_labelme.png"
+_RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")
+"""Pictures that the command itself writes."""
 
-_OF_CLASS = re.compile(r"_probability_[^.]*\.png$")
-
-
-def probability_of(label: str) -> str:
-    """The end of the name of one class's probability, where there are several."""
-    safe = "".join(character if character.isalnum() or character in "-_" else "_" for character in label)
-    return f"_probability_{safe}.png"
-
-
-def beside(target: Path, end: str) -> Path:
-    """The file of a result: `target` with `end` appended to its name."""
-    return target.with_name(target.name + end)
-
-
-def is_picture(name: str) -> bool:
-    """Whether `predict` calls pictures so that it writes."""
-    return name.endswith((MASK, OVERLAY, PROBABILITY, LABELME_PICTURE)) or bool(_OF_CLASS.search(name))
-
-
-SKIPPED = ("._", ".DS_Store", "__MACOSX")
-"""Beginnings of the names of what macOS leaves behind: no images, whatever their extension."""
+_MACOS_FILES = ("._", ".DS_Store", "__MACOSX")
+"""Name prefixes of macOS metadata, skipped whatever the extension."""
 
 
 def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
-    """The images that `inputs` name, each once, in order.
+    """Images named by files, folders and glob patterns, each once, in order.
 
-    A file is taken whatever its name; in a folder, images are told by their extension, and results of an earlier run
-    below `output` are left out. Raises `UserError` that lists every input without an image.
+    A file is accepted whatever its name. In folders images are recognised by extension, and results of an earlier run
+    below `output` are skipped. Raises `UserError` that lists every input without an image.
     """
     found: dict[Path, Path] = {}
     empty = []
@@ -59,24 +30,24 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
         places = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(text, recursive=True))]
         images = [image for place in places for image in _images_in(place, output.resolve())]
         if not images:
-            empty.append(f"{text}: {'holds no image' if places else 'there is no such file or folder'}")
+            empty.append(f"{text}: {'contains no image' if places else 'no such file or folder'}")
         for image in images:
             found.setdefault(image.resolve(), image)
     if empty or not found:
         listing = "\n".join(f"  - {problem}" for problem in empty or ["no input was given"])
-        raise UserError(f"nothing to segment; images end in {', '.join(sorted(SUFFIXES))}:\n{listing}")
+        raise UserError(f"nothing to segment; supported extensions are {', '.join(sorted(SUFFIXES))}:\n{listing}")
     return list(found.values())
 
 
 def name_results(paths: Sequence[Path]) -> dict[Path, Path]:
-    """For each image the path of its results below the output folder, without suffix; no two are the same.
+    """Map each image to a unique path for its results, relative to the output folder and without suffix.
 
-    It is the path below the images' common folder. Images of one folder that differ only in extension keep it:
+    It is the image's path below the images' common folder. Images in one folder that differ only in extension keep it:
     `a.png` and `a.dcm` become `a_png` and `a_dcm`.
     """
     common = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     stems = {path: path.absolute().relative_to(common).with_suffix("") for path in paths}
-    # Compared without case: some file systems take A_mask.png and a_mask.png for the same file.
+    # Compared without case: some file systems do not distinguish A_mask.png from a_mask.png.
     uses = Counter(str(stem).lower() for stem in stems.values())
     names = {
         path: stem.with_name(path.name.replace(".", "_")) if uses[str(stem).lower()] > 1 else stem
@@ -92,19 +63,17 @@ def name_results(paths: Sequence[Path]) -> dict[Path, Path]:
     return names
 
 
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """(3, 16) for "3/16"; (1, 1), everything, for None. Raises `UserError`."""
-    if text is None:
-        return 1, 1
+def parse_shard(text: str) -> tuple[int, int]:
+    """(3, 16) for "3/16". Raises `UserError`."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     number, count = (int(part) for part in match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
-        raise UserError(f"--shard {text}: give two numbers, as in 3/16 for the third of sixteen")
+        raise UserError(f"--shard {text}: give K/N with K from 1 to N, such as 3/16")
     return number, count
 
 
 def take_shard(names: dict[Path, Path], shard: tuple[int, int]) -> dict[Path, Path]:
-    """Every image of `name_results` whose turn it is, sorted by name: the same on every machine that sees the same."""
+    """The K-th of N shards of `name_results`, sorted by name, so that every machine sees the same split."""
     number, count = shard
     ordered = sorted(names.items(), key=lambda item: item[1].as_posix())
     return dict(ordered[number - 1 :: count])
@@ -124,6 +93,6 @@ def _images_in(place: Path, output: Path) -> list[Path]:
         for path in sorted(place.rglob("*"))
         if path.suffix.lower() in SUFFIXES
         and path.is_file()
-        and not any(part.startswith(SKIPPED) for part in path.relative_to(place).parts)
-        and not (is_picture(path.name) and path.resolve().is_relative_to(output))
+        and not any(part.startswith(_MACOS_FILES) for part in path.relative_to(place).parts)
+        and not (_RESULT.search(path.name) and path.resolve().is_relative_to(output))
     ]

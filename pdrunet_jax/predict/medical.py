@@ -1,31 +1,29 @@
-"""Where ITK, and so 3D Slicer and ITK-SNAP, puts an image: a segmentation has to be put there to lie over it.
+"""Segmentations for medical viewers: `.seg.nrrd` for 3D Slicer (extra `nrrd`), `.nii.gz` for ITK-SNAP (extra `nifti`).
 
-ITK takes an image's place from other elements than a radiologist takes its scale from: of projection radiographs it
-knows the detector's spacing alone.
-
-Masks as NIfTI label maps: `.nii.gz`, extra `nifti`.
-
-Masks as segmentations of 3D Slicer: `.seg.nrrd`, extra `nrrd`.
+Both place the mask where ITK, and with it 3D Slicer and ITK-SNAP, places the image, so that it overlays it. For
+projection radiographs ITK uses the detector spacing only, not the calibrated spacing that areas are measured with.
 """
 
 import gzip
+import importlib
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from pdrunet_jax.data.images import import_pydicom
 from pdrunet_jax.data.overlay import colour_of
 from pdrunet_jax.predict.inputs import is_dicom
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write
 
 PROJECTIONS = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.2")
-"""SOP classes of computed radiography (and, with more numbers behind, of digital X-ray), angiography, fluoroscopy."""
+"""SOP classes: computed radiography (as a prefix, also digital X-ray), angiography, fluoroscopy."""
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
@@ -40,7 +38,7 @@ _ELEMENTS = (
 )
 
 _ORIENTATION = 0x0112
-_UNTURN = {
+_TO_STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -49,37 +47,43 @@ _UNTURN = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-"""By EXIF orientation what brings an upright picture back to how the file stores it."""
+"""For each EXIF orientation, the transform from the upright picture back to the stored one."""
+
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""DICOM and ITK: x to the patient's left, y to the back. NIfTI: to the right and front."""
+
+_SCANNER_COORDINATES = 1
+"""NIfTI qform and sform code."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where ITK puts an image, in its LPS coordinates."""
+    """Position of an image in ITK's LPS coordinates."""
 
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """mm between columns, rows and slices."""
     origin: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """mm, of the centre of the first pixel."""
+    """Centre of the first pixel, in mm."""
     axes: tuple[tuple[float, ...], ...] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
     """Unit vectors along a row, along a column, and from slice to slice."""
-    unturn: Image.Transpose | None = None
-    """What brings the upright mask to the file's own order of pixels, which ITK does not turn."""
+    to_stored: Image.Transpose | None = None
+    """Transform from the upright mask to the file's own pixel order; ITK ignores EXIF orientation."""
 
     @property
     def steps(self) -> np.ndarray:
-        """(3, 3): a row for each axis of `voxels`, what one step along it is in mm."""
+        """(3, 3): for each axis of `voxels` (rows), the vector in mm from one voxel to the next."""
         return np.array(self.axes) * np.array(self.spacing)[:, None]
 
     def voxels(self, mask: np.ndarray) -> np.ndarray:
-        """A mask (H, W) of the upright image as the file's own volume: uint8 (columns, rows, 1)."""
-        stored = mask if self.unturn is None else np.asarray(Image.fromarray(mask).transpose(self.unturn))
+        """A mask (H, W) of the upright image as a volume in stored pixel order: uint8 (columns, rows, 1)."""
+        stored = mask if self.to_stored is None else np.asarray(Image.fromarray(mask).transpose(self.to_stored))
         return stored.astype(np.uint8).T[:, :, None]
 
 
 def read_geometry(path: Path) -> Geometry:
-    """Where ITK puts the image in a file that `read_image` has read; what is absent or damaged is ITK's default."""
+    """Geometry that ITK reads from an image file; missing or invalid fields get ITK's defaults."""
     if is_dicom(path):
-        return _of_dicom(path)
+        return _dicom_geometry(path)
     with Image.open(path) as image:
         across, down = 1.0, 1.0
         if image.format == "JPEG" and image.info.get("jfif_unit") in (1, 2):
@@ -89,68 +93,20 @@ def read_geometry(path: Path) -> Geometry:
             unit = 25.4 if image.tag_v2[296] == 2 else 10.0  # type: ignore[attr-defined]
             tags = [image.tag_v2.get(tag) for tag in (282, 283)]  # type: ignore[attr-defined]
             across, down = (unit / float(value) if value else 1.0 for value in tags)
-        return Geometry((across, down, 1.0), unturn=_UNTURN.get(image.getexif().get(_ORIENTATION, 1)))
+        return Geometry((across, down, 1.0), to_stored=_TO_STORED.get(image.getexif().get(_ORIENTATION, 1)))
 
 
-def _of_dicom(path: Path) -> Geometry:
-    import pydicom
-
-    # pydicom's warnings about malformed elements quote them, and they may be a patient's name.
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_ELEMENTS), force=True)
-    kind = str(dataset.get("SOPClassUID", ""))
-    if kind in PROJECTIONS or kind.startswith(f"{PROJECTIONS[0]}."):
-        sources: tuple[str, ...] = ("ImagerPixelSpacing",)
-    elif kind == SECONDARY_CAPTURE:
-        sources = ("PixelSpacing", "NominalScannedPixelSpacing")
-    else:
-        sources = ("PixelSpacing",)
-    spacings = (_numbers(dataset, source, 2) for source in sources)
-    down, across = next((found for found in spacings if found and min(found) > 0), (1.0, 1.0))
-    between = _numbers(dataset, "SpacingBetweenSlices", 1)
-    origin = _numbers(dataset, "ImagePositionPatient", 3) or (0.0, 0.0, 0.0)
-    place = Geometry(
-        (across, down, between[0] if between and between[0] > 0 else 1.0), (origin[0], origin[1], origin[2])
-    )
-    cosines = _numbers(dataset, "ImageOrientationPatient", 6)
-    if cosines is None:
-        return place
-    row, column = np.array(cosines[:3]), np.array(cosines[3:])
-    lengths = np.linalg.norm(row), np.linalg.norm(column)
-    if not all(abs(length - 1) < 1e-2 for length in lengths) or abs(row @ column) > 1e-2:
-        return place
-    row, column = row / lengths[0], column / lengths[1]
-    axes = tuple(tuple(axis.tolist()) for axis in (row, column, np.cross(row, column)))
-    return Geometry(place.spacing, place.origin, axes)
-
-
-def _numbers(dataset: Any, element: str, count: int) -> tuple[float, ...] | None:
-    """The element as `count` finite numbers, or None."""
+def require_viewer_format(option: Literal["nrrd", "nifti"]) -> None:
+    """Raise `UserError` if the package that writes the files of `--OPTION` is not installed."""
+    module, package = {"nrrd": ("nrrd", "pynrrd"), "nifti": ("nibabel", "NiBabel")}[option]
     try:
-        value = dataset.get(element)
-        numbers = tuple(float(item) for item in (value if count > 1 else [value]))
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
-
-
-_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-"""DICOM and ITK count x and y to the patient's left and back, NIfTI to the right and front."""
-
-_SCANNER = 1
-"""NIfTI's code for the coordinates of the device that took the image."""
-
-
-def require_nifti() -> None:
-    """Raise `UserError` if NiBabel is not installed."""
-    try:
-        import nibabel  # noqa: F401
+        importlib.import_module(module)
     except ImportError:
-        raise UserError("--nifti needs NiBabel: pip install 'pdrunet-jax[nifti]'") from None
+        raise UserError(f"--{option} needs {package}: pip install 'pdrunet-jax[{option}]'") from None
 
 
-def write_label_map(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
-    """Write a mask (H, W) of class indices as a volume of one slice. Raises `OSError` if the disk refuses."""
+def write_nifti(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
+    """Write a mask (H, W) of class indices as a NIfTI label map of one slice. Raises `OSError`."""
     import nibabel
 
     affine = np.eye(4)
@@ -158,22 +114,14 @@ def write_label_map(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
     affine[:3, 3] = geometry.origin
     affine = _LPS_TO_RAS @ affine
     image = nibabel.Nifti1Image(geometry.voxels(mask), affine)
-    image.set_qform(affine, _SCANNER)
-    image.set_sform(affine, _SCANNER)
+    image.set_qform(affine, _SCANNER_COORDINATES)
+    image.set_sform(affine, _SCANNER_COORDINATES)
     image.header.set_xyzt_units("mm")
     atomic_write(path, gzip.compress(image.to_bytes(), mtime=0))
 
 
-def require_nrrd() -> None:
-    """Raise `UserError` if pynrrd is not installed."""
-    try:
-        import nrrd  # noqa: F401
-    except ImportError:
-        raise UserError("--nrrd needs pynrrd: pip install 'pdrunet-jax[nrrd]'") from None
-
-
-def write_segmentation(path: Path, mask: np.ndarray, names: Sequence[str], geometry: Geometry) -> None:
-    """Write a mask (H, W) of class indices; class i + 1 is called `names[i]`. Raises `OSError` if the disk refuses."""
+def write_nrrd(path: Path, mask: np.ndarray, labels: Sequence[str], geometry: Geometry) -> None:
+    """Write a mask (H, W) as a 3D Slicer segmentation; class i + 1 is named `labels[i]`. Raises `OSError`."""
     import nrrd
 
     voxels = geometry.voxels(mask)
@@ -190,12 +138,11 @@ def write_segmentation(path: Path, mask: np.ndarray, names: Sequence[str], geome
         "Segmentation_MasterRepresentation": "Binary labelmap",
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
-    for number, name in enumerate(names):
-        colour = " ".join(f"{value / 255:.6f}" for value in colour_of(number + 1))
+    for number, label in enumerate(labels):
         fields = {
             "ID": f"Segment_{number + 1}",
-            "Name": " ".join(name.split()),
-            "Color": colour,
+            "Name": " ".join(label.split()),
+            "Color": " ".join(f"{value / 255:.6f}" for value in colour_of(number + 1)),
             "LabelValue": str(number + 1),
             "Layer": "0",
             "Extent": f"0 {voxels.shape[0] - 1} 0 {voxels.shape[1] - 1} 0 0",
@@ -204,3 +151,42 @@ def write_segmentation(path: Path, mask: np.ndarray, names: Sequence[str], geome
     file = io.BytesIO()
     nrrd.write(file, voxels, header)
     atomic_write(path, file.getvalue())
+
+
+def _dicom_geometry(path: Path) -> Geometry:
+    dataset = import_pydicom().dcmread(path, stop_before_pixels=True, specific_tags=list(_ELEMENTS), force=True)
+
+    # ITK looks for the spacing in different elements for each kind of image.
+    kind = str(dataset.get("SOPClassUID", ""))
+    if kind in PROJECTIONS or kind.startswith(f"{PROJECTIONS[0]}."):
+        sources: tuple[str, ...] = ("ImagerPixelSpacing",)
+    elif kind == SECONDARY_CAPTURE:
+        sources = ("PixelSpacing", "NominalScannedPixelSpacing")
+    else:
+        sources = ("PixelSpacing",)
+    spacings = (_numbers(dataset, source, 2) for source in sources)
+    down, across = next((found for found in spacings if found and min(found) > 0), (1.0, 1.0))
+    between = _numbers(dataset, "SpacingBetweenSlices", 1)
+    spacing = (across, down, between[0] if between and between[0] > 0 else 1.0)
+    x, y, z = _numbers(dataset, "ImagePositionPatient", 3) or (0.0, 0.0, 0.0)
+
+    # Direction cosines that are not orthonormal are ignored.
+    cosines = _numbers(dataset, "ImageOrientationPatient", 6)
+    if cosines is None:
+        return Geometry(spacing, (x, y, z))
+    row, column = np.array(cosines[:3]), np.array(cosines[3:])
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if not all(abs(length - 1) < 1e-2 for length in lengths) or abs(row @ column) > 1e-2:
+        return Geometry(spacing, (x, y, z))
+    row, column = row / lengths[0], column / lengths[1]
+    return Geometry(spacing, (x, y, z), tuple(tuple(axis.tolist()) for axis in (row, column, np.cross(row, column))))
+
+
+def _numbers(dataset: Any, element: str, count: int) -> tuple[float, ...] | None:
+    """The element as `count` finite numbers, or None."""
+    try:
+        value = dataset.get(element)
+        numbers = tuple(float(item) for item in (value if count > 1 else [value]))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

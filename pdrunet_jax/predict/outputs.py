@@ -1,9 +1,7 @@
-"""What an output folder says about its own results: each mask carries how it was made, and `areas.csv` the areas.
+"""Output files of the predict command, all at the image's own resolution, and the table `areas.csv`.
 
-The mask is the last picture that is written of an image, so that with it everything else is there, however the process
-ended. Nothing is shared between images: any number of machines may write to one folder.
-
-The files that `predict` leaves for one image, all at the image's own resolution.
+Each mask carries a record of how it was made. The mask is the last picture written for an image: if it exists, so does
+everything else, however the process ended. Images share no state, so any number of machines can write to one folder.
 """
 
 import csv
@@ -14,189 +12,72 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
-from pdrunet_jax.data import overlay as pictures
+from pdrunet_jax.data import overlay
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.labelme.contours import outlines
 from pdrunet_jax.data.labelme.write import write_labelme
 from pdrunet_jax.predict.inference import Prediction
-from pdrunet_jax.predict.inputs import (
-    CONTOURS,
-    LABELME,
-    LABELME_PICTURE,
-    MASK,
-    NIFTI,
-    NPZ,
-    NRRD,
-    OVERLAY,
-    PROBABILITY,
-    beside,
-    is_dicom,
-    probability_of,
-)
-from pdrunet_jax.predict.medical import read_geometry, require_nifti, require_nrrd, write_label_map, write_segmentation
+from pdrunet_jax.predict.inputs import is_dicom
+from pdrunet_jax.predict.medical import read_geometry, require_viewer_format, write_nifti, write_nrrd
 from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
+MASK = "_mask.png"
+OVERLAY = "_overlay.png"
+PROBABILITY = "_probability.png"
+NPZ = "_probability.npz"
+CONTOURS = "_contours.csv"
+NRRD = "_mask.seg.nrrd"
+NIFTI = "_mask.nii.gz"
+LABELME = ".json"
+LABELME_PICTURE = "_labelme.png"
+
+AREA_COLUMNS = ("image", "class", "pixels", "area_mm2")
+
 RECORD_KEY = "pdrunet_jax.predict"
-"""Key of the PNG text in a mask that holds its record, one JSON object."""
+"""Key of the PNG text chunk in a mask that holds its record as JSON."""
 
 Record = dict[str, Any]
-"""How a mask was made: "settings", "input" (see `stamp`), "files" written beside it, "pixels" of each class by name,
-"spacing" in mm or null."""
-
-
-def stamp(path: Path) -> dict[str, Any]:
-    """What tells an image from a changed one: its digest, and size and time of change, which are quick to compare."""
-    state = path.stat()
-    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256(path)}
-
-
-def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
-    """Whether the image at `path` is still the one of which `known` is the stamp."""
-    state = path.stat()
-    if state.st_size != known["bytes"]:
-        return False
-    return state.st_mtime_ns == known["changed"] or sha256(path) == known["sha256"]
-
-
-def save_mask(image: Image.Image, path: Path, record: Record) -> None:
-    """Write a mask with its record, all of it or nothing. Raises `OSError` if the disk refuses."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text(RECORD_KEY, json.dumps(record))
-    file = io.BytesIO()
-    image.save(file, format="PNG", pnginfo=text)
-    atomic_write(path, file.getvalue())
-
-
-def read_record(path: Path) -> Record | None:
-    """The record in a mask; None for a picture that this command has not written. Raises `OSError` if there is none."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:  # reads no pixels
-            record = json.loads(image.info.get(RECORD_KEY, "null"))
-    except (UnidentifiedImageError, ValueError, SyntaxError):
-        return None
-    return record if isinstance(record, dict) and {"settings", "input", "files", "pixels"} <= record.keys() else None
-
-
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two settings, a few words each."""
-    return [
-        f"other {name}" if name == "weights" else f"{name} was {then.get(name)}, is {now.get(name)}"
-        for name in now
-        if then.get(name) != now[name]
-    ]
-
-
-class Areas:
-    """`areas.csv`: a row for each image and class, with the area where the file states its pixels' spacing.
-
-    It is made anew from the masks' records at the start, so that nothing in it is lost or there twice, and grows by
-    the rows of an image at a time.
-    """
-
-    AREA_COLUMNS = ("image", "class", "pixels", "area_mm2")
-
-    def __init__(self, path: Path, finished: Iterable[tuple[str, Record]]) -> None:
-        """Open `path` with the rows of what is `finished`: names and records.
-
-        Raises `UserError` if another process has it open, `RunError` if the disk refuses.
-        """
-        self._path = path
-        text = "".join(
-            [_lines([self.AREA_COLUMNS]), *(_lines(_rows(name, record)) for name, record in finished)]
-        ).encode()
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-            self._lock()
-            if self._file.read() != text:
-                # Over what is there: mostly the same bytes, so that a kill in between leaves the rows as they were.
-                self._file.seek(0)
-                self._write(text)
-                self._file.truncate()
-
-    def add(self, name: str, record: Record) -> None:
-        """Append the rows of an image. Raises `RunError` if the disk refuses."""
-        with writing(self._path):
-            self._write(_lines(_rows(name, record)).encode())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise UserError(
-                f"{self._path} is being written by another process; wait for that one, give each its own --shard, "
-                "or choose another --output"
-            ) from None
-        except OSError:  # a file system without locks: two processes would only do the same work twice
-            return
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def _rows(name: str, record: Record) -> list[Sequence[Any]]:
-    spacing = record["spacing"]
-    return [
-        (name, label, pixels, f"{pixels * spacing[0] * spacing[1]:.4f}" if spacing else "")
-        for label, pixels in record["pixels"].items()
-    ]
-
-
-def _lines(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+"""How a mask was made: "settings", "input" (see `fingerprint`), "files" (suffixes of the other files written),
+"pixels" of each class by name, and "spacing" in mm or null."""
 
 
 @dataclass(frozen=True)
-class Outputs:
-    """What is written beside NAME_mask.png."""
+class WrittenFiles:
+    """The files written for each image in addition to NAME_mask.png."""
 
     overlay: bool = True
-    """Write NAME_overlay.png: the image with its mask tinted and outlined."""
+    """Write NAME_overlay.png: the image with the mask tinted and outlined."""
     probability: bool = False
-    """Write NAME_probability.png: 16 bits, 65535 is 1; for several classes NAME_probability_CLASS.png each."""
+    """Write NAME_probability.png: 16 bits, 65535 is 1; with several classes, one NAME_probability_CLASS.png each."""
     npz: bool = False
-    """Write NAME_probability.npz: the probabilities as float32, for NumPy."""
+    """Write NAME_probability.npz: float32 probabilities for NumPy."""
     contours: bool = False
-    """Write NAME_contours.csv: the outline of each part of each class, a point a row."""
+    """Write NAME_contours.csv: outlines of every component, one point per row."""
     labelme: bool = False
-    """Write NAME.json: polygons to correct by hand in LabelMe, and to train on by data import-labelme."""
+    """Write NAME.json: polygons to correct in LabelMe and to train on with data import-labelme."""
     nrrd: bool = False
-    """Write NAME_mask.seg.nrrd: a segmentation that 3D Slicer opens over the image."""
+    """Write NAME_mask.seg.nrrd: a segmentation that 3D Slicer overlays on the image."""
     nifti: bool = False
-    """Write NAME_mask.nii.gz: a label map that ITK-SNAP and 3D Slicer open over the image."""
+    """Write NAME_mask.nii.gz: a label map that ITK-SNAP and 3D Slicer overlay on the image."""
     tolerance: float = 1.0
-    """Pixels by which outlines in NAME_contours.csv and NAME.json may leave that of the mask."""
+    """Largest deviation, in pixels, of the outlines in NAME_contours.csv and NAME.json from the mask's."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance < float("inf"):
             raise UserError(f"--tolerance {self.tolerance}: give a number of pixels, 0 or more")
 
-    def files(self, path: Path, names: Sequence[str], outputs: int) -> list[str]:
-        """Ends of the names of all that is written of the image at `path`, beside its mask."""
+    def suffixes(self, path: Path, labels: Sequence[str], outputs: int) -> list[str]:
+        """Suffixes of the files for the image at `path`, mask excluded, from a network with `outputs` channels."""
         return [
             *([OVERLAY] if self.overlay else []),
-            *(_probability_ends(names, outputs == 1) if self.probability else []),
+            *(_probability_suffixes(labels, outputs == 1) if self.probability else []),
             *([NPZ] if self.npz else []),
             *([CONTOURS] if self.contours else []),
             *([NRRD] if self.nrrd else []),
@@ -205,76 +86,181 @@ class Outputs:
             *([LABELME] if self.labelme else []),
         ]
 
-    def require(self) -> None:
-        """Raise `UserError` if a package is missing that what is asked for needs."""
+    def require_packages(self) -> None:
+        """Raise `UserError` if a package needed for one of these files is not installed."""
         if self.nrrd:
-            require_nrrd()
+            require_viewer_format("nrrd")
         if self.nifti:
-            require_nifti()
+            require_viewer_format("nifti")
+
+
+class Areas:
+    """`areas.csv`: one row per image and class, with the area if the file states its pixel spacing.
+
+    It is rebuilt from the masks' records on opening, so that no row is lost or repeated, and then grows image by image.
+    """
+
+    def __init__(self, path: Path, finished: Iterable[tuple[str, Record]]) -> None:
+        """Open `path` with the rows of the `finished` images (names and records).
+
+        Raises `UserError` if another process has it open, `RunError` if it cannot be written.
+        """
+        self._path = path
+        rows = [AREA_COLUMNS, *(row for name, record in finished for row in _area_rows(name, record))]
+        text = _csv(rows).encode()
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            self._lock()
+            if self._file.read() != text:
+                # Overwritten in place: most bytes are the same, so a kill halfway leaves the rows as they were.
+                self._file.seek(0)
+                self._write(text)
+                self._file.truncate()
+
+    def add(self, name: str, record: Record) -> None:
+        """Append the rows of an image. Raises `RunError` if the table cannot be written."""
+        with writing(self._path):
+            self._write(_csv(_area_rows(name, record)).encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise UserError(
+                f"{self._path} is being written by another process; wait for it to finish, give each process its own "
+                "--shard, or choose another --output"
+            ) from None
+        except OSError:  # no locks on this file system: two processes would merely do the same work twice
+            return
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def write_result(
-    result: Prediction, path: Path, target: Path, names: Sequence[str], outputs: Outputs, record: Record
+    result: Prediction, path: Path, target: Path, labels: Sequence[str], files: WrittenFiles, record: Record
 ) -> None:
-    """Write what `outputs` ask for of the image at `path`, as `target`_mask.png and so on.
+    """Write the mask and the requested `files` of the image at `path` as `target`_mask.png and so on.
 
-    The mask comes last, but for the LabelMe file: one that is there without being in a mask's record is a person's.
-    Raises `RunError` if the folder refuses.
+    The mask is written last, except for the LabelMe file: one that no mask's record mentions belongs to a person.
+    Raises `RunError` if the folder cannot be written.
     """
-    try:
-        picture = outputs.labelme and is_dicom(path)  # LabelMe opens no DICOM
-        pixels = read_image(path, 1) if outputs.overlay or picture else None
+    with writing(target):
+        labelme_picture = files.labelme and is_dicom(path)  # LabelMe does not open DICOM
+        pixels = read_image(path, 1) if files.overlay or labelme_picture else np.empty(0)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if outputs.overlay and pixels is not None:
-            pictures.save(Image.fromarray(pictures.overlay(pixels, result.mask)), beside(target, OVERLAY))
-        if outputs.probability:
-            _write_probability(result.probability, target, names)
-        if outputs.npz:
+        if files.overlay:
+            overlay.save(Image.fromarray(overlay.overlay(pixels, result.mask)), with_suffix(target, OVERLAY))
+        if files.probability:
+            _write_probability(result.probability, target, labels)
+        if files.npz:
             file = io.BytesIO()
-            np.savez_compressed(file, probability=result.probability, classes=np.array(["background", *names]))
-            atomic_write(beside(target, NPZ), file.getvalue())
-        if outputs.contours:
-            atomic_write(beside(target, CONTOURS), _contours(result.mask, names, outputs.tolerance))
-        if outputs.nrrd:
-            write_segmentation(beside(target, NRRD), result.mask, names, read_geometry(path))
-        if outputs.nifti:
-            write_label_map(beside(target, NIFTI), result.mask, read_geometry(path))
-        if picture and pixels is not None:
+            np.savez_compressed(file, probability=result.probability, classes=np.array(["background", *labels]))
+            atomic_write(with_suffix(target, NPZ), file.getvalue())
+        if files.contours:
+            atomic_write(with_suffix(target, CONTOURS), _contours(result.mask, labels, files.tolerance))
+        if files.nrrd:
+            write_nrrd(with_suffix(target, NRRD), result.mask, labels, read_geometry(path))
+        if files.nifti:
+            write_nifti(with_suffix(target, NIFTI), result.mask, read_geometry(path))
+        if labelme_picture:
             grey = np.rint(pixels[..., 0]).astype(np.uint8)
-            pictures.save(Image.fromarray(grey), beside(target, LABELME_PICTURE))
-        save_mask(pictures.index_mask(result.mask, len(names)), beside(target, MASK), record)
-        if outputs.labelme:
-            _write_labelme(result.mask, beside(target, LABELME_PICTURE) if picture else path, target, names, outputs)
-    except OSError as error:
-        raise RunError(f"{error.filename or target}: cannot be written ({error.strerror})") from None
+            overlay.save(Image.fromarray(grey), with_suffix(target, LABELME_PICTURE))
+        _write_mask(overlay.index_mask(result.mask, len(labels)), with_suffix(target, MASK), record)
+        if files.labelme:
+            shown = with_suffix(target, LABELME_PICTURE) if labelme_picture else path
+            _write_labelme(result.mask, shown, with_suffix(target, LABELME), labels, files.tolerance)
 
 
-def _write_labelme(mask: np.ndarray, image: Path, target: Path, names: Sequence[str], outputs: Outputs) -> None:
-    path = beside(target, LABELME)
+def with_suffix(target: Path, suffix: str) -> Path:
+    """`target` with `suffix` appended to its name."""
+    return target.with_name(target.name + suffix)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Identity of an image: its digest, and its size and modification time, which are quick to compare."""
+    state = path.stat()
+    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256(path)}
+
+
+def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
+    """Whether the image at `path` still has the fingerprint `known`."""
+    state = path.stat()
+    if state.st_size != known["bytes"]:
+        return False
+    return state.st_mtime_ns == known["changed"] or sha256(path) == known["sha256"]
+
+
+def read_record(target: Path) -> Record | None:
+    """The record in the mask of a result; None if there is no mask, or if this command did not write it."""
+    try:
+        with Image.open(with_suffix(target, MASK), formats=("PNG",)) as image:  # reads no pixels
+            record = json.loads(image.info.get(RECORD_KEY, "null"))
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return record if isinstance(record, dict) and {"settings", "input", "files", "pixels"} <= record.keys() else None
+
+
+def _write_mask(image: Image.Image, path: Path, record: Record) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_text(RECORD_KEY, json.dumps(record))
+    file = io.BytesIO()
+    image.save(file, format="PNG", pnginfo=text)
+    atomic_write(path, file.getvalue())
+
+
+def _write_labelme(mask: np.ndarray, image: Path, path: Path, labels: Sequence[str], tolerance: float) -> None:
     relative = os.path.relpath(image.parent.resolve() / image.name, path.parent.resolve())
     try:
-        write_labelme(path, mask, names, Path(relative).as_posix(), tolerance=outputs.tolerance)
-    except UserError as error:  # here the input was right: it is the disk that refuses
+        write_labelme(path, mask, labels, Path(relative).as_posix(), tolerance=tolerance)
+    except UserError as error:  # the input was valid: it is the disk that refuses
         raise RunError(str(error)) from None
 
 
-def _probability_ends(names: Sequence[str], single: bool) -> list[str]:
-    return [PROBABILITY] if single else [probability_of(label) for label in names]
+def _probability_suffixes(labels: Sequence[str], single: bool) -> list[str]:
+    if single:
+        return [PROBABILITY]
+    safe = ["".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label) for label in labels]
+    return [f"_probability_{label}.png" for label in safe]
 
 
-def _write_probability(probability: np.ndarray, target: Path, names: Sequence[str]) -> None:
+def _write_probability(probability: np.ndarray, target: Path, labels: Sequence[str]) -> None:
     single = probability.ndim == 2
-    for index, end in enumerate(_probability_ends(names, single), 1):
-        share = probability if single else probability[..., index]
-        pictures.save(Image.fromarray(np.rint(share * 65535).astype(np.uint16)), beside(target, end))
+    for index, suffix in enumerate(_probability_suffixes(labels, single), 1):
+        channel = probability if single else probability[..., index]
+        overlay.save(Image.fromarray(np.rint(channel * 65535).astype(np.uint16)), with_suffix(target, suffix))
 
 
-def _contours(mask: np.ndarray, names: Sequence[str], tolerance: float) -> str:
+def _contours(mask: np.ndarray, labels: Sequence[str], tolerance: float) -> str:
     """Rows of class, contour, x and y. (0.5, 0.5) is the centre of the upper left pixel, as in LabelMe."""
+    points = (
+        (label, number, x + 0.5, y + 0.5)
+        for index, label in enumerate(labels, 1)
+        for number, ring in enumerate(outlines(mask == index, tolerance), 1)
+        for x, y in ring.tolist()
+    )
+    return _csv([("class", "contour", "x", "y"), *points])
+
+
+def _area_rows(name: str, record: Record) -> list[Sequence[Any]]:
+    spacing = record["spacing"]
+    return [
+        (name, label, pixels, f"{pixels * spacing[0] * spacing[1]:.4f}" if spacing else "")
+        for label, pixels in record["pixels"].items()
+    ]
+
+
+def _csv(rows: Iterable[Sequence[Any]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("class", "contour", "x", "y"))
-    for index, label in enumerate(names, 1):
-        for number, ring in enumerate(outlines(mask == index, tolerance), 1):
-            writer.writerows((label, number, x + 0.5, y + 0.5) for x, y in ring.tolist())
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()

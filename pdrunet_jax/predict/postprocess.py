@@ -1,4 +1,4 @@
-"""What anatomy knows and a network does not: a bone has one part and no holes. Applied to masks of class indices."""
+"""Mask cleaning: keep the largest components, remove small ones, fill holes."""
 
 from dataclasses import dataclass
 
@@ -7,23 +7,20 @@ import numpy as np
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.runtime.errors import UserError
 
-_TOUCHING = np.ones((3, 3), np.int8)
-"""Pixels that touch by a corner belong to one part, as in `pdrunet_jax.data.contours`."""
+_EIGHT_CONNECTED = np.ones((3, 3), np.int8)
+"""Diagonal neighbours belong to one component, as in `data/labelme/contours.py`."""
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What is done to a mask, to each class by itself; the default is nothing.
-
-    Raises `UserError` for numbers below 0.
-    """
+    """Cleaning rules, applied to each class separately; by default none. Negative numbers raise `UserError`."""
 
     largest: int = 0
-    """Keep so many of the largest connected parts of each class; 0 keeps all."""
+    """Keep only the N largest connected components of each class; 0 keeps all."""
     min_area: int = 0
-    """Remove connected parts of fewer pixels, counted at the image's own resolution."""
+    """Remove connected components smaller than this many pixels at the image's own resolution."""
     fill_holes: bool = False
-    """Fill background that a class encloses."""
+    """Fill background enclosed by a class."""
 
     def __post_init__(self) -> None:
         for name, value in (("largest", self.largest), ("min-area", self.min_area)):
@@ -32,16 +29,16 @@ class Cleaning:
 
 
 def clean(mask: np.ndarray, rules: Cleaning) -> np.ndarray:
-    """A mask (H, W) of class indices after `rules`, of the same type; the argument is left as it is.
+    """Apply `rules` to a mask (H, W) of class indices; returns a new array of the same type.
 
-    Small parts go first, and become background; holes are filled last, so that one is closed which a small part of
-    another class has left. What another class fills is no hole. `IGNORE` is no class.
+    Small components become background first, so that the holes they leave in another class are then filled. A region
+    of another class is not a hole. `IGNORE` is not a class.
     """
     cleaned = mask.copy()
     classes = [index for index in np.unique(mask).tolist() if index not in (0, IGNORE)]
     if rules.largest or rules.min_area:
         for index in classes:
-            cleaned[_small_parts(mask == index, rules)] = 0
+            cleaned[_small_components(mask == index, rules)] = 0
     if rules.fill_holes:
         import scipy.ndimage
 
@@ -51,15 +48,15 @@ def clean(mask: np.ndarray, rules: Cleaning) -> np.ndarray:
     return cleaned
 
 
-def _small_parts(region: np.ndarray, rules: Cleaning) -> np.ndarray:
-    """Those pixels of a boolean `region` (H, W) that do not stay."""
+def _small_components(region: np.ndarray, rules: Cleaning) -> np.ndarray:
+    """The pixels of a boolean `region` (H, W) that `rules` remove."""
     import scipy.ndimage
 
-    parts, count = scipy.ndimage.label(region, _TOUCHING)
-    areas = np.bincount(parts.ravel(), minlength=count + 1)
-    stays = areas >= rules.min_area
+    components, count = scipy.ndimage.label(region, _EIGHT_CONNECTED)
+    areas = np.bincount(components.ravel(), minlength=count + 1)
+    kept = areas >= rules.min_area
     if rules.largest:
-        order = np.argsort(-areas[1:], kind="stable") + 1  # of two of one size the upper one stays
-        stays[order[rules.largest :]] = False
-    stays[0] = True  # what is not in the region does not change
-    return np.asarray(~stays[parts])
+        order = np.argsort(-areas[1:], kind="stable") + 1  # of two components of equal size, the upper one is kept
+        kept[order[rules.largest :]] = False
+    kept[0] = True  # pixels outside the region do not change
+    return np.asarray(~kept[components])

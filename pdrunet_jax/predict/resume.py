@@ -1,4 +1,4 @@
-"""Which images are done already, in the way that is asked for now, and which earlier results are in the way."""
+"""Resume a prediction run: find finished images, and refuse to mix results made with different settings."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -9,104 +9,107 @@ from typing import Any
 import numpy as np
 
 from pdrunet_jax.predict.inference import Prediction
-from pdrunet_jax.predict.inputs import LABELME, MASK, beside
-from pdrunet_jax.predict.outputs import Outputs, Record, differences, read_record, stamp, unchanged
+from pdrunet_jax.predict.outputs import (
+    LABELME,
+    MASK,
+    Record,
+    WrittenFiles,
+    fingerprint,
+    read_record,
+    unchanged,
+    with_suffix,
+)
 from pdrunet_jax.runtime.errors import UserError
 
-MOST_LISTED = 10
-"""So many reasons are given where results are in the way."""
+MAX_LISTED = 10
+"""Conflicts listed in an error message."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that results depend on beside the image."""
+    """Everything that results depend on, except the image."""
 
     settings: Mapping[str, Any]
-    """JSON values, of which the weights' digest is one."""
-    classes: tuple[str, ...]
+    """JSON values, including the digest of the weights."""
+    labels: tuple[str, ...]
     """Names of the foreground classes."""
     outputs: int
-    """Of the network."""
-    written: Outputs
+    """Output channels of the network."""
+    files: WrittenFiles
 
-    def files(self, path: Path) -> list[str]:
-        """Ends of the names of all that is written of the image at `path`, beside its mask."""
-        return self.written.files(path, self.classes, self.outputs)
+    def suffixes(self, path: Path) -> list[str]:
+        """Suffixes of the files written for the image at `path`, mask excluded."""
+        return self.files.suffixes(path, self.labels, self.outputs)
 
     def record(self, result: Prediction, path: Path, target: Path) -> Record:
-        """The record of a new result. Files of an earlier one that does not fit it any more are removed."""
-        files, image = self.files(path), stamp(path)
-        earlier = _record_at(target)
+        """The record of a new result; deletes files of an earlier result that no longer match it."""
+        files, image = self.suffixes(path), fingerprint(path)
+        earlier = read_record(target)
         if earlier is not None:
-            others = [end for end in earlier["files"] if end not in files]
+            others = [suffix for suffix in earlier["files"] if suffix not in files]
             if earlier["settings"] == self.settings and earlier["input"]["sha256"] == image["sha256"]:
                 files += others
             else:
-                for end in others:
-                    beside(target, end).unlink(missing_ok=True)
-        pixels = {label: int(np.sum(result.mask == index)) for index, label in enumerate(self.classes, 1)}
+                for suffix in others:
+                    with_suffix(target, suffix).unlink(missing_ok=True)
+        pixels = {label: int(np.sum(result.mask == index)) for index, label in enumerate(self.labels, 1)}
         spacing = None if result.spacing is None else list(result.spacing)
         return {"settings": self.settings, "input": image, "files": files, "pixels": pixels, "spacing": spacing}
 
 
-def finished(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: bool) -> dict[Path, Record]:
-    """Those images whose results are all there, with their records.
+def finished_images(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: bool) -> dict[Path, Record]:
+    """The images whose results are complete, with their records.
 
-    Raises `UserError` if results of the others are in the way, unless they are to be overwritten.
-
-    Args:
-        recipe: how results are made now.
-        targets: for each image where its results go, without the ends of their names.
-        overwrite: whether results in the way are replaced.
+    `targets` maps each image to the path of its results, without suffix. Raises `UserError` if existing results
+    conflict with the `recipe`, unless `overwrite` is set.
     """
-    done: dict[Path, Record] = {}
+    finished: dict[Path, Record] = {}
     reasons: Counter[str] = Counter()
     examples: dict[str, Path] = {}
     for path, target in targets.items():
-        record, problems = _look(recipe, path, target)
-        reasons.update(problems.keys())
-        examples = {**problems, **examples}
-        if record is not None and not problems:
-            done[path] = record
+        record, conflicts = _inspect(recipe, path, target)
+        reasons.update(conflicts.keys())
+        examples = {**conflicts, **examples}
+        if record is not None and not conflicts:
+            finished[path] = record
     if reasons and not overwrite:
         lines = [
             f"  - {examples[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
-            for reason, count in reasons.most_common(MOST_LISTED)
+            for reason, count in reasons.most_common(MAX_LISTED)
         ]
         raise UserError(
-            "results that were made otherwise are in the way:\n"
+            "the output folder contains results made with other settings:\n"
             + "\n".join(lines)
-            + "\nGive the earlier weights and options to go on, another --output, or --overwrite to replace them."
+            + "\nTo continue, use the earlier weights and options, another --output, or --overwrite to replace them."
         )
-    return done
+    return finished
 
 
-def _look(recipe: Recipe, path: Path, target: Path) -> tuple[Record | None, dict[str, Path]]:
-    """The record of an image whose results are all there, and what is in the way, with the file that is."""
-    mask, labelled = beside(target, MASK), beside(target, LABELME)
-    record = _record_at(target)
+def _inspect(recipe: Recipe, path: Path, target: Path) -> tuple[Record | None, dict[str, Path]]:
+    """The record of an image whose results are complete, and conflicts, each with the file concerned."""
+    mask, labelme = with_suffix(target, MASK), with_suffix(target, LABELME)
+    record = read_record(target)
     try:
-        wanted = recipe.files(path)
+        wanted = recipe.suffixes(path)
         changed = record is not None and not unchanged(path, record["input"])
-    except OSError:  # an image that cannot be opened, which is said in its turn
+    except OSError:  # the image cannot be opened; reported when its turn comes
         return None, {}
-    problems = {}
     if record is None:
-        problems = {"not written by this command, or changed since": mask} if mask.exists() else {}
+        conflicts = {"not written by this command, or modified since": mask} if mask.exists() else {}
     else:
-        problems = dict.fromkeys(differences(record["settings"], recipe.settings), mask)
+        conflicts = dict.fromkeys(_differences(record["settings"], recipe.settings), mask)
         if changed:
-            problems["the image has changed"] = mask
+            conflicts["the image has changed"] = mask
     known = [] if record is None else record["files"]
-    if LABELME in wanted and LABELME not in known and labelled.exists():
-        problems["a LabelMe file is there that is not this command's"] = labelled
-    complete = all(end in known and beside(target, end).exists() for end in wanted)
-    return (record if complete else None), problems
+    if LABELME in wanted and LABELME not in known and labelme.exists():
+        conflicts["a LabelMe file that this command did not write"] = labelme
+    complete = all(suffix in known and with_suffix(target, suffix).exists() for suffix in wanted)
+    return (record if complete else None), conflicts
 
 
-def _record_at(target: Path) -> Record | None:
-    """The record in the mask of a result, if there is one."""
-    try:
-        return read_record(beside(target, MASK))
-    except OSError:
-        return None
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"other {name}" if name == "weights" else f"{name} was {then.get(name)}, is {now.get(name)}"
+        for name in now
+        if then.get(name) != now[name]
+    ]

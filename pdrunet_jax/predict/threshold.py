@@ -1,7 +1,8 @@
-"""The threshold that scores best on the validation images: found when training ends, kept with the best weights.
+"""Decision threshold: apply it, check it, store it with the weights.
 
-`--threshold validation` of `evaluate`, `predict` and `export` takes it from there. It is never chosen on test images:
-whatever is chosen on the images that it is scored on flatters the score.
+At the end of training the threshold with the best Dice on the validation images is stored in `best.safetensors`;
+`--threshold validation` of evaluate, predict and export uses it. It is never chosen on test images: a threshold chosen
+on the images that it is scored on makes the score look better than it is.
 """
 
 from collections.abc import Mapping
@@ -14,33 +15,35 @@ from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import UserError
 
+Threshold = float | Literal["validation"]
+"""Value of the option `--threshold`."""
+
+THRESHOLD_KEY = "threshold"
+"""Key of the stored threshold in the options of a weights file."""
+
 
 def apply_threshold(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """Class indices (H, W) uint8 of probabilities (H, W), above `threshold`, or (H, W, K), the likeliest."""
-    decided = probability > threshold if probability.ndim == 2 else probability.argmax(axis=-1)
-    return np.asarray(decided, np.uint8)
+    """Class indices (H, W), uint8: probabilities (H, W) above `threshold`, or the argmax of (H, W, K)."""
+    classes = probability > threshold if probability.ndim == 2 else probability.argmax(axis=-1)
+    return np.asarray(classes, np.uint8)
 
 
 def check_threshold(threshold: float, outputs: int = 1) -> None:
-    """Raise `UserError` if `threshold` is no probability, or is set for a model whose classes compete."""
+    """Raise `UserError` if `threshold` is not a probability, or is set for a model with several outputs."""
     if not 0 <= threshold <= 1:
-        raise UserError(f"threshold {threshold}: a probability lies between 0 and 1")
+        raise UserError(f"threshold {threshold}: give a probability between 0 and 1")
     if outputs > 1 and threshold != 0.5:
-        raise UserError(f"threshold {threshold}: the model has {outputs} outputs, of which the likeliest wins")
-
-
-Threshold = float | Literal["validation"]
-"""What `--threshold` takes."""
-
-THRESHOLD_KEY = "threshold"
-"""Of the options in a file of weights."""
+        raise UserError(
+            f"threshold {threshold}: the model has {outputs} outputs and takes the most probable class; "
+            "leave the threshold out"
+        )
 
 
 def store_threshold(path: Path, threshold: float) -> bool:
-    """Keep `threshold` in the header of a `.safetensors` file, which is replaced in one step, its digest renewed.
+    """Store `threshold` in the header of a `.safetensors` file, atomically, and update the digest.
 
-    A file whose digest does not match is left alone, and False returned: a new digest would hide the damage. Raises
-    `RunError` if it cannot be written.
+    Returns False and leaves the file alone if its digest does not match: a new digest would hide the damage. Raises
+    `RunError` if the file cannot be written.
     """
     try:
         file = read_weights(path)
@@ -56,10 +59,10 @@ def store_threshold(path: Path, threshold: float) -> bool:
 
 
 def resolve_threshold(given: Threshold, known: Mapping[str, Any], weights: str | Path) -> float:
-    """The number that `--threshold` means for `weights`, whose options (of `load_options`) are `known`.
+    """The number that `--threshold` stands for, given the options `known` that are stored with `weights`.
 
-    Raises `UserError` if it is no probability, if several classes compete, or if "validation" was given and the
-    weights hold no threshold.
+    Raises `UserError` if it is not a probability, if the model has several outputs, or if it is "validation" and no
+    threshold is stored.
     """
     outputs = known.get("outputs", 1)
     if given != "validation":
@@ -67,12 +70,13 @@ def resolve_threshold(given: Threshold, known: Mapping[str, Any], weights: str |
         return given
     if outputs > 1:
         raise UserError(
-            f"--threshold validation: {weights} has {outputs} outputs, of which the likeliest wins; leave it out"
+            f"--threshold validation: {weights} has {outputs} outputs and takes the most probable class; "
+            "leave the option out"
         )
     chosen = known.get(THRESHOLD_KEY)
     if isinstance(chosen, bool) or not isinstance(chosen, int | float) or not 0 <= chosen <= 1:
         raise UserError(
-            f"--threshold validation: {weights} holds no threshold. Training stores it in best.safetensors when it "
-            "ends; the same training command, started again, adds it to a run that has none. Or give a number"
+            f"--threshold validation: {weights} contains no threshold. Training stores one in best.safetensors when it "
+            "finishes; for a run without one, start the same training command again, or give a number"
         )
     return float(chosen)

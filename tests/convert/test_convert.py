@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdrunet_jax import config as config_io
-from pdrunet_jax.convert.__main__ import convert, main
+from pdrunet_jax import config
+from pdrunet_jax.convert import __main__ as command
+from pdrunet_jax.convert.__main__ import ConvertOptions, main
 from pdrunet_jax.model.load import load_model, load_options, load_weights
 from pdrunet_jax.runtime.errors import UserError
 from tests.support import ROOT
@@ -21,6 +23,10 @@ from pdrunet_torch_ref import PDRUNet as Twin  # noqa: E402 - it needs torch
 from pdrunet_torch_ref.training import make_loss, train_step  # noqa: E402
 
 SIZES = ((64, 96), (97, 61))
+
+
+def convert(src: Path, dst: Path, **options: Any) -> list[str]:
+    return command.convert(ConvertOptions(src, dst, **options))
 
 
 def trained_twin(**options: object) -> Twin:
@@ -119,8 +125,8 @@ def test_a_converted_run_folder_has_what_one_expects(public: Path, tmp_path: Pat
         "checkpoints",
         "config.toml",
     ]
-    config = config_io.load(tmp_path / "run" / "config.toml")
-    assert (config.model.shortcut, config.model.outputs, config.model.filters) == ("conv1", 1, 40)
+    stated = config.load(tmp_path / "run" / "config.toml")
+    assert (stated.model.shortcut, stated.model.outputs, stated.model.filters) == ("conv1", 1, 40)
     for source in ("run", "run/checkpoints/0", "run/best.safetensors"):
         assert load_options(tmp_path / source)["shortcut"] == "conv1"
     assert load_weights(tmp_path / "run", which="latest").options["shortcut"] == "conv1"
@@ -177,7 +183,7 @@ def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_bad_targets_are_user_errors(public: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="whose name has no suffix"):
+    with pytest.raises(UserError, match="a name without suffix"):
         convert(public, tmp_path / "weights.onnx")
     with pytest.raises(UserError, match="is SRC itself"):
         convert(public, public, force=True)

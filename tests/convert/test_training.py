@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pdrunet_jax import config as config_io
-from pdrunet_jax.convert.__main__ import convert, main
+from pdrunet_jax import config as configuration
+from pdrunet_jax.convert import __main__ as command
+from pdrunet_jax.convert.__main__ import ConvertOptions, main
 from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.runtime.errors import DataError, UserError
 from tests.support import ROOT
@@ -42,6 +43,10 @@ samples = 0
 [tracking]
 wandb = "disabled"
 """
+
+
+def convert(src: Path, dst: Path, **options: Any) -> list[str]:
+    return command.convert(ConvertOptions(src, dst, **options))
 
 
 @pytest.fixture
@@ -138,13 +143,13 @@ def without_moment() -> dict[str, Any]:
         ({"optimizer_state_dict": broken(params=[0, 1])}, "was made for 2 parameters, the model has"),
         ({"optimizer_state_dict": without_moment()}, "exp_avg_sq of std_block.second.weight is missing"),
         ({"optimizer_state_dict": without_moment()}, "has the shape (2,"),
-        ({"optimizer_state_dict": without_moment()}, "holds NaN or infinity"),
-        ({"optimizer_state_dict": None}, "holds no optimizer"),
+        ({"optimizer_state_dict": without_moment()}, "contains NaN or infinity"),
+        ({"optimizer_state_dict": None}, "contains no optimizer"),
         ({"optimizer_state_dict": {"state": {}, "param_groups": []}}, "one parameter group"),
         ({"step": 7}, "step of std_block.first.weight is 2, not 7"),
         ({"model_state_dict": Twin(filters=5).state_dict()}, "model.filters is 4 in the configuration, 5 in the file"),
-        ({"model_state_dict": Twin(filters=4).double().state_dict()}, "is in float64, and --train.precision float32"),
-        ({"model_state_dict": None}, "holds no state dict of a network"),
+        ({"model_state_dict": Twin(filters=4).double().state_dict()}, "is in float64, but --train.precision float32"),
+        ({"model_state_dict": None}, "contains no state dict of a network"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(
@@ -165,7 +170,7 @@ def test_options_that_do_not_go_together_are_refused(own: Path, config: Path, tm
         convert(own, tmp_path / "a.safetensors", config=str(config))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.toml").touch()
-    with pytest.raises(UserError, match="converted to a new folder"):
+    with pytest.raises(UserError, match="convert a training run to a new folder"):
         convert(own, tmp_path / "full", config=str(config), force=True)
     with pytest.raises(UserError, match="no run folder"):
         convert(tmp_path / "full" / "no", tmp_path / "a.pth", to_torch_training_state=True)
@@ -182,7 +187,7 @@ def test_the_header_of_a_state_is_checked(tmp_path: Path) -> None:
     torch.save(own_training(pdrunet="{"), path)
     with pytest.raises(UserError, match="no JSON object"):
         convert(path, tmp_path / "run")
-    config = config_io.to_dict(config_io.parse(CONFIG, "tiny"))
+    config = configuration.to_dict(configuration.parse(CONFIG, "tiny"))
     config["optim"]["nmae"] = 1
     torch.save(own_training(pdrunet=json.dumps({"config": config})), path)
     with pytest.raises(UserError, match="nmae"):

@@ -1,21 +1,18 @@
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pdrunet_jax.predict import inference
-from pdrunet_jax.predict.inference import forward, predict, restore
+from pdrunet_jax.predict.inference import forward, resize_to_image, segment
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.predict.threshold import apply_threshold
 from pdrunet_jax.runtime.errors import UserError
-from tests.support.tiny import bright_square, brightness_model, save_image, save_model
+from tests.support.tiny import bright_square, brightness_model, save_image
 
 
 def test_a_bright_square_is_segmented_exactly_at_its_own_resolution():
     pixels = bright_square(40, 56, 10, 20, 16)
-    result = predict(brightness_model(), pixels)
+    result = segment(brightness_model(), pixels)
     assert result.mask.dtype == np.uint8
     np.testing.assert_array_equal(result.mask, pixels > 128)
     assert result.probability.shape == (40, 56)
@@ -25,7 +22,7 @@ def test_a_bright_square_is_segmented_exactly_at_its_own_resolution():
 
 def test_a_mask_has_the_inputs_resolution_whatever_size_the_network_works_at(tmp_path):
     path = save_image(tmp_path / "x.png", bright_square(90, 60, 20, 10, 40))
-    result = predict(brightness_model(), path, size=(32, 32))
+    result = segment(brightness_model(), path, size=(32, 32))
     assert result.mask.shape == result.probability.shape == (90, 60)
     disagree = result.mask != (bright_square(90, 60, 20, 10, 40) > 128)
     assert 0 < disagree.mean() < 0.05  # only the square's outline
@@ -35,14 +32,14 @@ def test_the_trained_size_is_used(tmp_path):
     model = brightness_model()
     model.size = (16, 16)
     pixels = bright_square(64, 64, 20, 20, 3)  # too small to survive shrinking to a quarter
-    assert predict(model, pixels).mask.sum() < 9
-    assert predict(model, pixels, size=(64, 64)).mask.sum() == 9
+    assert segment(model, pixels).mask.sum() < 9
+    assert segment(model, pixels, size=(64, 64)).mask.sum() == 9
 
 
 def test_several_classes_give_probabilities_that_sum_to_one():
     pixels = np.full((32, 48), 20, np.uint8)
     pixels[:, 16:32], pixels[:, 32:] = 120, 230
-    result = predict(brightness_model(3), pixels)
+    result = segment(brightness_model(3), pixels)
     assert result.probability.shape == (32, 48, 3)
     np.testing.assert_allclose(result.probability.sum(axis=-1), 1, atol=1e-5)
     np.testing.assert_array_equal(result.mask, np.repeat([[0, 1, 2]], 32, axis=0).repeat(16, axis=1))
@@ -50,14 +47,14 @@ def test_several_classes_give_probabilities_that_sum_to_one():
 
 def test_floats_and_bytes_give_the_same_mask():
     pixels = bright_square(32, 32, 4, 4, 9)
-    first = predict(brightness_model(), pixels).mask
-    np.testing.assert_array_equal(predict(brightness_model(), pixels[..., None] / 255).mask, first)
+    first = segment(brightness_model(), pixels).mask
+    np.testing.assert_array_equal(segment(brightness_model(), pixels[..., None] / 255).mask, first)
 
 
 def test_a_lower_threshold_takes_in_more():
     pixels = np.full((32, 32), 126, np.uint8)
-    assert predict(brightness_model(), pixels).mask.max() == 0
-    assert predict(brightness_model(), pixels, threshold=0.4).mask.min() == 1
+    assert segment(brightness_model(), pixels).mask.max() == 0
+    assert segment(brightness_model(), pixels, threshold=0.4).mask.min() == 1
 
 
 def test_mirrored_images_are_averaged_after_they_are_turned_back():
@@ -66,28 +63,28 @@ def test_mirrored_images_are_averaged_after_they_are_turned_back():
     pixels = bright_square(24, 32, 5, 8, 9)
 
     def shown(image: np.ndarray) -> np.ndarray:
-        return predict(model, image).probability
+        return segment(model, image).probability
 
     once = shown(pixels), np.fliplr(shown(np.fliplr(pixels)))
     assert not np.array_equal(*once)
-    np.testing.assert_allclose(predict(model, pixels, augmentation="flip").probability, sum(once) / 2, atol=1e-6)
+    np.testing.assert_allclose(segment(model, pixels, augmentation="flip").probability, sum(once) / 2, atol=1e-6)
     both = np.flipud(shown(np.flipud(pixels))), np.rot90(shown(np.rot90(pixels, 2)), 2)
     every = sum((*once, *both)) / 4
-    np.testing.assert_allclose(predict(model, pixels, augmentation="flips").probability, every, atol=1e-6)
+    np.testing.assert_allclose(segment(model, pixels, augmentation="flips").probability, every, atol=1e-6)
 
 
 def test_an_image_is_segmented_in_tiles_at_its_own_size():
     model = brightness_model()
     model.size = (16, 16)
     pixels = bright_square(64, 96, 20, 40, 3)
-    result = predict(model, pixels, size="own", tile=16, halo=8, augmentation="flip")
+    result = segment(model, pixels, size="own", tile=16, halo=8, augmentation="flip")
     np.testing.assert_array_equal(result.mask, pixels > 128)
 
 
 def test_a_mask_is_cleaned():
     pixels = bright_square(32, 32, 4, 4, 9)
     pixels[30, 30] = 200
-    result = predict(brightness_model(), pixels, cleaning=Cleaning(largest=1))
+    result = segment(brightness_model(), pixels, cleaning=Cleaning(largest=1))
     np.testing.assert_array_equal(result.mask, bright_square(32, 32, 4, 4, 9) > 128)
     assert result.probability[30, 30] > 0.5
 
@@ -103,12 +100,12 @@ def test_a_mask_is_cleaned():
 )
 def test_pixels_of_another_form_are_refused(pixels, message):
     with pytest.raises(UserError, match=message):
-        predict(brightness_model(), pixels)
+        segment(brightness_model(), pixels)
 
 
 def test_a_threshold_makes_no_sense_for_competing_classes():
     with pytest.raises(UserError, match="3 outputs"):
-        predict(brightness_model(3), np.zeros((8, 8), np.uint8), threshold=0.3)
+        segment(brightness_model(3), np.zeros((8, 8), np.uint8), threshold=0.3)
 
 
 def test_a_second_model_of_the_same_kind_compiles_nothing_anew():
@@ -124,7 +121,7 @@ def test_a_second_model_of_the_same_kind_compiles_nothing_anew():
 
 def test_probabilities_are_interpolated_before_they_are_decided():
     """Between two pixels at 0.9 and 0.1 the edge falls half-way, not at a copied pixel's border."""
-    wide = restore(np.array([[[0.9], [0.1]]]), (1, 8))
+    wide = resize_to_image(np.array([[[0.9], [0.1]]]), (1, 8))
     assert wide.shape == (1, 8)
     assert (np.diff(wide[0]) <= 0).all()
     np.testing.assert_array_equal(apply_threshold(wide), [[1, 1, 1, 1, 0, 0, 0, 0]])
@@ -143,21 +140,6 @@ def test_dicom_spacing_is_kept(tmp_path):
     dataset.PixelSpacing = [0.2, 0.25]
     dataset.PixelData = (bright_square(20, 24, 5, 5, 8).astype(np.uint16) * 16).tobytes()
     dataset.save_as(tmp_path / "x.dcm", enforce_file_format=True)
-    result = predict(brightness_model(), tmp_path / "x.dcm")
+    result = segment(brightness_model(), tmp_path / "x.dcm")
     assert result.spacing == (0.2, 0.25)
     np.testing.assert_array_equal(result.mask, bright_square(20, 24, 5, 5, 8) > 128)
-
-
-@pytest.mark.parametrize("first", ["", "import pdrunet_jax.predict", "from pdrunet_jax.predict.__main__ import main"])
-def test_predict_is_a_function_in_any_order_of_imports(tmp_path, first):
-    weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[16, 16])
-    image = save_image(tmp_path / "x.png", bright_square(20, 20, 4, 4, 10))
-    program = f"""
-{first}
-import pdrunet_jax
-model = pdrunet_jax.load_model({str(weights)!r})
-result = pdrunet_jax.predict(model, {str(image)!r})
-assert result.mask.shape == (20, 20) and 80 < result.mask.sum() < 120, result.mask.sum()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr

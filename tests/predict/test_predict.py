@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdrunet_jax.data import overlay as pictures
+from pdrunet_jax.data import overlay
 from pdrunet_jax.predict.__main__ import main
 from pdrunet_jax.predict.inputs import find_images, name_results, take_shard
 from pdrunet_jax.runtime import cli
@@ -42,10 +42,10 @@ def test_a_folder_gives_masks_and_overlays_and_names_the_broken_file(tmp_path, w
     probability = np.asarray(Image.open(tmp_path / "out/left/a_probability.png"))
     assert probability.dtype == np.uint16
     np.testing.assert_array_equal(probability > 32767, SQUARE > 128)
-    overlay = np.asarray(Image.open(tmp_path / "out/left/a_overlay.png"))
-    assert overlay.shape == (40, 60, 3)
-    assert tuple(overlay[12, 20]) == pictures.COLOURS[0]
-    assert tuple(overlay[0, 0]) == (20, 20, 20)
+    drawn = np.asarray(Image.open(tmp_path / "out/left/a_overlay.png"))
+    assert drawn.shape == (40, 60, 3)
+    assert tuple(drawn[12, 20]) == overlay.COLOURS[0]
+    assert tuple(drawn[0, 0]) == (20, 20, 20)
 
 
 def test_several_classes_are_an_index_image_and_a_probability_each(tmp_path):
@@ -64,14 +64,14 @@ def test_several_classes_are_an_index_image_and_a_probability_each(tmp_path):
     }
     mask = Image.open(tmp_path / "out/x_mask.png")
     np.testing.assert_array_equal(np.asarray(mask), np.repeat([[0, 1, 2]], 30, axis=0).repeat(10, axis=1))
-    assert mask.convert("RGB").getpixel((25, 5)) == pictures.COLOURS[1]
+    assert mask.convert("RGB").getpixel((25, 5)) == overlay.COLOURS[1]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nowhere.png"], "nowhere.png: there is no such file"),
-        (["empty"], "empty: holds no image"),
+        (["nowhere.png"], "nowhere.png: no such file"),
+        (["empty"], "empty: contains no image"),
         (["*.jpg"], "*.jpg"),
         (["x.png", "--threshold", "2"], "threshold 2"),
         (["x.png", "--size", "0"], "--size 0"),

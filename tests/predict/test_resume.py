@@ -155,7 +155,7 @@ def test_a_mask_of_somebody_else_is_not_replaced(one):
 
 def test_a_labelme_file_of_somebody_else_is_not_replaced(one):
     Path("out/11.json").write_text("drawn by hand")
-    with pytest.raises(UserError, match="not this command's"):
+    with pytest.raises(UserError, match="a LabelMe file that this command did not write"):
         predict_in("--labelme")
     assert Path("out/11.json").read_text() == "drawn by hand"
 

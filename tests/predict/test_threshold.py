@@ -9,7 +9,7 @@ from PIL import Image
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.evaluate.__main__ import main as evaluate
-from pdrunet_jax.export.__main__ import export
+from pdrunet_jax.export.__main__ import ExportOptions, export
 from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.model.load import load_model, load_options
 from pdrunet_jax.predict.threshold import THRESHOLD_KEY, resolve_threshold, store_threshold
@@ -93,17 +93,21 @@ def test_validation_means_the_same_in_every_command(tmp_path, monkeypatch):
         predict([str(root / "images/3.png"), "--weights", str(path), "--output", "masks", "--overwrite", *given])
         assert np.asarray(Image.open(tmp_path / "masks/3_mask.png")).max() == dice
     none = sealed(tmp_path / "none.safetensors", size=[16, 16])
-    with pytest.raises(UserError, match="holds no threshold"):
-        export(none, "x.stablehlo", format="stablehlo", threshold="validation")
+    with pytest.raises(UserError, match="contains no threshold"):
+        export(ExportOptions(str(none), "stablehlo", tmp_path / "x.stablehlo", threshold="validation"))
 
 
 @pytest.mark.parametrize(
     ("given", "known", "words"),
     [
-        ("validation", {"outputs": 1}, r"w holds no threshold\. Training stores it"),
-        ("validation", {"outputs": 1, THRESHOLD_KEY: 1.5}, "holds no threshold"),
-        ("validation", {"outputs": 1, THRESHOLD_KEY: True}, "holds no threshold"),
-        ("validation", {"outputs": 3, THRESHOLD_KEY: 0.4}, "3 outputs, of which the likeliest wins; leave it out"),
+        ("validation", {"outputs": 1}, r"w contains no threshold\. Training stores one"),
+        ("validation", {"outputs": 1, THRESHOLD_KEY: 1.5}, "contains no threshold"),
+        ("validation", {"outputs": 1, THRESHOLD_KEY: True}, "contains no threshold"),
+        (
+            "validation",
+            {"outputs": 3, THRESHOLD_KEY: 0.4},
+            "3 outputs and takes the most probable class; leave the option out",
+        ),
         (0.3, {"outputs": 3}, "3 outputs"),
         (-0.1, {"outputs": 1}, "between 0 and 1"),
     ],
