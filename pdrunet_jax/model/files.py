@@ -1,4 +1,4 @@
-"""Files that hold arrays by name: `.safetensors`, and PyTorch's `.pth`, read without running code from them."""
+"""Read and write `.safetensors` and PyTorch's `.pth` files, without running code from them."""
 
 import json
 import pickle
@@ -17,29 +17,29 @@ from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
 OPTIONS_KEY = "pdrunet"
-"""Key of our options, one JSON object, in the metadata header of a `.safetensors` file."""
+"""Key of the options, one JSON object, in the metadata header of a `.safetensors` file."""
 
 TORCH_SUFFIXES = (".pth", ".pt")
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What one file of weights holds."""
+    """Content of a file of weights."""
 
     arrays: dict[str, Any]
-    """NumPy arrays by the names in the file; dictionaries where a `.pth` nests them."""
+    """NumPy arrays by their names in the file; dictionaries where a `.pth` nests them."""
     options: dict[str, Any] = field(default_factory=dict)
-    """What the file says of the model beyond shapes: shortcut, dropout, size, class_names, ...; empty if nothing."""
+    """What the file says about the model: shortcut, dropout, size, class_names, ...; may be empty."""
     notes: tuple[str, ...] = ()
-    """What was left out or changed on reading, a sentence each."""
+    """Sentences on anything left out or changed on reading."""
 
 
 def read_weights(path: str | Path) -> WeightsFile:
-    """The arrays and options in `path`, a `.safetensors`, `.pth` or `.pt` file.
+    """Read the arrays and options of a `.safetensors`, `.pth` or `.pt` file.
 
     Raises:
-        UserError: there is no such file, it has another suffix, is damaged, holds code, or PyTorch is needed and not
-            installed.
+        UserError: the file does not exist, has another suffix, is damaged or contains code, or needs PyTorch, which is
+            not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,7 +52,7 @@ def read_weights(path: str | Path) -> WeightsFile:
 
 
 def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> None:
-    """Write `arrays` by name, and `options` (plain JSON values) into the header; all of it or nothing.
+    """Write `arrays` by name, and `options` (plain JSON values) into the header, atomically.
 
     Raises:
         RunError: the file cannot be written.
@@ -65,10 +65,9 @@ def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], option
 
 
 def write_pth(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write arrays by name as a PyTorch state dict, or nested dictionaries of them; all of it or nothing.
+    """Write arrays by name as a PyTorch state dict, or nested dictionaries of them, atomically.
 
-    Arrays become tensors; what else there is (numbers, text, lists, None) stays as it is. A state dict has no place for
-    options.
+    Arrays become tensors; numbers, text, lists and None stay as they are. A state dict has no place for options.
 
     Raises:
         RunError: the file cannot be written.
@@ -95,7 +94,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable .safetensors file: {error}") from None
+        raise UserError(f"{path} is not a readable .safetensors file: {error}") from None
     except (AttributeError, TypeError) as error:
         raise UserError(f"{path} holds arrays of a type that NumPy lacks: {error}") from None
     try:
@@ -103,7 +102,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: the options in its header are not valid JSON: {error}") from None
     if not isinstance(options, dict):
-        raise UserError(f"{path}: the options in its header are no JSON object")
+        raise UserError(f"{path}: the options in its header are not a JSON object")
     return WeightsFile(arrays, options)
 
 
@@ -120,14 +119,14 @@ def _read_pth(path: Path) -> WeightsFile:
             f"Save `model.state_dict()`, not the model itself.{f' (PyTorch: {reason[1].strip()})' if reason else ''}"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or no PyTorch file: {str(error) or 'it ends too early'}") from None
+        raise UserError(f"{path} is damaged or not a PyTorch file: {str(error) or 'it ends too early'}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; a state dict (arrays by name) is needed")
     return WeightsFile(_to_numpy(torch, content))
 
 
 def _to_numpy(torch: ModuleType, value: Any) -> Any:
-    """`value` with every dense tensor in it, at any depth of dictionaries, as a NumPy array."""
+    """Convert every dense tensor in `value`, at any depth of dictionaries, to a NumPy array."""
     if isinstance(value, Mapping):
         return {str(key): _to_numpy(torch, item) for key, item in value.items()}
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:

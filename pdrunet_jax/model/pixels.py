@@ -1,4 +1,4 @@
-"""Grey values as the network takes them."""
+"""Pixels in and out of the network: scaled grey values, probabilities, classes."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ Array = jax.Array | np.ndarray
 
 
 def probabilities(logits: Array) -> Any:
-    """Probabilities of logits (N, H, W, K): the sigmoid for K = 1, else the softmax over K. Same shape."""
+    """Convert logits (N, H, W, K) to probabilities: the sigmoid for K = 1, otherwise the softmax over K. Same shape."""
     xp = _namespace(logits)
     if logits.shape[-1] == 1:
         return 0.5 * (xp.tanh(0.5 * logits) + 1.0)  # the sigmoid, in a form that no logit makes overflow
@@ -20,9 +20,9 @@ def probabilities(logits: Array) -> Any:
 
 
 def predict_classes(logits: Array) -> Any:
-    """Class indices (N, H, W), int32, of logits (N, H, W, K).
+    """Convert logits (N, H, W, K) to class indices (N, H, W), int32.
 
-    K = 1: 1 where the probability is above 0.5, that is the logit above 0. Else the likeliest of the K classes, of
+    K = 1: 1 where the probability is above 0.5, i.e. the logit above 0. Otherwise the most likely of the K classes, of
     which 0 is background; the lower index wins a tie.
     """
     xp = _namespace(logits)
@@ -32,14 +32,14 @@ def predict_classes(logits: Array) -> Any:
 
 
 def _namespace(array: Array) -> Any:
-    """`numpy` or `jax.numpy`, whichever `array` belongs to (the array API standard's own question)."""
+    """`numpy` or `jax.numpy`, whichever `array` belongs to (array API standard)."""
     return array.__array_namespace__()
 
 
 def unit_range(pixels: jax.Array | np.ndarray, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """uint8 values of any shape divided by 255, correctly rounded to `dtype`, as NumPy and PyTorch divide.
+    """Divide uint8 values of any shape by 255, correctly rounded to `dtype`, as NumPy and PyTorch do.
 
-    Looked up, because XLA compiles a division by a constant into a product with its reciprocal, which is off by one
+    This is a look-up: XLA compiles a division by a constant into a product with the reciprocal, which is off by one
     unit in the last place for about half of the values.
     """
     table = np.arange(256, dtype=dtype) / np.asarray(255, dtype)

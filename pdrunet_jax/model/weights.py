@@ -1,7 +1,7 @@
-"""The one table of names between the public PyTorch code and the Flax model, and the conversion along it.
+"""Convert weights between the public PyTorch code and the Flax model, by one table of names.
 
-Our attributes bear the public names, except that `bottleneck.0` is `bottleneck_0` here, that a convolution's `weight`
-(O, I, H, W) is a `kernel` (H, W, I, O), and that a normalisation's `weight` is a `scale`.
+Attributes of the Flax model have the public names, with three exceptions: `bottleneck.0` is `bottleneck_0`, the
+`weight` (O, I, H, W) of a convolution is a `kernel` (H, W, I, O), and the `weight` of a normalisation is a `scale`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,19 +15,19 @@ from pdrunet_jax.model.network import BLOCKS, public_name
 from pdrunet_jax.runtime.errors import DataError
 
 DEAD_BLOCK = "e5"
-"""The public code builds this block and never calls it: its state dict has it, our model has not."""
+"""Block that the public code builds and never calls: part of its state dict, but not of our model."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 
 HWIO = (2, 3, 1, 0)
 OIHW = (3, 2, 0, 1)
-"""Axes of a kernel from PyTorch's layout to Flax's, and back."""
+"""Axes that take a kernel from PyTorch's layout to Flax's, and back."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: a key of the public state dict, and the same array's place in the Flax model."""
+    """One row of the table: a key of the public state dict, and the path of the same array in the Flax model."""
 
     public: str
     path: tuple[str, ...]
@@ -38,28 +38,28 @@ class Entry:
 
     @property
     def parameter(self) -> bool:
-        """Is trained; everything else is a running statistic."""
+        """Whether it is trained; everything else is a running statistic."""
         return self.variable is nnx.Param
 
     @property
     def count(self) -> bool:
-        """Is the integer `num_batches_tracked`; everything else is floating point."""
+        """Whether it is the integer `num_batches_tracked`; everything else is floating point."""
         return self.path[-1] == "num_batches_tracked"
 
 
 class Imported(NamedTuple):
-    """A public state dict as the Flax model takes it; the arrays are NumPy's and keep the file's dtype."""
+    """A public state dict in the form of the Flax model, as NumPy arrays in the file's dtype."""
 
     options: dict[str, Any]
-    """What shapes and names tell: in_channels, outputs, filters, norm; keyword arguments of `PDRUNet`."""
+    """Options that shapes and names show: in_channels, outputs, filters, norm."""
     params: nnx.State[Any, Any]
     stats: nnx.State[Any, Any]
     notes: tuple[str, ...]
-    """What was unwrapped, dropped or widened, a sentence each."""
+    """Sentences on anything unwrapped, dropped or widened."""
 
 
 def name_table(in_channels: int, outputs: int, filters: int, norm: str) -> tuple[Entry, ...]:
-    """Every array of the model, in the order of the public state dict, which has `e5` besides."""
+    """List every array of the model, in the order of the public state dict (without `e5`)."""
     rows: list[Entry] = []
     for name in BLOCKS:
         rows += _block(public_name(name), name, in_channels if name == "std_block" else filters, filters, norm)
@@ -67,22 +67,22 @@ def name_table(in_channels: int, outputs: int, filters: int, norm: str) -> tuple
 
 
 def dead_entries(filters: int, norm: str) -> tuple[Entry, ...]:
-    """The rows of `e5`, which have no place in the Flax model."""
+    """List the arrays of `e5`, which the Flax model does not have."""
     return tuple(_block(DEAD_BLOCK, DEAD_BLOCK, filters, filters, norm))
 
 
 def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
-    """Arrays under the public names as state of the Flax model.
+    """Convert arrays under the public names to the state of the Flax model.
 
-    Accepts the dictionaries that training scripts put around a state dict (`state_dict`, `model_state_dict`, `model`)
-    and the prefixes of PyTorch's wrappers (`module.`, `_orig_mod.`, `model.`), and says so in the notes.
+    Dictionaries that training scripts put around a state dict (`state_dict`, `model_state_dict`, `model`) and prefixes
+    of PyTorch's wrappers (`module.`, `_orig_mod.`, `model.`) are removed, with a note.
 
     Args:
-        arrays: NumPy arrays (or what `np.asarray` takes) by public name.
-        source: names the file in messages.
+        arrays: arrays by public name; anything that `np.asarray` takes.
+        source: name of the file, for messages.
 
     Raises:
-        DataError: names every missing, unused and misshapen key, every wrong dtype, and every array with NaN or
+        DataError: lists every missing, unused and misshapen key, every wrong dtype, and every array with NaN or
             infinity.
     """
     arrays, notes = _unwrap(arrays)
@@ -118,7 +118,7 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
 
 
 def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block: bool = True) -> dict[str, np.ndarray]:
-    """State of the Flax model as arrays under the public names, in the public order, layout and dtype.
+    """Convert state of the Flax model to arrays under the public names, in the public order, layout and dtype.
 
     Args:
         params: the `nnx.Param` part of the model's state, or nested dictionaries of its arrays.
@@ -126,7 +126,7 @@ def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block
         dead_block: fill `e5` with zeros, so that the public code's strict loader accepts the result.
 
     Raises:
-        DataError: names every missing, unused and misshapen array by its path in the model.
+        DataError: lists every missing, unused and misshapen array by its path in the model.
     """
     leaves = {path: np.asarray(value) for state in (params, stats) for path, value in _leaves(state)}
     values = {path: np.transpose(array, OIHW) if array.ndim == 4 else array for path, array in leaves.items()}
@@ -188,7 +188,7 @@ def _unwrap(arrays: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
 
 
 def _options(first: np.ndarray | None, last: np.ndarray | None, norm: str) -> dict[str, Any]:
-    """The model's options from its first and last kernel (O, I, H, W); the defaults where those are of no use."""
+    """Derive the model's options from its first and last kernel (O, I, H, W), with defaults where they do not fit."""
     in_channels, outputs, filters = 1, 1, 40
     if last is not None and last.ndim == 4:
         outputs, filters = last.shape[:2]
@@ -198,7 +198,7 @@ def _options(first: np.ndarray | None, last: np.ndarray | None, norm: str) -> di
 
 
 def _problem(row: Entry, array: np.ndarray | None) -> str | None:
-    """What is wrong with `array`, in the public layout, as the one that belongs in `row`."""
+    """Describe what is wrong with `array`, in the public layout, for `row`; None if nothing is."""
     if array is None:
         return f"is missing; its shape should be {row.shape}"
     if array.shape != row.shape:

@@ -1,4 +1,7 @@
-"""python -m pdrunet_jax.train --config NAME: train, validate, save; started again, resume exactly."""
+"""Command line of `python -m pdrunet_jax.train`. Started again, a run resumes exactly.
+
+Heavy imports are deferred so that SIGTERM is handled even while they load.
+"""
 
 import sys
 
@@ -8,7 +11,7 @@ from pdrunet_jax.runtime.stop import StopFlag
 
 
 def main() -> int:
-    """The command; returns its exit code."""
+    """Run the command and return its exit code."""
     with StopFlag(last=True) as stop:
         from pdrunet_jax.runtime.run_folder import RunFolder
         from pdrunet_jax.train import options
@@ -19,12 +22,15 @@ def main() -> int:
 
             return verify(arguments.verify)
         distributed = arguments.distributed.wanted(arguments.detect)
-        if not distributed:  # before JAX is loaded, which takes longer than this answer may
+        if not distributed:  # before JAX is loaded: a quick answer for a folder that is in use
             RunFolder(arguments.run_folder).require_free()
-        from pdrunet_jax.train.run import _run
+        from pdrunet_jax.runtime.devices import configure_jax
+        from pdrunet_jax.train.run import run
 
+        # Before the processes meet, which starts the devices.
+        configure_jax(arguments.settings.train.precision, arguments.settings.train.deterministic)
         with join(arguments.distributed, arguments.detect, stop) as group:
-            return _run(arguments, group, stop)
+            return run(arguments, group, stop)
 
 
 if __name__ == "__main__":

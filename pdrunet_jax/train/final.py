@@ -1,8 +1,6 @@
-"""What no model should score below: the best that a single grey value can do.
+"""Final evaluation: pick a threshold on the validation set, score the test set, write the report.
 
-best.safetensors: the weights of a run that scored best on its validation images, with what is needed to use them.
-
-What follows the last step of training: a threshold from the validation images, test scores, the report.
+Also best.safetensors, the weights with the best validation score, and the baseline that every model should beat.
 """
 
 import dataclasses
@@ -18,10 +16,16 @@ from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.calibration import THRESHOLDS, Curves, Histograms
-from pdrunet_jax.evaluate.evaluation import Evaluation, evaluate_split, write_evaluation
+from pdrunet_jax.evaluate.evaluation import (
+    Evaluation,
+    EvaluationOptions,
+    evaluate_split,
+    predicted_probabilities,
+    write_evaluation,
+)
 from pdrunet_jax.evaluate.report.page import write_report
 from pdrunet_jax.model.files import write_safetensors
-from pdrunet_jax.model.load import load_model
+from pdrunet_jax.model.load import MODEL_OPTIONS, load_model
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.threshold import store_threshold
@@ -35,31 +39,30 @@ from pdrunet_jax.train.wandb_run import Picture, ScoreTable
 
 
 def threshold_baseline(dataset: Dataset, split: str) -> float:
-    """Mean Dice of the best global threshold on one split of a dataset with one class, ignored pixels left out."""
+    """Mean Dice of the best global grey threshold on a split of a dataset with one class, without ignored pixels."""
     images, masks = [], []
     for sample in dataset.of(split):
-        if sample.mask is not None:
-            mask = read_mask(sample.mask, dataset.coding)
-            valid = mask != IGNORE
-            images.append(read_image(sample.image)[..., 0].round().astype(np.uint8)[valid])
-            masks.append(mask[valid])
+        mask = read_mask(sample.mask, dataset.coding)
+        valid = mask != IGNORE
+        images.append(read_image(sample.image)[..., 0].round().astype(np.uint8)[valid])
+        masks.append(mask[valid])
     return threshold_dice(images, masks)
 
 
 def threshold_dice(images: Sequence[NDArray[np.uint8]], masks: Sequence[NDArray[np.uint8]]) -> float:
-    """Mean Dice per image of the best single grey threshold of all, taking its bright or its dark side.
+    """Mean Dice per image of the best single grey threshold, with either its bright or its dark side as foreground.
 
-    Chosen and scored on the same images, so it flatters the threshold.
+    It is chosen and scored on the same images, which flatters it.
 
     Args:
-        images: any number of grey images, uint8, each of any shape.
-        masks: of the same shapes; what is not 0 is foreground.
+        images: grey images, uint8, each of any shape.
+        masks: masks of the same shapes; everything but 0 is foreground.
     """
     return float(np.mean([_scores(image, mask) for image, mask in zip(images, masks, strict=True)], axis=0).max())
 
 
 def _scores(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Dice of every threshold: the pixels of at least 0..255, then those of at most 0..255."""
+    """Dice of every threshold t: first for pixels >= t, then for pixels <= t, t = 0..255."""
     foreground = np.bincount(image[mask > 0].ravel(), minlength=256).astype(np.float64)
     everything = np.bincount(image.ravel(), minlength=256).astype(np.float64)
     hits = np.concatenate([foreground[::-1].cumsum()[::-1], foreground.cumsum()])
@@ -71,15 +74,11 @@ def _scores(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.flo
 def save_best(
     run: RunFolder, config: Config, dataset: Dataset, outputs: int, state: TrainState, progress: Progress
 ) -> None:
-    """Write it, under the public names, as the weights of `progress.best_step`. Raises `RunError`."""
+    """Write best.safetensors: the weights of `progress.best_step` under the public names. Raises `RunError`."""
     arrays = to_public(state.ema or state.params, state.stats)
     options = {
-        "in_channels": config.model.in_channels,
+        **{name: getattr(config.model, name) for name in MODEL_OPTIONS},
         "outputs": outputs,
-        "filters": config.model.filters,
-        "shortcut": config.model.shortcut,
-        "norm": config.model.norm,
-        "dropout": config.model.dropout,
         "size": list(config.data.height_width),
         "class_names": list(dataset.class_names),
         "step": progress.best_step,
@@ -89,35 +88,33 @@ def save_best(
 
 
 class Choice(NamedTuple):
-    """The best threshold of the validation images."""
+    """The best threshold on the validation set."""
 
     threshold: float
-    """One of `pdrunet_jax.calibration.THRESHOLDS`; of several that are best the one nearest 0.5."""
+    """One of `calibration.THRESHOLDS`; of several equally good ones, the one nearest 0.5."""
     dice: float
-    """Mean Dice of the validation images at it, at their own resolution."""
+    """Mean Dice at this threshold, at the images' own resolution."""
     dice_at_half: float
-    """The same at 0.5."""
+    """Mean Dice at 0.5."""
 
     @classmethod
     def of(cls, curves: Curves) -> "Choice":
-        """From the threshold curve of at least one image."""
+        """Choose from the threshold curves of one image or more."""
         return cls(*curves.best, curves.dice[THRESHOLDS.index(0.5)])
 
 
 def choose_threshold(
     model: PDRUNet, dataset: Dataset, config: DataConfig, *, batch_size: int = 8, stop: StopFlag | None = None
 ) -> Choice | None:
-    """The threshold with the highest mean Dice of the validation images; None if it was `stop`ped.
+    """Find the threshold with the highest mean Dice on the validation set; None if asked to stop.
 
     Args:
-        model: Of one output.
-        dataset: From `open_dataset`, with validation images.
-        config: How images are read and the size that the network works at.
-        batch_size: Images in each batch.
-        stop: Becomes true when the program is asked to stop.
+        model: a network with one output.
+        dataset: from `open_dataset`, with validation images.
+        config: how images are read, and the size that the network works at.
+        batch_size: images in each batch.
+        stop: checked after each image.
     """
-    from pdrunet_jax.evaluate.evaluation import predicted_probabilities
-
     histograms = Histograms(dataset.class_names)
     for _, probability, truth in predicted_probabilities(model, dataset, "val", config, batch_size=batch_size):
         if stop:
@@ -127,53 +124,45 @@ def choose_threshold(
 
 
 LONGEST_SIDE = 512
-"""Pixels of a picture for W&B, which uploads them all."""
+"""Longest side of a picture for W&B, in pixels; all of them are uploaded."""
 
 
-def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> None:
-    """Score the best weights on the test images, write the report, close the tracker, and print the scores last.
+def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> str | None:
+    """Pick a threshold on the validation set, score the best weights on the test set, and write the report.
 
-    The threshold that the validation images choose is kept with the weights; the scores are those at 0.5. When asked
-    to stop, the rest is left to the next start.
+    The threshold is stored with the weights; the scores are those at 0.5.
+
+    Returns:
+        The line with the test Dice, to be printed last; None if asked to stop, in which case the next start does it.
     """
-    try:
-        result = _score(config, run, dataset, tracker, stop)
-        tracker.finish("stopped" if result is None else "finished")
-    except BaseException as error:
-        tracker.finish("failed", str(error))
-        raise
-    if result is not None:
-        print(result.line)
-
-
-def _score(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> Evaluation | None:
     model, batch_size = load_model(run.path), config.train.batch_size
     about: dict[str, Any] = {"weights": str(run.best), "threshold": 0.5}
     if model.outputs == 1:
         choice = choose_threshold(model, dataset, config.data, batch_size=batch_size, stop=stop)
         if choice is None:
+            tracker.status = "stopped"
             return None
         if store_threshold(run.best, choice.threshold):
             about["validation_threshold"] = choice.threshold
             tracker.say(
-                f"the validation images choose the threshold {choice.threshold:g}: dice {choice.dice:.3f}, "
-                f"{choice.dice_at_half:.3f} at 0.5; --threshold validation takes it"
+                f"best threshold on the validation set: {choice.threshold:g} (Dice {choice.dice:.3f}, "
+                f"{choice.dice_at_half:.3f} at 0.5); use it with --threshold validation"
             )
     split = "test" if dataset.of("test") else "val"
-    result = evaluate_split(model, dataset, split, config.data, batch_size=batch_size)
+    result = evaluate_split(model, dataset, split, config.data, EvaluationOptions(batch_size=batch_size))
     write_evaluation(result, run.path / "evaluation" / split, about)
     report = write_report(run.path)
     tracker.scores(split, _numbers(result), _table(result), _pictures(result))
     print(scores.text_table(result.summary))
     print(*result.remarks(), sep="\n")
     if len(dataset.class_names) == 1:
-        print(f"the best global threshold scores {threshold_baseline(dataset, split):.3f} on the same images")
+        print(f"for comparison, the best global threshold scores {threshold_baseline(dataset, split):.3f}")
     print(f"report: {report}")
-    return result
+    return result.line
 
 
 def _numbers(result: Evaluation) -> dict[str, float]:
-    """The mean of every score and the bounds of its interval, over the classes."""
+    """Mean of every score over the classes, with the bounds of its interval."""
     numbers: dict[str, float] = {"images": result.summary.images, "patients": result.summary.patients}
     for name, each in result.summary.macro.items():
         numbers |= {name: each.mean, f"{name}_low": each.low, f"{name}_high": each.high}
@@ -186,14 +175,14 @@ def _table(result: Evaluation) -> ScoreTable:
 
 
 def _pictures(result: Evaluation) -> Iterator[Picture]:
-    """The best, median and worst cases, no larger than a screen shows, of one size, which W&B's viewer asks for."""
+    """Best, median and worst cases, at screen size, all padded to one size as W&B's viewer needs."""
     cases = []
     for kind, _, sample, dice in result.cases():
         image = read_image(sample.image, 1)
         height, width = image.shape[:2]
         scale = min(1.0, LONGEST_SIDE / max(height, width))
         size = max(1, round(height * scale)), max(1, round(width * scale))
-        # The nearest pixel: indices of classes have no mean.
+        # Masks take the nearest pixel, since class indices have no mean.
         down, across = (
             ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, (height, width), strict=True)
         )

@@ -1,209 +1,155 @@
-"""python -m pdrunet_jax.train --config NAME: train, validate, save; started again, resume exactly.
-
-The heavy imports are inside the functions: a signal that arrives while they load is then already minded.
-"""
+"""The training loop."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import jax.numpy as jnp
+
+from pdrunet_jax.config import Config
+from pdrunet_jax.data import overlay
+from pdrunet_jax.data.dataset import Dataset
+from pdrunet_jax.data.pipeline import TrainBatches, eval_batches, position_after
+from pdrunet_jax.model.layers import State
+from pdrunet_jax.runtime.checkpoint import GroupCheckpoints
+from pdrunet_jax.runtime.devices import Placement
+from pdrunet_jax.runtime.files import writing
+from pdrunet_jax.runtime.malloc import trim_malloc
 from pdrunet_jax.runtime.processes import Group
+from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.runtime.stop import StopFlag
-from pdrunet_jax.train.progress import Clock, Progress
-
-if TYPE_CHECKING:
-    from pdrunet_jax.config import Config
-    from pdrunet_jax.data.dataset import Dataset
-    from pdrunet_jax.runtime.devices import Placement
-    from pdrunet_jax.runtime.run_folder import RunFolder
-    from pdrunet_jax.train.tracking import Tracker
+from pdrunet_jax.train.final import save_best
+from pdrunet_jax.train.progress import DivergedError, Progress, StepLog
+from pdrunet_jax.train.step import Batch, Metrics, TrainState
+from pdrunet_jax.train.tracking import Tracker
+from pdrunet_jax.train.validate import Validation, validate
 
 
-def train(
-    config: "Config",
-    run: "RunFolder",
-    dataset: "Dataset",
-    outputs: int,
-    stop: StopFlag,
-    group: Group,
-    place: "Placement",
-) -> "Tracker | None":
-    """Train to `config.train.steps` or until asked to stop, from the newest checkpoint in `run` if there is one.
+@dataclass(frozen=True)
+class Training:
+    """A run that is ready for its next step."""
 
-    Everything is saved when this returns: the tracker, still open for the final scores, or None if it was stopped. Of
-    the processes of a `group`, which all do the same with their shares of each batch, only the first writes to `run`
-    and speaks. `place` is for the devices of all of them.
+    config: Config
+    run: RunFolder
+    dataset: Dataset
+    outputs: int
+    """Output channels of the network."""
+    group: Group
+    """The processes that train together. Only the main one writes to `run`."""
+    place: Placement
+    """The devices of all of them."""
+    checkpoints: GroupCheckpoints
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[State, State, Batch], Metrics]
+    batches: TrainBatches
+    state: TrainState
+    progress: Progress
+    resumed: bool
+    """Whether state and progress are those of a checkpoint."""
+
+
+def train(training: Training, tracker: Tracker, stop: StopFlag) -> bool:
+    """Train to `config.train.steps`, or until asked to stop.
+
+    Returns:
+        Whether all steps are done: false if asked to stop. Everything is saved in either case.
 
     Raises:
-        RunError: the loss or a gradient was not finite, or the loss spiked, or the disk refused.
-        UserError: the checkpoints are of other data, or none of them is intact.
+        DivergedError: the loss or a gradient was not finite; the state before that step is saved.
+        RunError: the disk refused.
     """
-    import jax.numpy as jnp
-
-    from pdrunet_jax.data.pipeline import eval_batches, position_after, train_batches
-    from pdrunet_jax.model.load import start_from
-    from pdrunet_jax.runtime.checkpoint import GroupCheckpoints
-    from pdrunet_jax.runtime.malloc import trim_malloc
-    from pdrunet_jax.train.final import save_best
-    from pdrunet_jax.train.progress import Recent, write_skipped
-    from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
-    from pdrunet_jax.train.tracking import Silent, Tracker
-    from pdrunet_jax.train.validate import validate
-
-    settings, channels = config.train, config.model.in_channels
-    checkpoints = GroupCheckpoints(group, run.checkpoints, settings.keep_latest, settings.keep_best)
-    model = build_model(config, outputs, place.mesh)
-    if settings.weights is not None and group.is_main and checkpoints.latest_step() is None:
-        start_from(model, settings.weights)
-    graphdef, state = create_state(config, model)
-    train_step = make_train_step(config, graphdef, outputs, place.mesh)
-    eval_step = make_eval_step(config, graphdef, outputs, place.mesh)
-    batches = train_batches(
-        dataset,
-        config.data,
-        batch_size=settings.batch_size,
-        channels=channels,
-        seed=config.seed,
-        process_shard=place.process_shard,
-    )
-    progress, step = Progress(data=dataset.fingerprint()), 0
-    if restored := checkpoints.restore(state):
-        step, state = restored.step, restored.state
-        batches.set_state(restored.position)
-        progress = progress.resumed(restored.extra, run.path)
-        if group.is_main:
-            write_skipped(run, progress)
-    state = place.replicate(group.broadcast_arrays(state))
-    tracker = Tracker(run, config, step=step, class_names=dataset.class_names) if group.is_main else Silent()
-    if restored:
-        tracker.say(f"resumed {run.path} at step {step}")
-    elif settings.weights is not None:
-        tracker.say(f"started from the weights of {settings.weights}")
-    saved = step if restored else -1
-    first = logged = step
-    pending: tuple[int, Any, str] | None = None  # a step to be logged, what it returned, and the samples' digest
-    recent = Recent(run, dataset, step, writes=group.is_main)
-    clock = Clock()
-
-    def report() -> None:
-        """Log what is pending; it waits for that step alone, while the device is busy with the next."""
-        nonlocal pending, logged
-        if pending is None:
-            return
-        (at, values, sequence), pending = pending, None
-        if "spike" in values or bool(values["diverged"]):
-            settle()
-        tracker.log(at, _report(values, sequence, len(progress.skipped), clock, (at - logged) * settings.batch_size))
-        logged = at
-
-    def settle() -> None:
-        """Wait for the device, log what is pending, and see whether it had to skip a batch or to halt."""
-        nonlocal progress
-        report()
-        if bool(state.diverged):
-            good = int(state.step)
-            before = dataclasses.replace(state, diverged=jnp.zeros_like(state.diverged))
-            position = {**batches.get_state(), **position_after(good)}
-            if good > saved:
-                checkpoints.save(good, before, position, recent.before(good).to_dict())
-            raise recent.error(good)
-        progress = recent.settle(progress)
-
-    def save(val_dice: float | None = None) -> None:
-        settle()
-        checkpoints.save(step, state, batches.get_state(), progress.to_dict(), val_dice)
-
+    settings, batches, writes = training.config.train, training.batches, training.group.is_main
+    state, progress = training.state, training.progress
+    first, saved = progress.step, progress.step if training.resumed else -1
+    samples = training.dataset.of("train")
+    log = StepLog(training.run, samples, tracker, first, settings.batch_size, writes=writes)
     try:
         while True:
-            due = (step % settings.eval_every == 0 or step == settings.steps) and progress.validated < step
-            if due and not stop:
-                settle()
-                images = eval_batches(
-                    dataset,
-                    "val",
-                    config.data,
-                    batch_size=place.eval_batch_size(settings.eval_batch_size or settings.batch_size),
-                    channels=channels,
-                    process_shard=place.process_shard,
-                )
-                result = validate(
-                    eval_step,
-                    state.ema or state.params,
-                    state.stats,
-                    images,
-                    place=place,
-                    names=tuple(sample.id for sample in dataset.of("val")),
-                    cases=settings.samples,
-                    soft=config.data.soft_masks,
-                    stop=stop,
-                )
+            # Validate. The result is part of this step's checkpoint.
+            if progress.validation_due(settings) and not stop:
+                log.flush(state)
+                result = score_validation(training, state, stop)
                 if result is not None:
-                    progress = progress.scored(step, result.dice)
-                    tracker.validation(step, result.metrics(), _pictures(result))
-                    if group.is_main:
-                        _save_samples(run, step, result)
-                    if group.is_main and progress.best_step == step:
-                        save_best(run, config, dataset, outputs, state, progress)
-                    save(result.dice)
-                    saved = step
-                clock.restart()
-            if stop.ask() or step == settings.steps:
+                    progress = progress.scored(result.dice)
+                    keep_validation(training, state, progress, result, tracker)
+                    save(training, state, progress, dice=result.dice)
+                    saved = progress.step
+                log.clock.restart()
+
+            if stop.ask() or progress.finished(settings):
                 break
 
-            with clock.waiting_for_data():
+            # Start the next step. The device computes it while the last one is logged.
+            with log.clock.waiting_for_data():
                 batch = next(batches)
-            state, values = train_step(state, place.shard_batch(batch))
-            recent.add(batches.index, values, progress)
-            step += 1
-            progress = progress.seen(batches.index)
-            if step == first + 1:
-                trim_malloc()  # what compiling took
-            report()
-            if step % settings.log_every == 0 or step == settings.steps:
-                pending = step, values, progress.sequence
-                if "spike" in values:
-                    report()  # at once: the batches skipped so far are counted up to this step
-            if step % settings.save_every == 0 and step % settings.eval_every and step < settings.steps:
-                save()  # where a validation is due, its result goes into the checkpoint
-                saved = step
-        if saved < step:
-            save()
-        if stop:
-            tracker.say(f"asked to stop ({stop.signal}): saved at step {step}; the same command resumes")
-            tracker.finish("stopped")
-            return None
-        return tracker
-    except BaseException as error:
-        tracker.finish("failed", str(error))
+            state, metrics = training.train_step(state, training.place.shard_batch(batch))
+            log.add(progress, batches.index, metrics)
+            progress = progress.advanced(batches.index)
+            if progress.step == first + 1:
+                trim_malloc()  # return the memory that compiling took
+            log.report(state, progress, metrics, due=progress.log_due(settings))
+
+            # Save between validations.
+            if progress.save_due(settings):
+                log.flush(state)
+                save(training, state, progress)
+                saved = progress.step
+
+        # Done, or asked to stop: keep the last steps.
+        log.flush(state)
+        if saved < progress.step:
+            save(training, state, progress)
+    except DivergedError as error:
+        # The state has not changed since the last good step. It is saved as if the run had been stopped there.
+        if saved < error.progress.step:
+            save(training, dataclasses.replace(state, diverged=jnp.zeros_like(state.diverged)), error.progress)
         raise
+    if stop:
+        tracker.say(f"asked to stop ({stop.signal}): saved at step {progress.step}; the same command resumes")
+    return not stop
 
 
-def _report(values: Any, sequence: str, skipped: int, clock: Clock, images: int) -> dict[str, Any]:
-    loss = float(values["loss"])  # waits for the step, so that the time below is the whole of it
-    seconds, waited = clock.lap()
-    return {
-        "train/loss": loss,
-        "train/dice": values["dice"],
-        "train/grad_norm": values["grad_norm"],
-        "train/learning_rate": values["learning_rate"],
-        "time/images_per_second": images / seconds,
-        "time/data_wait": waited,
-        "data/sequence": sequence,
-        **({"train/skipped": skipped} if "spike" in values else {}),
-    }
+def save(training: Training, state: TrainState, progress: Progress, dice: float | None = None) -> None:
+    """Write the checkpoint of `progress.step`. Raises `RunError`."""
+    position = training.batches.get_state() | position_after(progress.step)
+    training.checkpoints.save(progress.step, state, position, progress.to_dict(), dice)
 
 
-def _pictures(result: Any) -> list[Any]:
-    from pdrunet_jax.train.wandb_run import Picture
+def score_validation(training: Training, state: TrainState, stop: StopFlag) -> Validation | None:
+    """Score the current weights on the validation images; None if asked to stop."""
+    config, place = training.config, training.place
+    images = eval_batches(
+        training.dataset,
+        "val",
+        config.data,
+        batch_size=place.eval_batch_size(config.train.eval_batch_size or config.train.batch_size),
+        channels=config.model.in_channels,
+        process_shard=place.process_shard,
+    )
+    return validate(
+        training.eval_step,
+        state.ema or state.params,
+        state.stats,
+        images,
+        place=place,
+        names=tuple(sample.id for sample in training.dataset.of("val")),
+        cases=config.train.samples,
+        soft=config.data.soft_masks,
+        stop=stop,
+    )
 
-    return [Picture(caption, image, prediction, truth) for image, truth, prediction, caption in result.cases]
 
-
-def _save_samples(run: "RunFolder", step: int, result: Any) -> None:
-    from pdrunet_jax.data import overlay as pictures
-    from pdrunet_jax.runtime.files import writing
-
+def keep_validation(
+    training: Training, state: TrainState, progress: Progress, result: Validation, tracker: Tracker
+) -> None:
+    """Report a validation, draw its samples, and keep the weights if they are the best so far. Raises `RunError`."""
+    tracker.validation(progress.step, result.metrics(), result.pictures())
+    if not training.group.is_main:
+        return
     if result.cases:
-        path = run.samples / f"step_{step:06}.png"
+        path = training.run.samples / f"step_{progress.step:06}.png"
         with writing(path):
-            run.samples.mkdir(exist_ok=True)
-            pictures.save(result.sheet(), path)
+            training.run.samples.mkdir(exist_ok=True)
+            overlay.save(result.sheet(), path)
+    if progress.best_step == progress.step:
+        save_best(training.run, training.config, training.dataset, training.outputs, state, progress)

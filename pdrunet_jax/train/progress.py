@@ -1,78 +1,97 @@
-"""What a training run knows beside its arrays: how far it is, and where its time goes.
+"""How far a run is, where its time goes, and the steps that have not been reported yet."""
 
-When training goes wrong: which batch it was, and what was there before it.
-"""
-
-import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pdrunet_jax.data.dataset import Dataset
+from pdrunet_jax.config import TrainConfig
+from pdrunet_jax.data.split import Sample
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.run_folder import RunFolder
+from pdrunet_jax.train.step import Metrics, TrainState
+from pdrunet_jax.train.tracking import Tracker
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Progress:
-    """What a run knows beside the arrays; saved with each checkpoint.
+    """The position of a run, without its arrays; part of each checkpoint.
 
     Attributes:
-        data: fingerprint of the dataset; empty in a checkpoint that another framework's training was converted to.
-        sequence: digest over the indices of all samples so far, in order.
+        data: fingerprint of the dataset; empty in a checkpoint that was converted from another framework.
+        step: number of updates.
+        sequence: digest of the indices of all samples so far, in order.
         best_dice: best validation Dice so far; below 0 before the first.
-        best_step: the step it was reached at.
-        validated: the step of the last validation.
-        skipped: batches without an update, because their loss was a spike: step, loss, median and samples of each.
+        best_step: step of the best validation Dice.
+        validated: step of the last validation.
     """
 
     data: str
+    step: int = 0
     sequence: str = ""
     best_dice: float = -1.0
     best_step: int = 0
     validated: int = 0
-    skipped: Sequence[Mapping[str, Any]] = ()
 
-    def seen(self, index: Any) -> "Progress":
-        """With the batch of these sample indices behind it."""
+    def advanced(self, index: np.ndarray) -> "Progress":
+        """One step further, with the samples `index`."""
         digest = hashlib.sha256(self.sequence.encode() + index.astype("<i4").tobytes()).hexdigest()
-        return dataclasses.replace(self, sequence=digest)
+        return replace(self, step=self.step + 1, sequence=digest)
 
-    def scored(self, step: int, dice: float) -> "Progress":
-        """With a validation at `step` behind it."""
-        after = dataclasses.replace(self, validated=step)
-        return dataclasses.replace(after, best_dice=dice, best_step=step) if dice > self.best_dice else after
+    def scored(self, dice: float) -> "Progress":
+        """After a validation at this step."""
+        best = {"best_dice": dice, "best_step": self.step} if dice > self.best_dice else {}
+        return replace(self, validated=self.step, **best)  # type: ignore[arg-type] # names checked by the test
 
-    def resumed(self, saved: dict[str, Any], run: Path) -> "Progress":
-        """The progress of a checkpoint; raises `UserError` if the dataset is not the one it was saved with."""
-        saved = {**saved, "data": saved["data"] or self.data}
-        if saved["data"] != self.data:
-            raise UserError(
-                f"{run} was trained on other data: images, masks or splits of data.root have changed since. "
-                "Bring the earlier ones back to resume it, or choose another --workdir for a new run."
-            )
-        return Progress(**saved)
+    def finished(self, settings: TrainConfig) -> bool:
+        """Whether all steps are done."""
+        return self.step >= settings.steps
+
+    def validation_due(self, settings: TrainConfig) -> bool:
+        """Whether to validate now."""
+        due = self.step % settings.eval_every == 0 or self.finished(settings)
+        return due and self.validated < self.step
+
+    def log_due(self, settings: TrainConfig) -> bool:
+        """Whether this step is logged."""
+        return self.step % settings.log_every == 0 or self.finished(settings)
+
+    def save_due(self, settings: TrainConfig) -> bool:
+        """Whether to save a checkpoint now. Where a validation is due, the checkpoint waits for its result."""
+        due = self.step % settings.save_every == 0 and self.step % settings.eval_every != 0
+        return due and not self.finished(settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**vars(self), "skipped": list(self.skipped)}
+        """Plain JSON values for a checkpoint, which stores the step itself."""
+        return {name: value for name, value in asdict(self).items() if name != "step"}
+
+    @classmethod
+    def resumed(cls, saved: Mapping[str, Any], step: int, data: str, run: Path) -> "Progress":
+        """Progress of the checkpoint of `step`. Raises `UserError` if `data`, the dataset's fingerprint, changed."""
+        if saved["data"] not in ("", data):
+            raise UserError(
+                f"{run} was trained on other data: images, masks or splits of data.root have changed since. "
+                "Restore them to resume it, or choose another --workdir for a new run."
+            )
+        # Runs begun before 0.2 also stored batches that were skipped.
+        known = {name: value for name, value in saved.items() if name != "skipped"}
+        return cls(**{**known, "data": data, "step": step})
 
 
 class Clock:
-    """Time since the last report, and how much of it went into waiting for data."""
+    """Time since the last report, and the part of it that was spent waiting for data."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Start to count anew."""
+        """Start again from zero."""
         self._start = time.perf_counter()
         self._waited = 0.0
 
@@ -87,84 +106,105 @@ class Clock:
         self._waited += time.perf_counter() - self._entered
 
     def lap(self) -> tuple[float, float]:
-        """Seconds since the start, and the share of them spent waiting; starts anew."""
+        """Return the seconds since the start and the share of them spent waiting, and restart."""
         total, waited = time.perf_counter() - self._start, self._waited
         self.restart()
         return total, waited / total
 
 
-@dataclass(frozen=True)
-class _Step:
-    index: np.ndarray
-    values: Mapping[str, Any]
+class DivergedError(RunError):
+    """The loss or a gradient was not finite. `progress` is that of the last good step."""
+
+    def __init__(self, progress: Progress, message: str) -> None:
+        super().__init__(message)
+        self.progress = progress
+
+
+class _Step(NamedTuple):
     before: Progress
+    samples: np.ndarray
+    metrics: Metrics
 
 
-class Recent:
-    """The steps since the device was last waited for; only then it turns out whether one of them was bad.
+class StepLog:
+    """Steps whose results the device has not delivered yet.
 
-    Of several processes, only one `writes` what they find.
+    A step is reported after the next one has started, so that the device never waits for the log. Divergence is noticed
+    then, or at the latest by `flush`, which precedes every checkpoint.
+
+    Args:
+        run: where the report of a divergence is written.
+        samples: the training samples, for that report.
+        tracker: where steps are logged.
+        step: the step that training starts from.
+        batch_size: images of a step.
+        writes: false in all processes but the main one.
     """
 
-    def __init__(self, run: RunFolder, dataset: Dataset, step: int, *, writes: bool = True) -> None:
-        self._run = run
-        self._writes = writes
-        self._samples = dataset.of("train")
-        self._steps: list[_Step] = []
-        self._first = step
+    def __init__(
+        self, run: RunFolder, samples: Sequence[Sample], tracker: Tracker, step: int, batch_size: int, *, writes: bool
+    ) -> None:
+        self._run, self._samples, self._tracker, self._writes = run, samples, tracker, writes
+        self._batch_size = batch_size
+        self._logged = step
+        self._unchecked: list[_Step] = []
+        self._pending: tuple[Progress, Metrics] | None = None
+        self.clock = Clock()
 
-    def add(self, index: np.ndarray, values: Mapping[str, Any], before: Progress) -> None:
-        """Note a step: the sample indices of its batch, what it returned, and the progress that it began with."""
-        self._steps.append(_Step(index, values, before))
+    def add(self, before: Progress, index: np.ndarray, metrics: Metrics) -> None:
+        """Note a step that has just been started: the progress before it, its samples, and its future results."""
+        self._unchecked.append(_Step(before, index, metrics))
 
-    def settle(self, progress: Progress) -> Progress:
-        """`progress` with the batches that were skipped, which skipped.json then lists; begins anew."""
-        skipped = self._skipped(len(self._steps))
-        self._first += len(self._steps)
-        self._steps.clear()
-        if skipped:
-            progress = replace(progress, skipped=[*progress.skipped, *skipped])
-            if self._writes:
-                write_skipped(self._run, progress)
-        return progress
+    def report(self, state: TrainState, progress: Progress, metrics: Metrics, *, due: bool) -> None:
+        """Log the last step that was due, and keep this one for the next call if it is. Raises `DivergedError`."""
+        self._write(state)
+        if due:
+            self._pending = progress, metrics
 
-    def before(self, good: int) -> Progress:
-        """The progress when `good` steps were done."""
-        before = self._steps[good - self._first].before
-        return replace(before, skipped=[*before.skipped, *self._skipped(good - self._first)])
+    def flush(self, state: TrainState) -> None:
+        """Wait for the device and log everything. Raises `DivergedError`."""
+        self._write(state)
+        if bool(state.diverged):
+            raise self._diverged(state)
+        self._unchecked.clear()
 
-    def error(self, good: int) -> RunError:
-        """Write down the batch after step `good`, at which the run halted; the error to end with."""
-        bad = self._steps[good - self._first]
-        spike = bool(bad.values["finite"])
-        path = self._run.path / ("spike.json" if spike else "not_finite.json")
-        if self._writes:
-            with writing(path):
-                atomic_write(path, json.dumps(self._record(good, bad), indent=2) + "\n")
-        if spike:
-            loss, median = float(bad.values["loss"]), float(bad.values["median"])
-            what = f"the loss of step {good + 1} is {loss:.4g}, far above the median of the last ones, {median:.4g}"
-        else:
-            what = f"the loss or a gradient of step {good + 1} is not finite"
-        return RunError(
-            f"{what}; the update was not made. Its samples are in {path}, and the state before it is kept as the "
-            f"checkpoint of step {good}. A lower --optim.learning-rate or --optim.clip-norm 1 may help."
+    def _write(self, state: TrainState) -> None:
+        if self._pending is None:
+            return
+        (progress, metrics), self._pending = self._pending, None
+        if bool(metrics["diverged"]):
+            raise self._diverged(state)
+        loss = float(metrics["loss"])  # waits for the step, so that its whole time is measured
+        seconds, waited = self.clock.lap()
+        images = (progress.step - self._logged) * self._batch_size
+        self._logged = progress.step
+        self._tracker.log(
+            progress.step,
+            {
+                "train/loss": loss,
+                "train/dice": metrics["dice"],
+                "train/grad_norm": metrics["grad_norm"],
+                "train/learning_rate": metrics["learning_rate"],
+                "time/images_per_second": images / seconds,
+                "time/data_wait": waited,
+                "data/sequence": progress.sequence,
+            },
         )
 
-    def _skipped(self, count: int) -> list[dict[str, Any]]:
-        """Those of the first `count` steps whose batch was skipped."""
-        steps = enumerate(self._steps[:count], self._first)
-        return [self._record(number, step) for number, step in steps if step.values.get("spike", False)]
-
-    def _record(self, number: int, step: _Step) -> dict[str, Any]:
-        numbers = {name: float(step.values[name]) for name in ("loss", "median") if name in step.values}
-        finite = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
-        return {"step": number + 1, **finite, "samples": [self._samples[int(index)].id for index in step.index]}
-
-
-def write_skipped(run: RunFolder, progress: Progress) -> None:
-    """Write skipped.json, or bring it back to what it was at an earlier step. Raises `RunError`."""
-    path = run.path / "skipped.json"
-    if progress.skipped or path.exists():
-        with writing(path):
-            atomic_write(path, json.dumps(list(progress.skipped), indent=2) + "\n")
+    def _diverged(self, state: TrainState) -> DivergedError:
+        """Write not_finite.json with the samples of the first bad batch, and return the error to raise."""
+        good = int(state.step)
+        bad = next(step for step in self._unchecked if step.before.step == good)
+        loss = float(bad.metrics["loss"])
+        samples = [self._samples[int(index)].id for index in bad.samples]
+        report = {"step": good + 1, "loss": loss if np.isfinite(loss) else None, "samples": samples}
+        path = self._run.path / "not_finite.json"
+        if self._writes:
+            with writing(path):
+                atomic_write(path, json.dumps(report, indent=2) + "\n")
+        return DivergedError(
+            bad.before,
+            f"the loss or a gradient of step {good + 1} is not finite; the update was not made. Its samples are listed "
+            f"in {path}, and the checkpoint of step {good} holds the state before it. A lower --optim.learning-rate or "
+            "--optim.clip-norm 1 may help.",
+        )

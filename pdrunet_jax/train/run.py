@@ -1,11 +1,11 @@
-"""What several processes of one run have to agree on: settings, data, where to resume, when to stop."""
+"""A training run from its settings to its final scores: checks, run folder, devices, processes."""
 
 import dataclasses
 import tomllib
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,57 +13,194 @@ import numpy as np
 import tomli_w
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pdrunet_jax import config as config_io
-from pdrunet_jax.config import Config
-from pdrunet_jax.model.sharding import check_images
+from pdrunet_jax.config import Config, diff, parse, read, to_toml
+from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
+from pdrunet_jax.data.pipeline import train_batches
+from pdrunet_jax.model.load import load_same, start_from
+from pdrunet_jax.model.network import foreground_classes
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.devices import ROWS, make_mesh
+from pdrunet_jax.runtime.checkpoint import GroupCheckpoints
+from pdrunet_jax.runtime.devices import Placement, describe_device, make_mesh, require_divisible
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
 from pdrunet_jax.runtime.stop import SIGNALS, StopFlag
-from pdrunet_jax.train.loop import train
-
-if TYPE_CHECKING:
-    from pdrunet_jax.config import Config
-    from pdrunet_jax.data.dataset import Dataset
-    from pdrunet_jax.runtime.run_folder import RunFolder
-    from pdrunet_jax.train.options import TrainOptions
+from pdrunet_jax.train.final import final_evaluation
+from pdrunet_jax.train.loop import Training, train
+from pdrunet_jax.train.options import TrainOptions
+from pdrunet_jax.train.progress import Progress
+from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
+from pdrunet_jax.train.tracking import Tracker
 
 MAY_CHANGE = ("tracking", "data.root", "data.threads", "data.cache")
-"""Settings that a resumed run may change: none of them has a part in the result. Wherever the data lie now, their
-fingerprint has to be the one that the checkpoints were saved with."""
+"""Settings that a resumed run may change, since they do not affect the result. The data must still have the fingerprint
+that the checkpoints were saved with."""
+
+
+def run(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
+    """Check everything, then train and score. Returns the exit code."""
+    config = arguments.settings
+    require_same_settings(group, config)
+
+    # Devices and data. Nothing is written before all processes agree on them.
+    mesh, devices = choose_devices(config.train.batch_size)
+    device = ", ".join(filter(None, (describe_device(config.train.precision, config.train.deterministic), devices)))
+    group.log(device)
+    with group.main_first():  # the main process may have to draw phantoms
+        dataset = open_dataset(config.data)
+    require_same_data(group, dataset)
+    for note in dataset.notes:
+        group.log(note)
+    outputs = choose_outputs(config, dataset)
+    if not dataset.of("val"):
+        raise UserError(
+            f"{dataset.root} has no validation images, which select the best weights: raise --data.val-fraction, "
+            "or give some patients the split val"
+        )
+    folder = RunFolder(arguments.run_folder)
+    if group.is_main and config.train.weights is not None and not folder.config_file.exists():
+        # Before the folder is made: it would record settings that cannot be used.
+        load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
+    group.wait()
+
+    # Train, then score the best weights. The run folder stays locked, and W&B is closed before the last line.
+    agreed = AgreedStop(stop) if group.count > 1 else stop
+    folder = open_run(arguments.run_folder, config, device) if group.is_main else folder
+    line = None
+    with folder.lock() if group.is_main else nullcontext():
+        if agreed:
+            return cli.STOPPED
+        training = prepare(config, folder, dataset, outputs, group, Placement(mesh))
+        step, names = training.progress.step, dataset.class_names
+        with Tracker(folder if group.is_main else None, config, step=step, class_names=names) as tracker:
+            if training.resumed:
+                tracker.say(f"resumed {folder.path} at step {step}")
+            elif config.train.weights is not None:
+                tracker.say(f"started from the weights of {config.train.weights}")
+            if not train(training, tracker, agreed):
+                tracker.status = "stopped"
+            elif group.is_main:
+                line = final_evaluation(config, folder, dataset, tracker, stop)
+    if line is not None:
+        print(line, flush=True)
+    return cli.STOPPED if stop or agreed else 0
+
+
+def prepare(
+    config: Config, folder: RunFolder, dataset: Dataset, outputs: int, group: Group, place: Placement
+) -> Training:
+    """Build network, steps and batches, and restore the newest checkpoint if there is one.
+
+    Raises:
+        UserError: the checkpoints are of other data or settings, or none of them is intact.
+    """
+    settings = config.train
+    checkpoints = GroupCheckpoints(group, folder.checkpoints, settings.keep_latest, settings.keep_best)
+    model = build_model(config, outputs)
+    if settings.weights is not None and group.is_main and checkpoints.latest_step() is None:
+        start_from(model, settings.weights)
+    graphdef, state = create_state(config, model)
+    batches = train_batches(
+        dataset,
+        config.data,
+        batch_size=settings.batch_size,
+        channels=config.model.in_channels,
+        seed=config.seed,
+        process_shard=place.process_shard,
+    )
+    fingerprint = dataset.fingerprint()
+    progress = Progress(data=fingerprint)
+    restored = checkpoints.restore(state)
+    if restored is not None:
+        state = restored.state
+        batches.set_state(restored.position)
+        progress = Progress.resumed(restored.extra, restored.step, fingerprint, folder.path)
+    return Training(
+        config,
+        folder,
+        dataset,
+        outputs,
+        group,
+        place,
+        checkpoints,
+        make_train_step(config, graphdef, outputs, place.mesh),
+        make_eval_step(config, graphdef, outputs, place.mesh),
+        batches,
+        place.replicate(group.broadcast_arrays(state)),
+        progress,
+        resumed=restored is not None,
+    )
+
+
+def choose_outputs(config: Config, dataset: Dataset) -> int:
+    """The number of output channels: `model.outputs`, or as the classes need. Raises `UserError` if they disagree."""
+    classes = len(dataset.class_names)
+    outputs = config.model.outputs or dataset.outputs
+    if foreground_classes(outputs) != classes:
+        raise UserError(
+            f"--model.outputs {outputs} does not fit the {classes} classes of {dataset.root} "
+            f"({', '.join(dataset.class_names)}): leave it out, or give {classes + 1}"
+        )
+    if config.data.soft_masks and outputs != 1:
+        raise UserError("data.soft_masks needs one output; set --model.outputs 1 or switch soft masks off")
+    return outputs
+
+
+def choose_devices(batch_size: int) -> tuple[Mesh | None, str]:
+    """Choose the devices to train on, and describe them unless there is only one.
+
+    A single process takes as many of its devices as divide the batch; several processes take all. One device needs no
+    mesh.
+
+    Raises:
+        UserError: the processes' devices cannot share the batch evenly.
+    """
+    devices, processes = jax.devices(), jax.process_count()
+    total = used = len(devices)
+    if processes == 1:
+        used = max(n for n in range(1, total + 1) if batch_size % n == 0)
+    if used == 1:
+        return None, f"1 of {total} devices: no other number divides train.batch_size {batch_size}" if total > 1 else ""
+    mesh = make_mesh(devices[:used])
+    require_divisible(mesh, batch_size)
+    if processes > 1:
+        each = total // processes
+        return mesh, f"{processes} processes with {each} device{'s' if each > 1 else ''} each"
+    if used < total:
+        return mesh, f"{used} of {total} devices: more do not divide train.batch_size {batch_size}"
+    return mesh, f"{used} devices"
 
 
 def record(run: RunFolder, config: Config, device: str = "") -> None:
-    """Write config.toml, or compare `config` with the one the run was started with.
+    """Write config.toml, or compare `config` with the settings that the run was started with.
 
-    A restart adds its time and the versions that changed. Raises `UserError` with the difference, and when the
-    present config.toml cannot be read.
+    A restart adds its time and the versions that changed. Raises `UserError` with the differences, or if the existing
+    config.toml cannot be read.
     """
-    header = "What this run uses; written by the program. Start it again with the same settings to resume."
+    header = "Settings of this run, written by the program. Start it again with the same settings to resume."
     now = environment(device)
-    if run.config.exists():
-        changed = config_io.diff(config_io.read(run.config), config, ignore=MAY_CHANGE)
+    if run.config_file.exists():
+        changed = diff(read(run.config_file), config, ignore=MAY_CHANGE)
         if changed:
             raise UserError(
                 f"{run.path} holds a run with other settings:\n"
                 + "\n".join(f"  - {line}" for line in changed)
                 + "\nGive the earlier settings to resume it, or choose another --workdir for a new run."
             )
-        started: dict[str, Any] = tomllib.loads(run.config.read_text(encoding="utf-8")).get("environment", {})
+        started: dict[str, Any] = tomllib.loads(run.config_file.read_text(encoding="utf-8")).get("environment", {})
         other = {key: value for key, value in now.items() if started.get(key) != value}
         now = {**started, "restarts": [*started.get("restarts", []), other]}
-    with writing(run.config):
-        atomic_write(run.config, config_io.to_toml(config, header) + "\n" + tomli_w.dumps({"environment": now}))
+    with writing(run.config_file):
+        atomic_write(run.config_file, to_toml(config, header) + "\n" + tomli_w.dumps({"environment": now}))
 
 
 def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
     """Make the run folder `path` with its config.toml, or reopen it if it holds a run with the same settings.
 
-    Raises `UserError` with the difference if the settings differ (those of `MAY_CHANGE` may), or when another process
-    has the folder; `RunError` when it cannot be written.
+    Raises:
+        UserError: the settings differ (except `MAY_CHANGE`), or another process is using the folder.
+        RunError: it cannot be written.
     """
     run = RunFolder(path)
     if run.path.exists() and not run.path.is_dir():
@@ -78,22 +215,22 @@ def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
 
 
 def require_same_settings(group: Group, config: Config) -> None:
-    """Raise `UserError` with the difference if this process has other settings than the first."""
-    text = group.broadcast(config_io.to_toml(config))
-    changed = config_io.diff(config_io.parse(text, "the first process's settings"), config, ignore=MAY_CHANGE)
+    """Raise `UserError` with the differences if this process has other settings than the main one."""
+    text = group.broadcast(to_toml(config))
+    changed = diff(parse(text, "the main process's settings"), config, ignore=MAY_CHANGE)
     if changed:
         raise UserError(
-            f"process {group.index} has other settings than the first one:\n"
+            f"process {group.index} has other settings than the main one:\n"
             + "\n".join(f"  - {line}" for line in changed)
-            + "\nGive all processes the same."
+            + "\nGive all processes the same settings."
         )
 
 
 class AgreedStop(StopFlag):
-    """The flags of all processes as one, which is set in all of them at the same place of the program.
+    """One stop flag for all processes, set in all of them at the same step.
 
-    Each `ask` sends this process's flag to the others, as a computation of the devices behind those of the steps, and
-    receives what was sent two asks ago: the devices never wait for it. All processes have to ask equally often.
+    Each `ask` sends this process's flag to the others, as a device computation queued behind the training steps, and
+    receives the flags sent two asks ago, so that the devices never wait. All processes must ask equally often.
     """
 
     BEHIND = 2
@@ -107,98 +244,10 @@ class AgreedStop(StopFlag):
         self._sent: deque[jax.Array] = deque()
 
     def ask(self) -> bool:
-        """Exchange flags; whether any process was asked to stop before its last ask but one."""
+        """Exchange flags; return whether any process had been asked to stop two asks ago."""
         names = ["", "request", *(number.name for number in SIGNALS)]
         flags = np.full(jax.local_device_count(), names.index(self._own.signal or ""), np.int32)
         self._sent.append(self._highest(jax.make_array_from_process_local_data(self._spread, flags)))
         if len(self._sent) > self.BEHIND:
             self.signal = self.signal or names[int(self._sent.popleft())] or None
         return bool(self)
-
-
-def choose_devices(batch_size: int, height: int, rows: int = 1) -> tuple[Mesh | None, str]:
-    """The devices to train on, and what the first line should say of them: nothing for a single one.
-
-    All of them share each batch: of one process as many as divide it, of several processes every one. A single device
-    needs no mesh.
-
-    Args:
-        batch_size: images in each batch.
-        height: rows of an image.
-        rows: devices that share an image.
-
-    Raises:
-        UserError: the devices cannot share the batch, or the images, like this.
-    """
-    devices, processes = jax.devices(), jax.process_count()
-    total = len(devices)
-    if processes == 1:
-        shares = max((n for n in range(1, total // max(rows, 1) + 1) if batch_size % n == 0), default=1)
-        chosen = devices[: shares * rows] if rows > 0 and total >= rows else devices
-    else:
-        chosen = devices
-    if len(chosen) == 1 and rows == 1:
-        return None, f"1 of {total} devices: no other number divides train.batch_size {batch_size}" if total > 1 else ""
-    mesh = make_mesh(rows, chosen)
-    check_images(mesh, batch_size, height)
-    used = f"{len(chosen)} devices"
-    if len(chosen) < total:
-        used = f"{len(chosen)} of {total} devices: more do not divide train.batch_size {batch_size}"
-    if processes > 1:
-        used = f"{processes} processes with {total // processes} device{'s' if total > processes else ''} each"
-    return mesh, f"{used}{f', {mesh.shape[ROWS]} to an image' if rows > 1 else ''}"
-
-
-def _run(arguments: "TrainOptions", group: Group, stop: StopFlag) -> int:
-    """Check everything, then train and score; the exit code."""
-    from pdrunet_jax.data.dataset import open_dataset, require_same_data
-    from pdrunet_jax.runtime import devices as startup
-    from pdrunet_jax.runtime.devices import Placement
-    from pdrunet_jax.runtime.run_folder import RunFolder
-    from pdrunet_jax.train.final import final_evaluation
-
-    config = arguments.settings
-    require_same_settings(group, config)
-    device = startup.configure_jax(config.train.precision, config.train.deterministic)
-    mesh, devices = choose_devices(config.train.batch_size, config.data.height_width[0], arguments.rows)
-    device = ", ".join(filter(None, (device, devices)))
-    group.log(device)
-    with group.first_before_others():  # it may have to draw phantoms
-        dataset = open_dataset(config.data)
-    require_same_data(group, dataset)
-    for note in dataset.notes:
-        group.log(note)
-    outputs = _outputs(config, dataset)
-    if not dataset.of("val"):
-        raise UserError(
-            f"{dataset.root} has no validation images, which choose the best weights: raise --data.val-fraction, "
-            "or give some patients the split val"
-        )
-    group.wait()  # nothing is written before all have found the same
-    run = RunFolder(arguments.run_folder)
-    if group.is_main and config.train.weights is not None and not run.config.exists():
-        from pdrunet_jax.model.load import load_same
-
-        # Before the folder is made, which would hold on to settings that cannot be used.
-        load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
-    agreed = AgreedStop(stop) if group.count > 1 else stop
-    run = open_run(arguments.run_folder, config, device) if group.is_main else run
-    with run.lock() if group.is_main else nullcontext():
-        tracker = None if agreed else train(config, run, dataset, outputs, agreed, group, Placement(mesh))
-        if tracker is not None and group.is_main:
-            final_evaluation(config, run, dataset, tracker, stop)
-    return cli.STOPPED if stop or agreed else 0
-
-
-def _outputs(config: "Config", dataset: "Dataset") -> int:
-    """`model.outputs`, checked against the classes of the dataset, or what follows from them."""
-    classes = len(dataset.class_names)
-    outputs = config.model.outputs or dataset.outputs
-    if max(outputs - 1, 1) != classes:
-        raise UserError(
-            f"--model.outputs {outputs} does not fit the {classes} classes of {dataset.root} "
-            f"({', '.join(dataset.class_names)}): leave it out, or give {classes + 1}"
-        )
-    if config.data.soft_masks and outputs != 1:
-        raise UserError("data.soft_masks needs one output; set --model.outputs 1 or leave soft masks out")
-    return outputs

@@ -180,8 +180,8 @@ def accumulate(
 ) -> tuple[jax.Array, jax.Array, State, State]:
     """Compute the loss, logits, mean gradient and new statistics of a batch, in `parts` micro-batches one by one.
 
-    `weights` are parameters and running statistics; `data` is images (N, H, W, C) in [0, 1], and target and valid pixels
-    as from `targets`. `parts` must divide N.
+    `weights` are parameters and running statistics; `data` is images (N, H, W, C) in [0, 1], and target and valid
+    pixels as from `targets`. `parts` must divide N.
     """
 
     def forward(params: State, stats: State, part: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, State]]:

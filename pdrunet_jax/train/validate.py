@@ -1,23 +1,26 @@
-"""Scores of the present weights on the validation images, at the network's resolution."""
+"""Validation: score the current weights on the validation images, at the network's resolution."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pdrunet_jax.data.overlay import sample_sheet
 from pdrunet_jax.evaluate import metrics
+from pdrunet_jax.model.layers import State
 from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.stop import StopFlag
+from pdrunet_jax.train.step import Batch, Metrics
+from pdrunet_jax.train.wandb_run import Picture
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, str]
-"""Image (H, W, C) and masks (H, W) of truth and prediction, all uint8, and a caption."""
+"""Image (H, W, C), true mask (H, W), predicted mask (H, W), all uint8, and a caption."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over images of each image's loss, Dice and IoU (these two over its classes), and some cases to look at."""
+    """Mean loss, Dice and IoU over images (Dice and IoU are also means over classes), and some cases to look at."""
 
     loss: float
     dice: float
@@ -25,41 +28,44 @@ class Validation:
     cases: tuple[Case, ...]
 
     def metrics(self) -> dict[str, float]:
-        """As lines of metrics.jsonl have them."""
+        """The scores under their names in metrics.jsonl."""
         return {"val/loss": self.loss, "val/dice": self.dice, "val/iou": self.iou}
 
-    def sheet(self) -> Any:
-        """The cases as one picture (`PIL.Image.Image`): image, truth, prediction and difference of each."""
+    def sheet(self) -> Image.Image:
+        """Draw the cases: image, truth, prediction and errors of each."""
         images, truths, predictions, captions = zip(*self.cases, strict=True)
         return sample_sheet(images, truths, predictions, captions)
 
+    def pictures(self) -> list[Picture]:
+        """The cases as W&B shows them."""
+        return [Picture(caption, image, prediction, truth) for image, truth, prediction, caption in self.cases]
+
 
 def validate(
-    eval_step: Callable[[Any, Any, Any], Any],
-    params: Any,
-    stats: Any,
+    eval_step: Callable[[State, State, Batch], Metrics],
+    params: State,
+    stats: State,
     batches: Iterable[dict[str, np.ndarray]],
     *,
     names: tuple[str, ...],
     cases: int,
     soft: bool,
-    place: Placement | None = None,
+    place: Placement,
     stop: StopFlag | None = None,
 ) -> Validation | None:
-    """Run `eval_step` over `batches` (of `eval_batches`); padding counts nowhere. None if it was `stop`ped.
+    """Score all `batches` of `eval_batches`, without their padding. Returns None if asked to stop.
 
     Args:
         eval_step: from `make_eval_step`.
-        params: the weights that are scored.
+        params: the weights to score.
         stats: the running statistics.
         batches: images and masks, in the order of `names`.
-        names: of the images, for captions.
-        cases: how many images to keep for `sheet`, spread evenly over all.
-        place: on the mesh of `eval_step`, where it has one. The batches are this process's share, the result is of all.
-        soft: masks are grey values in place of class indices.
-        stop: becomes true when the program is asked to stop; a validation may take longer than it is then given.
+        names: the images' names, for captions.
+        cases: number of images to keep as cases, spread evenly over all.
+        soft: masks hold grey values instead of class indices.
+        place: the devices of `eval_step`. Each process gives its own shard of the batches; the result covers all.
+        stop: checked before each batch, since a validation may take longer than the time before a kill.
     """
-    place = place or Placement()
     losses, scores, overlaps, kept = [], [], [], []
     chosen = set(np.linspace(0, len(names) - 1, min(cases, len(names))).round().astype(int).tolist())
     for batch in batches:

@@ -3,25 +3,47 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pdrunet_jax.config import TrainConfig
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.train.progress import Progress
+
+SETTINGS = TrainConfig(steps=30, log_every=5, eval_every=12, save_every=4)
 
 
 def test_the_sequence_depends_on_every_index_and_their_order() -> None:
     start = Progress(data="x")
-    one = start.seen(np.array([1, 2])).seen(np.array([3]))
-    assert one == start.seen(np.array([1, 2])).seen(np.array([3]))
-    assert one.sequence != start.seen(np.array([2, 1])).seen(np.array([3])).sequence
-    assert one.sequence != start.seen(np.array([1])).seen(np.array([2, 3])).sequence
+    one = start.advanced(np.array([1, 2])).advanced(np.array([3]))
+    assert one == start.advanced(np.array([1, 2])).advanced(np.array([3]))
+    assert one.step == 2
+    assert one.sequence != start.advanced(np.array([2, 1])).advanced(np.array([3])).sequence
+    assert one.sequence != start.advanced(np.array([1])).advanced(np.array([2, 3])).sequence
 
 
 def test_the_best_is_kept_and_of_equal_ones_the_first() -> None:
-    progress = Progress(data="x").scored(10, 0.5).scored(20, 0.7).scored(30, 0.7).scored(40, float("nan"))
+    progress = Progress(data="x")
+    for step, dice in ((10, 0.5), (20, 0.7), (30, 0.7), (40, float("nan"))):
+        progress = Progress(**{**vars(progress), "step": step}).scored(dice)
     assert (progress.best_step, progress.best_dice, progress.validated) == (20, 0.7, 40)
 
 
 def test_a_run_is_not_resumed_on_other_data() -> None:
     saved = {"data": "x", "sequence": "s", "best_dice": 0.5, "best_step": 10, "validated": 10}
-    assert Progress(data="x").resumed(saved, Path("run")).best_dice == 0.5
+    progress = Progress.resumed(saved, 12, "x", Path("run"))
+    assert (progress.best_dice, progress.step, progress.data) == (0.5, 12, "x")
+    assert Progress.resumed({**saved, "data": ""}, 12, "y", Path("run")).data == "y"  # converted: it fits any data
     with pytest.raises(UserError, match="run was trained on other data"):
-        Progress(data="y").resumed(saved, Path("run"))
+        Progress.resumed(saved, 12, "y", Path("run"))
+
+
+def test_checkpoints_of_runs_begun_before_skipping_was_cut_are_resumed() -> None:
+    saved = {**Progress(data="x", sequence="s").to_dict(), "skipped": []}
+    assert Progress.resumed(saved, 3, "x", Path("run")) == Progress(data="x", step=3, sequence="s")
+
+
+def test_what_is_due_at_each_step() -> None:
+    at = [Progress(data="x", step=step) for step in range(1, 31)]
+    assert [each.step for each in at if each.log_due(SETTINGS)] == [5, 10, 15, 20, 25, 30]
+    assert [each.step for each in at if each.validation_due(SETTINGS)] == [12, 24, 30]
+    assert [each.step for each in at if each.save_due(SETTINGS)] == [4, 8, 16, 20, 28]  # not where a validation is
+    assert not Progress(data="x", step=12, validated=12).validation_due(SETTINGS)
+    assert Progress(data="x", step=31).finished(SETTINGS)  # a run whose configuration asks for fewer steps now

@@ -102,8 +102,8 @@ def _backward(
 ) -> tuple[jax.Array, LayerWeights, LayerWeights]:
     x, first, second, one, two = saved
     d_out = gradients[0]
-    # Without a dependence on the gradient, XLA on CPUs would compute this in the forward pass and keep it after all. The
-    # added term is zero, or NaN where the gradient is not finite.
+    # If this did not depend on the gradient, XLA on CPUs would compute it in the forward pass and keep it after all.
+    # The added term is zero, or NaN where the gradient is not finite.
     later = one._replace(mean=one.mean + (0 * d_out.ravel()[0]).astype(one.mean.dtype))
     c1 = jax.nn.relu(later.before_relu(first, None)).astype(x.dtype)
 
