@@ -1,4 +1,4 @@
-"""Losses on logits, binary and multi-class, that leave ignored pixels out.
+"""Binary and multi-class losses on logits, without ignored pixels.
 
 All take logits (N, H, W, K), a target and `valid` (N, H, W), bool. With K = 1 the target is the probability of the
 foreground, float (N, H, W) in [0, 1]; with K >= 2 it is the class index, int (N, H, W). All return a scalar in the
@@ -18,7 +18,7 @@ Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def make_loss(config: LossConfig, outputs: int) -> Loss:
-    """The loss that `config` names, for `outputs` logits a pixel.
+    """Build the loss that `config` names, for `outputs` logits a pixel.
 
     Raises:
         UserError: the loss or its class weights do not fit the number of outputs.
@@ -85,7 +85,7 @@ def cross_entropy(logits: jax.Array, target: jax.Array, valid: jax.Array, weight
 def focal_loss(
     logits: jax.Array, target: jax.Array, valid: jax.Array, weights: tuple[float, ...], *, gamma: float
 ) -> jax.Array:
-    """Focal loss for one output: mean of w (1 - p_t)^gamma CE (Lin et al., 2017, equation 5), p_t the truth's share."""
+    """Focal loss for one output: mean of w (1 - p_t)^gamma CE (Lin et al., 2017, equation 5)."""
     logit = logits[..., 0]
     p = jax.nn.sigmoid(logit)
     missing = p * (1 - target) + (1 - p) * target
@@ -133,7 +133,7 @@ def _binary_cross_entropy(logit: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _mean(values: jax.Array, valid: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-    """The mean of `values` over valid pixels, or their sum over the sum of `weight`; 0 where there are none."""
+    """Mean of `values` over valid pixels, or their sum over the sum of `weight`; 0 if there are none."""
     total = jnp.where(valid, values, 0).sum()
     count = jnp.where(valid, 1 if weight is None else weight, 0).sum().astype(values.dtype)
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0)

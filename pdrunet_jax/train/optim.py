@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from pdrunet_jax.config import OptimConfig
 
 WARMUP_SHARE = 0.3
-"""Share of a one-cycle run in which the learning rate rises, as in torch's OneCycleLR."""
+"""Fraction of a one-cycle run in which the learning rate rises, as in torch's OneCycleLR."""
 
 ONECYCLE_START = 25.0
 """One-cycle starts at the peak divided by this."""
@@ -18,7 +18,7 @@ ONECYCLE_END = 1e4
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the update's number, 0 to `steps` - 1."""
+    """Learning rate as a function of the number of the update, 0 to `steps` - 1."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     if config.schedule == "onecycle":
         return one_cycle(steps, peak)
@@ -31,16 +31,16 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
         main = optax.polynomial_schedule(peak, final, config.power, rest)
     if not config.warmup_steps:
         return main
-    # The first update already moves: step k of the warm-up has (k + 1) / warmup_steps of the peak.
+    # The first update already moves the weights: step k of the warm-up has (k + 1) / warmup_steps of the peak.
     first = peak / config.warmup_steps
     rise = optax.linear_schedule(first, peak, max(config.warmup_steps - 1, 1))
     return optax.join_schedules([rise, main], [config.warmup_steps])
 
 
 def one_cycle(steps: int, peak: float) -> optax.Schedule:
-    """The OneCycleLR of torch: half a cosine up to `peak`, reached before the update 0.3 `steps` - 1, and one down.
+    """OneCycleLR as in torch: half a cosine up to `peak`, reached before update 0.3 `steps` - 1, and one down.
 
-    optax's own reaches its peak and its end one update later.
+    optax's own schedule reaches its peak and its end one update later.
     """
     start, end = peak / ONECYCLE_START, peak / ONECYCLE_START / ONECYCLE_END
     top, last = WARMUP_SHARE * steps - 1, steps - 1
@@ -57,7 +57,7 @@ def one_cycle(steps: int, peak: float) -> optax.Schedule:
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """The clip_grad_norm_ of torch: it divides by the norm plus 1e-6, which optax's own does not."""
+    """clip_grad_norm_ as in torch, which divides by the norm plus 1e-6; optax's own does not."""
 
     def clip(gradients: optax.Updates, _: optax.Params | None) -> optax.Updates:
         factor = jnp.minimum(largest / (optax.tree.norm(gradients) + 1e-6), 1.0)
@@ -67,7 +67,7 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer that `config` describes, over `steps` updates.
+    """Build the optimizer of `config` for `steps` updates.
 
     adam and sgd add weight_decay * parameter to the gradient, as torch's do; adamw decays parameters on their own.
     """
