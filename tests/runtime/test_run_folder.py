@@ -1,4 +1,4 @@
-"""The run folder: one trainer at a time, one configuration, and files that are whole or absent."""
+"""Run folder: one trainer at a time, one configuration, files that are complete or absent."""
 
 import os
 import signal
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pdrunet_jax import config as config_io
-from pdrunet_jax.config import Config
+from pdrunet_jax.config import Config, from_dict, parse
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write
 from pdrunet_jax.runtime.run_folder import RunFolder, environment, git_revision
@@ -26,7 +25,7 @@ with RunFolder(sys.argv[1]).lock():
 
 
 def config(**settings: dict[str, object]) -> Config:
-    return config_io.from_dict(settings, "the test")
+    return from_dict(settings, "the test")
 
 
 @pytest.fixture
@@ -66,8 +65,8 @@ def test_the_lock_is_given_back_at_the_end(tmp_path: Path) -> None:
 def test_the_configuration_is_written_whole_with_versions_and_reads_back(tmp_path: Path) -> None:
     settings = config(optim={"learning_rate": 0.1 + 0.2}, data={"classes": {"femur": 1}})
     run = open_run(tmp_path / "a" / "b", settings, device="cpu (2 cores), float32")
-    text = run.config.read_text()
-    assert config_io.parse(text, "config.toml") == settings
+    text = run.config_file.read_text()
+    assert parse(text, "config.toml") == settings
     record = tomllib.loads(text)["environment"]
     assert record["device"] == "cpu (2 cores), float32"
     assert {"started", "python", "platform", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain"} <= set(
@@ -78,27 +77,27 @@ def test_the_configuration_is_written_whole_with_versions_and_reads_back(tmp_pat
 def test_no_environment_variable_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "canary-8d1f")
     run = open_run(tmp_path, Config())
-    assert "canary-8d1f" not in run.config.read_text()
+    assert "canary-8d1f" not in run.config_file.read_text()
 
 
 def test_another_learning_rate_is_refused_with_a_diff_and_nothing_changes(tmp_path: Path) -> None:
     run = open_run(tmp_path, Config())
-    before = run.config.read_bytes()
+    before = run.config_file.read_bytes()
     changed = config(optim={"learning_rate": 0.003}, train={"steps": 20}, data={"threads": 1})
     with pytest.raises(UserError) as caught:
         open_run(tmp_path, changed)
     assert "  - optim.learning_rate: 0.001 -> 0.003\n  - train.steps: 10000 -> 20\n" in str(caught.value)
     assert "--workdir" in str(caught.value)
     assert "threads" not in str(caught.value)
-    assert run.config.read_bytes() == before
+    assert run.config_file.read_bytes() == before
 
 
 def test_settings_without_a_part_in_the_result_may_change_and_restarts_are_recorded(tmp_path: Path) -> None:
     open_run(tmp_path, Config(), device="cpu")
     changed = config(tracking={"wandb": "disabled"}, data={"threads": 0, "cache": "none", "root": "moved"})
     run = open_run(tmp_path, changed, device="gpu")
-    assert config_io.parse(run.config.read_text(), "config.toml") == changed
-    record = tomllib.loads(run.config.read_text())["environment"]
+    assert parse(run.config_file.read_text(), "config.toml") == changed
+    record = tomllib.loads(run.config_file.read_text())["environment"]
     assert record["device"] == "cpu"
     assert [set(restart) - {"started"} for restart in record["restarts"]] in ([{"device"}], [{"device", "git"}])
     assert record["restarts"][0]["device"] == "gpu"
@@ -114,7 +113,7 @@ def test_a_workdir_that_is_a_file_or_below_one_is_refused(tmp_path: Path) -> Non
 
 def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
     run = open_run(tmp_path, Config())
-    run.config.write_text("[optim\n")
+    run.config_file.write_text("[optim\n")
     with pytest.raises(UserError, match=r"config\.toml is not valid TOML"):
         open_run(tmp_path, Config())
 
