@@ -12,10 +12,11 @@ from typing import Any
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Cache, keeps
 from pdrunet_jax.data.folder import Pair, find_pairs, read_description, some
-from pdrunet_jax.data.masks import MaskCoding, UndeclaredError, codes_to_classes, resolve
+from pdrunet_jax.data.masks import MaskCoding, codes_to_classes, resolve
 from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, scan
 from pdrunet_jax.data.split import Sample, assign, identical, partition, split_counts, together
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.files import is_vacant
 from pdrunet_jax.runtime.processes import Group
 
 _HOW_TO_GET_DATA = """\
@@ -98,7 +99,7 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     # Find a dataset and its declarations before reading any image.
     ensure_phantoms(config)
     root = Path(config.root)
-    if _vacant(root) or not root.is_dir():
+    if is_vacant(root) or not root.is_dir():
         state = "is empty" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise UserError(f"--data.root {config.root}: the folder {state}.\n{_HOW_TO_GET_DATA}\n{_LAYOUTS}")
     description = read_description(root)
@@ -119,7 +120,7 @@ def inspect_dataset(config: DataConfig) -> Inspection:
         counts = [(pair.mask_id, item.codes) for pair, item in zip(pairs, scanned, strict=True) if item.codes]
         coding, more = resolve(declared, counts)
         notes += more
-    except UndeclaredError as error:
+    except DataError as error:
         problems += error.problems
     if config.soft_masks and (len(coding.classes) > 1 or coding.ignore):
         problems.append("data.soft_masks is for masks of one class without an ignore value")
@@ -139,7 +140,7 @@ def inspect_dataset(config: DataConfig) -> Inspection:
 def ensure_phantoms(config: DataConfig) -> None:
     """Draw `config.phantoms` synthetic X-rays into `config.root` if that is missing or empty. Raises `UserError`."""
     root = Path(config.root)
-    if config.phantoms and _vacant(root):
+    if config.phantoms and is_vacant(root):
         from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 
         write_phantoms(root, PhantomOptions(config.phantoms, config.split_seed, max(config.height_width)))
@@ -219,14 +220,6 @@ def _fill(cache: Cache, scanned: list[ScanResult], coding: MaskCoding) -> None:
         if item.small is not None:
             cache.put(row, (item.small[0], codes_to_classes(item.small[1], coding, "")))
         scanned[row] = replace(item, small=None)
-
-
-def _vacant(root: Path) -> bool:
-    """Whether `root` is missing or an empty folder. Raises `UserError` if it cannot be read."""
-    try:
-        return not root.exists() or (root.is_dir() and not any(root.iterdir()))
-    except OSError as error:
-        raise UserError(f"--data.root {root}: {error.strerror}") from None
 
 
 def _check_regex(config: DataConfig) -> None:

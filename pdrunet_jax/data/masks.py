@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pdrunet_jax.data.images import decode_plain_png, open_upright, read_bytes, resize_image, unreadable
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
 
 IGNORE = 255
 """Class index of pixels excluded from loss and metrics."""
@@ -34,15 +34,8 @@ DEFAULT_THRESHOLD = 128
 _SOFT_VALUES = 16
 """Masks with at least this many undeclared greys have smoothed edges; with fewer, each grey means something."""
 
+_UNDECLARED = "undeclared mask values"
 _HOW = "write them into dataset.toml or give data.classes"
-
-
-class UndeclaredError(UserError):
-    """Masks hold values that no declaration explains."""
-
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        super().__init__("\n".join(problems))
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def read_soft_mask(path: Path, coding: MaskCoding) -> np.ndarray:
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize (H, W) uint8 class indices to (height, width) by nearest neighbour."""
+    """Resize (H, W) uint8 class indices, or int32 codes, to (height, width) by nearest neighbour."""
     height, width = size
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
@@ -256,7 +249,7 @@ def declare(
 def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]) -> tuple[MaskCoding, list[str]]:
     """Find the coding that reads every mask; returns it with notes for the log.
 
-    `found` holds each mask's name and its pixel count per code. Raises `UndeclaredError` with every problem.
+    `found` holds each mask's name and its pixel count per code. Raises `DataError` with every problem.
     """
     total: Counter[int] = Counter()
     for _, counts in found:
@@ -282,7 +275,7 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
             return coding, notes
     coding = replace(coding, threshold=None)
     if unknown:
-        raise UndeclaredError(_unknown_problems(coding, found, value))
+        raise DataError(_UNDECLARED, _unknown_problems(coding, found, value))
     return coding, notes
 
 
@@ -298,7 +291,7 @@ def _binary(declared: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding,
     others = sorted(values - background)
     shown = _listed(values)
     if not others:
-        raise UndeclaredError(["every mask is empty: no pixel belongs to a class"])
+        raise DataError(_UNDECLARED, ["every mask is empty: no pixel belongs to a class"])
     if len(others) == 1 and len(values) == 2:
         value = others[0]
         note = f"masks hold {shown}: {_describe_code(value)} was taken as foreground"
@@ -313,7 +306,7 @@ def _binary(declared: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding,
     else:
         example = ", ".join(f"name{i} = {_describe_code(code)}" for i, code in enumerate(others[:3], start=1))
         hint = f"write what they mean, for example classes = {{ {example} }}"
-    raise UndeclaredError([f"masks hold {shown}, and no classes are declared: {hint}; {_HOW}"])
+    raise DataError(_UNDECLARED, [f"masks hold {shown}, and no classes are declared: {hint}; {_HOW}"])
 
 
 def _with_background(coding: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding, list[str]]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from pdrunet_jax.data.folder import Pair
 from pdrunet_jax.data.images import decode_image, read_bytes, resize_image
-from pdrunet_jax.data.masks import MaskCoding, decode_codes
+from pdrunet_jax.data.masks import MaskCoding, decode_codes, resize_mask
 from pdrunet_jax.runtime.errors import DataError
 
 _MOST_VALUES = 4096
@@ -105,11 +105,5 @@ def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> S
         problems += error.problems
     small = None
     if keep and image is not None and mask is not None and not problems:
-        small = image, _nearest(mask, keep)
+        small = image, resize_mask(mask if mask.dtype == np.uint8 else mask.astype(np.int32), keep)
     return ScanResult(size, mode, codes, pixels_digest, digest.hexdigest(), tuple(problems), small)
-
-
-def _nearest(codes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize codes of any type, picking the same pixels as `resize_mask`."""
-    numbers = codes if codes.dtype == np.uint8 else codes.astype(np.int32)
-    return np.asarray(Image.fromarray(numbers).resize(size[::-1], Image.Resampling.NEAREST))

@@ -47,13 +47,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def require_vacant(root: Path) -> None:
-    """Raise `UserError` unless `root` is absent or an empty folder."""
+def is_vacant(root: Path) -> bool:
+    """Whether `root` is absent or an empty folder. Raises `UserError` if it cannot be read."""
     try:
-        vacant = not root.exists() or (root.is_dir() and not any(root.iterdir()))
+        return not root.exists() or (root.is_dir() and not any(root.iterdir()))
     except OSError as error:
         raise UserError(f"{root}: {error.strerror}") from None
-    if not vacant:
+
+
+def require_vacant(root: Path) -> None:
+    """Raise `UserError` unless `root` is absent or an empty folder."""
+    if not is_vacant(root):
         raise UserError(f"{root} exists and is not empty; name a new folder, or remove it")
 
 

@@ -26,7 +26,7 @@ from pdrunet_jax.data.importers.common import (
 )
 from pdrunet_jax.data.importers.labelme import Boxes, Survey, to_draw
 from pdrunet_jax.data.labelme.read import Annotation, rasterise, read_annotation
-from pdrunet_jax.data.masks import IGNORE, UndeclaredError, codes_to_classes, declare, decode_codes, resolve
+from pdrunet_jax.data.masks import IGNORE, codes_to_classes, declare, decode_codes, resolve
 from pdrunet_jax.data.scan import count_codes
 from pdrunet_jax.data.split import assign, overlaps, together
 from pdrunet_jax.runtime.errors import DataError, UserError
@@ -312,8 +312,8 @@ class ImageMasks:
         """Find the coding of all masks; returns problems. Sets `classes` with their mask values, `ignores`, `notes`."""
         try:
             self._coding, self.notes = resolve(self._coding, self._found)
-        except UndeclaredError as error:
-            return error.problems
+        except DataError as error:
+            return list(error.problems)
         self.classes = {name: index for index, name in enumerate(self._coding.names, start=1)}
         self.ignores = bool(self._coding.ignore)
         return []

@@ -10,6 +10,12 @@ from scipy import ndimage
 from pdrunet_jax.data.phantoms.anatomy import BONES, Bone, Limb
 from pdrunet_jax.data.phantoms.projection import Array, project_blobs, project_bone, project_ribs, project_soft_tissue
 
+_LETTERS = {
+    "R": ("11110", "10001", "10001", "11110", "10100", "10010", "10001"),
+    "L": ("10000", "10000", "10000", "10000", "10000", "10000", "11111"),
+}
+"""Bitmaps of the lead letters."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -36,29 +42,6 @@ LEVELS = {
     "easy": Level(1.3, 0.5, 0.5, cast=0.0, metal=0.0, uncollimated=0.6, unmarked=0.8),
     "standard": STANDARD,
     "hard": Level(0.6, 2.0, 2.0, cast=0.3, metal=0.3, wires=3),
-}
-
-
-def draw_wires(brightness: Array, x: Array, y: Array, rng: np.random.Generator, most: int, pixel: float) -> Array:
-    """Add up to `most` cables and tubes: bent bright lines, tubes with a darker middle."""
-    for _ in range(int(rng.integers(most + 1))):
-        angle, bend, shift, phase = rng.uniform((0, -0.5, -0.35, 0), (np.pi, 0.5, 0.35, 2 * np.pi))
-        along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
-        straight = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x - np.float32(shift)
-        sway = np.float32(0.015) * np.sin(np.float32(9) * along + np.float32(phase))
-        across = straight + np.float32(bend) * along**2 + sway
-        half, strength = rng.uniform((0.003, 0.1), (0.011, 0.4))
-        line: Array = np.clip((np.float32(half) - np.abs(across)) / np.float32(pixel) + np.float32(0.5), 0, 1)
-        if half > 0.007:
-            bore = np.clip((np.float32(0.6 * half) - np.abs(across)) / np.float32(pixel) + np.float32(0.5), 0, 1)
-            line = line * (1 - np.float32(0.6) * bore)
-        brightness = np.clip(brightness + np.float32(strength) * line, 0, 1).astype(np.float32)
-    return brightness
-
-
-_LETTERS = {
-    "R": ("11110", "10001", "10001", "11110", "10100", "10010", "10001"),
-    "L": ("10000", "10000", "10000", "10000", "10000", "10000", "11111"),
 }
 
 
@@ -103,12 +86,29 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = S
     # Exposure, and what lies over the picture.
     brightness = _expose(attenuation, bare, under_skin > 0, x, y, haze, rng, grain, level)
     if level.wires:
-        brightness = draw_wires(brightness, x, y, rng.spawn(1)[0], level.wires, 1 / size)
+        brightness = _draw_wires(brightness, x, y, rng.spawn(1)[0], level.wires, 1 / size)
     brightness, field = _collimate(brightness, x, y, rng, 1 / size, level.uncollimated)
     mask &= field
     brightness = _mark(brightness, mask, x, y, rng, level.unmarked)
     grey = np.clip(brightness * 255 + grain.random((size, size), np.float32), 0, 255)
     return Radiograph(grey.astype(np.uint8), bones * mask, brightness)
+
+
+def _draw_wires(brightness: Array, x: Array, y: Array, rng: np.random.Generator, most: int, pixel: float) -> Array:
+    """Add up to `most` cables and tubes: bent bright lines, tubes with a darker middle."""
+    for _ in range(int(rng.integers(most + 1))):
+        angle, bend, shift, phase = rng.uniform((0, -0.5, -0.35, 0), (np.pi, 0.5, 0.35, 2 * np.pi))
+        along = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
+        straight = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x - np.float32(shift)
+        sway = np.float32(0.015) * np.sin(np.float32(9) * along + np.float32(phase))
+        across = straight + np.float32(bend) * along**2 + sway
+        half, strength = rng.uniform((0.003, 0.1), (0.011, 0.4))
+        line: Array = np.clip((np.float32(half) - np.abs(across)) / np.float32(pixel) + np.float32(0.5), 0, 1)
+        if half > 0.007:
+            bore = np.clip((np.float32(0.6 * half) - np.abs(across)) / np.float32(pixel) + np.float32(0.5), 0, 1)
+            line = line * (1 - np.float32(0.6) * bore)
+        brightness = np.clip(brightness + np.float32(strength) * line, 0, 1).astype(np.float32)
+    return brightness
 
 
 def _view(x: Array, y: Array, rng: np.random.Generator) -> tuple[Array, Array]:
