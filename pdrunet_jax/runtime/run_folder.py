@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import platform
 import socket
@@ -71,6 +72,21 @@ class RunFolder:
             raise RunError(
                 f"{self.path}: this file system has no file locks ({error.strerror}); choose another --workdir"
             ) from None
+
+
+def read_entries(path: Path) -> list[dict[str, Any] | None]:
+    """Entries of a metrics.jsonl, in order; None for a line that is not a JSON object with an integer step.
+
+    A partial last line, which a killed process may leave, is left out. A missing file has no entries.
+    """
+    entries: list[dict[str, Any] | None] = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        entries.append(entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None)
+    return entries
 
 
 def environment(device: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl (the local truth), a progress bar or lines, and Weights & Biases."""
+"""Run output: metrics.jsonl, a progress bar or lines, Weights & Biases."""
 
 import json
 import math
@@ -7,21 +7,99 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from pdrunet_jax.config import Config
 from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.files import atomic_write
-from pdrunet_jax.runtime.run_folder import RunFolder
+from pdrunet_jax.runtime.run_folder import RunFolder, read_entries
 from pdrunet_jax.train.wandb_run import Picture, ScoreTable, WandbRun
 
 
-class MetricsLog:
-    """A JSONL file that is only appended to: one object per line, with the step first.
+class Tracker:
+    """Reports a training run; a context manager that closes the outputs on exit.
 
-    Numbers read back as the same floats; what is not finite is null. Raises `RunError` that names the file if it
+    An exception that leaves the context marks the W&B run as failed, with the exception's text in its alert.
+
+    Args:
+        run: the run folder, locked; None for a tracker that prints and writes nothing.
+        config: the configuration of the run.
+        step: the step that the run resumes from; lines of later steps in metrics.jsonl are dropped.
+        class_names: names of the foreground classes, for pictures in W&B.
+
+    Attributes:
+        status: how the run ends for W&B if no exception is raised: "finished" (default) or "stopped".
+    """
+
+    def __init__(
+        self, run: RunFolder | None, config: Config, *, step: int = 0, class_names: Iterable[str] = ()
+    ) -> None:
+        self.status = "finished"
+        self._active = run is not None
+        if run is None:
+            return
+        self._metrics = MetricsLog(run.metrics)
+        self._metrics.truncate_after(step)
+        self._wandb = WandbRun(run, config, {0: "background"} | dict(enumerate(class_names, 1)) | {255: "ignored"})
+        if self._wandb.place:
+            print(self._wandb.place, flush=True)
+        self._bar = ProgressBar(config.train.steps, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._active:
+            return
+        self._bar.close()
+        if error is None:
+            self._wandb.finish(self.status)
+        else:
+            self._wandb.finish("failed", str(error))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Report the metrics of a log step under their names in metrics.jsonl (`train/loss`, ...).
+
+        Values are numbers, arrays of one element, strings, or lists of those.
+        """
+        if self._active:
+            entry = self._metrics.append(step, metrics)
+            self._bar.update(step, entry)
+            self._wandb.log(step, _numbers(entry))
+
+    def validation(self, step: int, metrics: Mapping[str, Any], pictures: Iterable[Picture] = ()) -> None:
+        """Report a validation (`val/dice`, ...) in one line; W&B gets `pictures` too."""
+        if self._active:
+            entry = self._metrics.append(step, metrics)
+            shown = ", ".join(
+                f"{name.removeprefix('val/')} {value:.4f}"
+                for name, value in entry.items()
+                if name.startswith("val/") and isinstance(value, int | float)
+            )
+            self.say(f"validation at step {step}: {shown}")
+            self._wandb.log(step, _numbers(entry), pictures)
+
+    def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
+        """Report the final scores of a split to W&B, and close the progress bar."""
+        if self._active:
+            self._bar.close()
+            self._wandb.scores(split, summary, table, pictures)
+
+    def say(self, line: str) -> None:
+        """Print a line on standard output."""
+        if self._active:
+            self._bar.say(line)
+
+
+class MetricsLog:
+    """Append-only metrics.jsonl: one JSON object per line, the step first.
+
+    Floats read back bit for bit; a value that is not finite is null. Raises `RunError` with the file's name if it
     cannot be written.
     """
 
@@ -29,15 +107,15 @@ class MetricsLog:
         self.path = path
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Add one line and return what it holds; every value is a number, a string, or a list of those."""
+        """Append one line and return its entry."""
         entry = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
         line = json.dumps(entry, allow_nan=False) + "\n"
         try:
-            # One write for the line, so that a killed process leaves at most one half line, and that at the end.
+            # One write per line: a killed process leaves at most one partial line, at the end.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 if os.write(descriptor, line.encode()) < len(line):
-                    raise OSError(0, "only half a line could be written; is the disk full?")
+                    raise OSError(0, "only part of a line could be written; is the disk full?")
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -45,27 +123,21 @@ class MetricsLog:
         return entry
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps, which a resumed run writes again, and a half-written last line."""
+        """Drop the lines of later steps, which a resumed run writes again, and lines that are damaged or partial."""
         if not self.path.exists():
             return
         try:
-            lines = self.path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if (found := _step(line)) is not None and found <= step]
-            if kept != lines:
-                atomic_write(self.path, b"".join(kept))
+            content = self.path.read_bytes()
+            lines = zip(content.split(b"\n")[:-1], read_entries(self.path), strict=True)
+            kept = b"".join(line + b"\n" for line, entry in lines if entry and entry["step"] <= step)
+            if kept != content:
+                atomic_write(self.path, kept)
         except OSError as error:
             raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
 
-    def read(self) -> list[dict[str, Any]]:
-        """Every whole line, in order."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if _step(line) is not None]
-
 
 class ProgressBar:
-    """A bar on a terminal; elsewhere a line for each log step."""
+    """Progress bar on a terminal; one line per log step elsewhere."""
 
     def __init__(self, total: int, step: int = 0) -> None:
         self._total = total
@@ -74,7 +146,7 @@ class ProgressBar:
         self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show a log step. `time/data_wait` is a share of the time."""
+        """Show the metrics of a log step; `time/data_wait` is a fraction of the time."""
         parts = [
             f"{label} {metrics[name]:{form}}"
             for name, label, form in (
@@ -93,93 +165,20 @@ class ProgressBar:
         self.say(", ".join([f"step {step}/{self._total}", *parts, f"{_duration(left)} left"]))
 
     def say(self, line: str) -> None:
-        """Print a line on standard output without tearing the bar."""
+        """Print a line on standard output, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stdout)
         else:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is and go to the next line."""
+        """End the bar's line; later output starts below it."""
         if self._bar is not None:
             self._bar.close()
 
 
-class Tracker:
-    """Everything a training run reports goes through here.
-
-    Args:
-        run: the run folder, locked.
-        config: its configuration.
-        step: the step the run resumes from; later lines of metrics.jsonl are dropped.
-        class_names: the foreground classes, for W&B's pictures.
-    """
-
-    def __init__(self, run: RunFolder, config: Config, *, step: int = 0, class_names: Iterable[str] = ()) -> None:
-        self.metrics = MetricsLog(run.metrics)
-        self.metrics.truncate_after(step)
-        labels = {0: "background"} | dict(enumerate(class_names, 1)) | {255: "ignored"}
-        self._wandb = WandbRun(run, config, labels)
-        if self._wandb.place:
-            print(self._wandb.place, flush=True)
-        self.progress = ProgressBar(config.train.steps, step)
-        self._finished = False
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Report a log step: values by the names of metrics.jsonl (`train/loss`, ...); arrays of one number will do."""
-        entry = self.metrics.append(step, metrics)
-        self.progress.update(step, entry)
-        self._wandb.log(step, _numbers(entry))
-
-    def validation(self, step: int, metrics: Mapping[str, Any], pictures: Iterable[Picture] = ()) -> None:
-        """Report a validation (`val/dice`, ...) in one line, with pictures for W&B."""
-        entry = self.metrics.append(step, metrics)
-        shown = ", ".join(
-            f"{name.removeprefix('val/')} {value:.4f}"
-            for name, value in entry.items()
-            if name.startswith("val/") and isinstance(value, int | float)
-        )
-        self.say(f"validation at step {step}: {shown}")
-        self._wandb.log(step, _numbers(entry), pictures)
-
-    def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
-        """Report the final scores of one split to W&B; the run folder has its own files of them."""
-        self.progress.close()  # what is printed from here on stands below the bar
-        self._wandb.scores(split, summary, table, pictures)
-
-    def say(self, line: str) -> None:
-        """Print a line on standard output."""
-        self.progress.say(line)
-
-    def finish(self, status: str, message: str = "") -> None:
-        """Close everything; `status` is "finished", "stopped" or "failed", `message` goes into W&B's alert."""
-        if not self._finished:
-            self._finished = True
-            self.progress.close()
-            self._wandb.finish(status, message)
-
-
-class Silent(Tracker):
-    """A tracker that says and writes nothing: that of every process but the first."""
-
-    def __init__(self) -> None:
-        pass
-
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:  # noqa: D102
-        pass
-
-    def validation(self, step: int, metrics: Mapping[str, Any], pictures: Iterable[Picture] = ()) -> None:  # noqa: D102
-        pass
-
-    def say(self, line: str) -> None:  # noqa: D102
-        pass
-
-    def finish(self, status: str, message: str = "") -> None:  # noqa: D102
-        pass
-
-
 def _plain(value: Any) -> Any:
-    """`value` as JSON has it; an array of one element is a number."""
+    """Convert to a JSON value; an array of one element becomes a number."""
     if isinstance(value, str | bool | int) or value is None:
         return value
     if isinstance(value, list | tuple):
@@ -190,17 +189,8 @@ def _plain(value: Any) -> Any:
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
-    """What W&B can draw."""
+    """The values that W&B can plot."""
     return {name: value for name, value in entry.items() if isinstance(value, int | float) and name != "step"}
-
-
-def _step(line: bytes) -> int | None:
-    """The step of a line, or None if the line is not whole."""
-    try:
-        step = json.loads(line)["step"] if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return step if isinstance(step, int) else None
 
 
 def _duration(seconds: float) -> str:

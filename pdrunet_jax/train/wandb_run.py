@@ -1,39 +1,55 @@
-"""Weights & Biases. It is a guest: if anything about it fails, one warning is printed and training goes on."""
+"""Weights & Biases (W&B) run of a run folder.
 
-import contextlib
+No failure of W&B reaches training: every call runs in a daemon thread with a time limit. A server that refuses, fails
+or hangs costs at most a minute in total, and data that is not uploaded stays in the run folder for `wandb sync`. W&B's
+service process ends with the run. Only if the server stops answering during the last requests may the service outlive
+training, until it gives up retrying them.
+"""
+
 import netrc
 import os
 import secrets
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from pdrunet_jax import config as config_io
-from pdrunet_jax.config import Config
+from pdrunet_jax.config import Config, to_dict
 from pdrunet_jax.runtime.files import atomic_write
 from pdrunet_jax.runtime.run_folder import RunFolder
 
-INIT_TIMEOUT = 30.0
-FINISH_TIMEOUT = 120.0
-"""Seconds that W&B may hold up the start and the end of a run; what is not uploaded by then stays in the folder."""
-
-KILLED = 5.0
-"""Seconds to wait until W&B has seen that its service was killed, which takes a fraction of one."""
+INIT_TIMEOUT = 15
+"""Seconds for the server to answer at the start, unless WANDB_INIT_TIMEOUT is set."""
+FINISH_TIMEOUT = 25
+"""Seconds to upload what is left at the end, unless WANDB_FINISH_TIMEOUT is set."""
+CALL_TIMEOUT = 10
+"""Seconds for each other call."""
+GRACE = 5
+"""Seconds for the server to answer a first request at the end, and for W&B to keep its own limits."""
 
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-"""Under which W&B's own login may have stored a key."""
+"""Hosts under which `wandb login` may have stored a key."""
+
+SETTINGS: dict[str, Any] = {
+    "console": "off",
+    "silent": True,
+    "disable_git": True,  # a patch or a remote's address may hold secrets
+    "disable_code": True,
+    "save_code": False,
+    "x_disable_meta": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+    "finish_timeout_raises": True,
+}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image with its masks, for W&B's own viewer.
+    """An image with its masks for W&B's viewer.
 
     `image` is (H, W), (H, W, 1) or (H, W, 3) uint8; `prediction` and `truth` are (H, W) uint8 class indices.
     """
@@ -45,40 +61,34 @@ class Picture:
 
 
 ScoreTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
-"""Names of columns, and the rows; NaN where a score is not defined."""
+"""Column names and rows; NaN for an undefined score."""
 
 
 class WandbRun:
-    """One W&B run that belongs to a run folder: the same id each time the folder is opened, so resuming continues it.
+    """The W&B run of a run folder; a resumed run continues under the same id. No method raises.
 
-    `labels` names the class indices of pictures. Nothing here raises.
+    `labels` names the class indices of pictures. If the server cannot be reached at the start, the run is offline.
     """
 
     def __init__(self, run: RunFolder, config: Config, labels: Mapping[int, str] | None = None) -> None:
         self._folder = run
         self._config = config
         self._labels = dict(labels or {})
+        self._wandb: Any = None  # the module, imported if W&B is enabled
         self._run: Any = None
-        self._online = False
-        self._began = self._abandoned = False
-        self._service: subprocess.Popen[bytes] | None = None
+        self._failed = False
         self._scores: tuple[str, Mapping[str, float], ScoreTable, Iterable[Picture]] | None = None
-        if config.tracking.wandb == "disabled":
-            return
-        modes = [_mode(config.tracking.wandb)]
-        if modes == ["online"]:
-            modes.append("offline")  # better kept for a later `wandb sync` than lost
-        for mode in modes:
-            with self._guarded(f"start {mode}"):
-                self._run = self._start(mode)
-                self._online = mode == "online"
-                break
-            with self._guarded("end its service"):  # which would keep the run's id for the attempt that failed
-                _import().teardown(exit_code=0)
+        mode = _mode(config.tracking.wandb)
+        if mode != "disabled":
+            self._start(mode)
+        if mode == "online" and self._run is None:
+            mode = "offline"
+            self._start(mode)
+        self._online = mode == "online"
 
     @property
     def place(self) -> str:
-        """Where the run can be seen, in one line; empty without W&B."""
+        """One line that says where to find the run; empty if there is none."""
         if self._run is None:
             return ""
         if self._online:
@@ -86,165 +96,137 @@ class WandbRun:
         return f"W&B: offline; upload later with: wandb sync {self._folder.wandb}/offline-run-*"
 
     def log(self, step: int, metrics: Mapping[str, Any], pictures: Iterable[Picture] = ()) -> None:
-        """Log one step; pictures go under `val/images`."""
-        if self._run is None:
-            return
-        with self._guarded("log"):
-            values = dict(metrics)
+        """Log the metrics of a step; `pictures` are logged as `val/images`."""
+
+        def log() -> None:
             images = [self._image(picture) for picture in pictures]
-            if images:
-                values["val/images"] = images
-            self._run.log(values, step=step)
+            self._run.log({**metrics, "val/images": images} if images else dict(metrics), step=step)
+
+        if self._run is not None and not self._failed:
+            self._attempt("log", CALL_TIMEOUT, log)
 
     def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
-        """Final scores of one split: `summary` by name, a table with a row for each image and class, and pictures.
-
-        Their names are `SPLIT/...`. They are kept for `finish`, which does not wait without end.
-        """
+        """Take the final scores of `split`, which `finish` logs as `SPLIT/...`: a summary, a table and pictures."""
         self._scores = split, summary, table, pictures
 
     def finish(self, status: str, message: str = "") -> None:
-        """Upload what is left, alert (only online) and close. `status` is "finished", "stopped" or "failed".
+        """Upload what is left and close; `status` is "finished", "stopped" or "failed".
 
-        Takes `INIT_TIMEOUT` and twice `FINISH_TIMEOUT` at most: for scores, for the upload, for its service to end.
+        An online run that was not stopped sends an alert with `message`.
         """
-        if not self._began:
+        if self._run is None:
             return
-        limit = 2 * _seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT)
-        if self._scores is not None:
-            limit += _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT)
-        # In a thread, because W&B waits for its service without end, and the service for a server that is down.
-        closing = threading.Thread(target=self._close, args=(status, message), daemon=True)
-        closing.start()
-        closing.join(limit)
-        if closing.is_alive():
-            if self._run is not None:
-                kept = f"what it has not uploaded is kept in {self._folder.wandb}, for wandb sync"
-                print(f"warning: W&B did not end within {limit:.0f} s; {kept}", file=sys.stderr)
-            self._abandoned = True
-            if self._service is not None:
-                self._service.kill()  # it would outlive this process by hours
-                closing.join(KILLED)  # or what is left of W&B would say at the end of this process that it is gone
-        self._run, self._began = None, False
+        run, code = self._run, 1 if status == "failed" else 0
+        if not self._failed:
+            self._attempt("log the final scores", CALL_TIMEOUT, lambda: self._log_last(status, message))
+        self._attempt("finish", run.settings.finish_timeout + GRACE, lambda: run.finish(exit_code=code))
+        # W&B would otherwise wait for its service at exit, without a limit.
+        self._attempt("end its service", GRACE, self._wandb.teardown)
+        self._run = None
 
-    def _close(self, status: str, message: str) -> None:
-        run, folder = self._run, self._folder
-        if run is not None:
-            if self._scores is not None:
-                with self._guarded("log the scores"):
-                    self._log_scores(run, *self._scores)
-            failed = self._run is None  # which was said; once is enough
-            with contextlib.suppress(Exception) if failed else self._guarded("finish"):
-                if self._online and status != "stopped":
-                    run.alert(title=f"{run.name}: {status}", text=message or status)
-                if status == "finished" and self._config.tracking.artifact and folder.best.is_file():
-                    artifact = _import().Artifact(f"{run.id}-best", type="model")
-                    artifact.add_file(str(folder.best))
-                    run.log_artifact(artifact)
-                run.finish(exit_code=1 if status == "failed" else 0)
-        # Its service may still be writing when `finish` returns. One that has failed does not end well either, and
-        # would say so once more when the process ends.
-        with contextlib.suppress(Exception):
-            _import().teardown()
+    def _start(self, mode: str) -> None:
+        self._failed = False
+        limit = _seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT) + 2 * GRACE
+        self._run = self._attempt(f"start {mode}", limit, lambda: self._init(mode))
+        if self._run is None and self._wandb is not None:
+            # The service would keep the id for the attempt that failed.
+            self._attempt("end its service", GRACE, self._wandb.teardown)
 
-    def _log_scores(
-        self, run: Any, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]
-    ) -> None:
-        """To the last step, or behind it where the run was ended there before; what needs no server first."""
-        run.summary.update({f"{split}/{name}": value for name, value in summary.items() if value == value})
-        step = max(run.step, self._config.train.steps)
-        if images := [self._image(picture) for picture in pictures]:
-            run.log({f"{split}/images": images}, step=step)
-        columns, rows = table
-        cells = [[None if cell != cell else cell for cell in row] for row in rows]
-        logged = {f"{split}/per_image": _import().Table(columns=list(columns), data=cells)}
-        # Of a table W&B first asks its server something, and waits for the answer as long as there is none.
-        _within(_seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT), lambda: run.log(logged, step=step))
+    def _init(self, mode: str) -> Any:
+        cache = str((self._folder.wandb / "cache").absolute())
+        environment = dict.fromkeys(("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"), cache)
+        for name, value in {**environment, "WANDB_ERROR_REPORTING": "false"}.items():  # no settings exist for these
+            os.environ.setdefault(name, value)
+        import wandb
 
-    @contextlib.contextmanager
-    def _guarded(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever it is, it is not worth a training run
-            self._run = None
-            if self._abandoned:
-                return
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            print(f"warning: W&B could not {action}: {reason}; the run goes on without it", file=sys.stderr)
-
-    def _start(self, mode: str) -> Any:
-        self._folder.wandb.mkdir(parents=True, exist_ok=True)
-        for name in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):  # no setting exists for these
-            os.environ.setdefault(name, str((self._folder.wandb / "cache").absolute()))
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # nobody asked for reports to third parties
-        wandb = _import()
-        self._began = True
-        settings = wandb.Settings(
-            console="off",
-            silent=True,
-            disable_git=True,  # a patch or a remote's address may hold secrets
-            disable_code=True,
-            save_code=False,
-            x_disable_meta=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            init_timeout=_seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT),
-            login_timeout=_seconds("WANDB_LOGIN_TIMEOUT", INIT_TIMEOUT),
-            finish_timeout=_seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT),
-        )
+        self._wandb = wandb
         tracking = self._config.tracking
+        id_file = self._folder.wandb / "id"
+        if not id_file.is_file():
+            id_file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(id_file, secrets.token_hex(4))
         run = wandb.init(
             project=tracking.project,
             entity=tracking.entity,
             name=tracking.name or self._folder.path.absolute().name,
             tags=tracking.tags,
             dir=str(self._folder.path.absolute()),
-            config=config_io.to_dict(self._config),
-            id=self._id(),
-            resume="allow" if mode == "online" else None,
-            mode=mode,
-            settings=settings,
+            config=to_dict(self._config),
+            id=id_file.read_text(encoding="utf-8").strip(),
+            resume="allow",  # offline too: a later part would replace the earlier ones when they are synced
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(
+                init_timeout=_seconds("WANDB_INIT_TIMEOUT", INIT_TIMEOUT),
+                login_timeout=_seconds("WANDB_LOGIN_TIMEOUT", INIT_TIMEOUT),
+                finish_timeout=_seconds("WANDB_FINISH_TIMEOUT", FINISH_TIMEOUT),
+                **SETTINGS,
+            ),
         )
-        with contextlib.suppress(AttributeError):  # there is no public way to it
-            self._service = wandb.setup()._connection._proc._process
         for name in ("train/dice", "val/dice", "val/iou"):
             run.define_metric(name, summary="max")
         for name in ("train/loss", "val/loss"):
             run.define_metric(name, summary="min")
         return run
 
-    def _id(self) -> str:
-        path = self._folder.wandb / "id"
-        if not path.is_file():
-            atomic_write(path, secrets.token_hex(4))
-        return path.read_text(encoding="utf-8").strip()
+    def _log_last(self, status: str, message: str) -> None:
+        run, step = self._run, max(self._run.step, self._config.train.steps)
+        if self._scores is not None:
+            split, summary, (columns, rows), pictures = self._scores
+            run.summary.update({f"{split}/{name}": value for name, value in summary.items() if value == value})
+            if images := [self._image(picture) for picture in pictures]:
+                run.log({f"{split}/images": images}, step=step)
+        # W&B retries the requests below without a limit; this one raises if the server does not answer.
+        if self._online:
+            self._wandb.Api(timeout=GRACE)
+        if self._scores is not None:
+            cells = [[None if cell != cell else cell for cell in row] for row in rows]
+            run.log({f"{split}/per_image": self._wandb.Table(columns=list(columns), data=cells)}, step=step)
+        if self._online and status != "stopped":
+            run.alert(title=f"{run.name}: {status}", text=message or status)
+        if status == "finished" and self._config.tracking.artifact and self._folder.best.is_file():
+            artifact = self._wandb.Artifact(f"{run.id}-best", type="model")
+            artifact.add_file(str(self._folder.best))
+            run.log_artifact(artifact)
 
     def _image(self, picture: Picture) -> Any:
         masks = {"prediction": picture.prediction, "truth": picture.truth}
-        return _import().Image(
-            picture.image.squeeze(),
-            caption=picture.name,
-            masks={
-                name: {"mask_data": mask, "class_labels": self._labels}
-                for name, mask in masks.items()
-                if mask is not None
-            },
-        )
+        layers = {
+            name: {"mask_data": mask, "class_labels": self._labels} for name, mask in masks.items() if mask is not None
+        }
+        return self._wandb.Image(picture.image.squeeze(), caption=picture.name, masks=layers)
+
+    def _attempt(self, action: str, seconds: float, function: Callable[[], Any]) -> Any:
+        """Return what `function` does; None, with a warning the first time, if it raises or takes too long."""
+        outcome: list[tuple[Any, Exception | None]] = []
+
+        def target() -> None:
+            try:
+                outcome.append((function(), None))
+            except Exception as error:
+                outcome.append((None, error))
+
+        thread = threading.Thread(target=target, daemon=True)
+        thread.start()
+        thread.join(seconds)
+        result, error = outcome[0] if outcome else (None, TimeoutError(f"no answer within {seconds:.0f} s"))
+        if error is not None and not self._failed:
+            self._failed = True
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            kept = f"training is not affected; what was not uploaded is in {self._folder.wandb}, for wandb sync"
+            print(f"warning: W&B could not {action}: {reason}; {kept}", file=sys.stderr)
+        return result
 
 
 def logged_in() -> bool:
-    """Whether W&B finds a key: in the environment or in the netrc file; asks neither the network nor the user."""
+    """Return whether the environment or the netrc file holds a W&B key, without a request or a prompt."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     server = os.environ.get("WANDB_BASE_URL")
-    hosts = [urlsplit(server).netloc] if server else HOSTS
-    places = [Path(os.environ["NETRC"])] if os.environ.get("NETRC") else [Path("~/.netrc"), Path("~/_netrc")]
-    for place in places:
-        with contextlib.suppress(OSError, RuntimeError, netrc.NetrcParseError):
-            keys = netrc.netrc(place.expanduser())
-            if any(keys.authenticators(host) for host in hosts):
-                return True
-    return False
+    try:
+        keys = netrc.netrc(os.environ.get("NETRC") or os.path.expanduser("~/.netrc"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any(keys.authenticators(host) for host in ([urlsplit(server).netloc] if server else HOSTS))
 
 
 def _mode(setting: str) -> str:
@@ -254,30 +236,8 @@ def _mode(setting: str) -> str:
 
 
 def _seconds(variable: str, default: float) -> float:
-    """W&B's own variable for a setting, which passing the setting would overrule."""
-    return float(os.environ.get(variable) or default)
-
-
-def _within(seconds: float, action: Callable[[], None]) -> None:
-    """Do `action`, in a thread that is left behind with a `TimeoutError` if it takes longer; raises what it raises."""
-    raised: list[Exception] = []
-
-    def do() -> None:
-        try:
-            action()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=do, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer from its server within {seconds:.0f} s")
-    if raised:
-        raise raised[0]
-
-
-def _import() -> Any:
-    import wandb  # heavy, and only wanted when used
-
-    return wandb
+    """The number of seconds in an environment variable of W&B, which an explicit setting would override."""
+    try:
+        return float(os.environ.get(variable, ""))
+    except ValueError:
+        return default

@@ -1,4 +1,4 @@
-"""Hostile files: none is executed, none writes outside its target, and each is refused with one message."""
+"""Hostile files: none is executed or writes outside its target, and each is refused with one message."""
 
 import time
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 
 from pdrunet_jax.evaluate import __main__ as evaluate
 from pdrunet_jax.runtime.errors import RunError, UserError
-from pdrunet_jax.train.tracking import MetricsLog
+from pdrunet_jax.runtime.run_folder import read_entries
 from tests.support import hostile_files as hostile
 from tests.support.live import Place, record
 
@@ -93,7 +93,7 @@ def test_a_hostile_part_of_a_run_is_refused(
 
 def test_a_hostile_line_of_metrics_is_passed_over(place: Place, tmp_path: Path) -> None:
     run = hostile.nested_metrics(place.undisturbed, tmp_path)
-    assert len(MetricsLog(run / "metrics.jsonl").read()) == len(MetricsLog(place.undisturbed / "metrics.jsonl").read())
+    assert len(read_entries(run / "metrics.jsonl")) == len(read_entries(place.undisturbed / "metrics.jsonl"))
 
 
 def test_names_in_a_report_are_text_not_markup(place: Place, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run reports: the metrics file to the last bit, lines and a bar, and W&B that never harms a run."""
+"""Run output: exact metrics.jsonl, lines or a progress bar, and W&B whose failures never reach the run."""
 
 import fcntl
 import json
@@ -19,17 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pdrunet_jax import config as config_io
-from pdrunet_jax.config import Config
+from pdrunet_jax.config import Config, from_dict
 from pdrunet_jax.runtime.errors import RunError
-from pdrunet_jax.runtime.run_folder import RunFolder
+from pdrunet_jax.runtime.run_folder import RunFolder, read_entries
 from pdrunet_jax.train.tracking import MetricsLog, Tracker
 from pdrunet_jax.train.wandb_run import Picture, WandbRun, logged_in
 from tests.support.wandb_files import history, records
 
 
 def config(wandb: str = "disabled", **train: Any) -> Config:
-    return config_io.from_dict({"tracking": {"wandb": wandb}, "train": {"steps": 20} | train}, "the test")
+    return from_dict({"tracking": {"wandb": wandb}, "train": {"steps": 20} | train}, "the test")
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_resuming_drops_later_lines_and_a_half_written_one_and_leaves_the_rest_a
     kept = b"".join(log.path.read_bytes().splitlines(keepends=True)[:3])
     with log.path.open("ab") as file:
         file.write(b'{"step": 1, "train/lo')
-    assert [entry["step"] for entry in log.read()] == [10, 20, 20, 30]
+    assert [entry["step"] for entry in read_entries(log.path) if entry] == [10, 20, 20, 30]
     log.truncate_after(20)
     assert log.path.read_bytes() == kept
     log.truncate_after(20)
@@ -81,11 +80,10 @@ def test_a_full_disk_is_reported_with_the_file() -> None:
 
 
 def test_away_from_a_terminal_every_log_step_is_a_line(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = Tracker(run, config())
     values = {"train/loss": 0.5, "train/dice": 0.25, "time/images_per_second": 12.34, "time/data_wait": 0.07}
-    tracker.log(10, values)
-    tracker.validation(10, {"val/dice": 0.9, "val/loss": float("nan")})
-    tracker.finish("finished")
+    with Tracker(run, config()) as tracker:
+        tracker.log(10, values)
+        tracker.validation(10, {"val/dice": 0.9, "val/loss": float("nan")})
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("step 10/20, loss 0.5000, Dice 0.2500, images/s 12.3, data wait 7%, 0:0")
@@ -95,14 +93,13 @@ def test_away_from_a_terminal_every_log_step_is_a_line(run: RunFolder, capsys: p
 
 def test_on_a_terminal_there_is_a_bar_that_starts_at_the_resumed_step(run: RunFolder) -> None:
     program = f"""
-from pdrunet_jax import config as config_io
+from pdrunet_jax.config import from_dict
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.train.tracking import Tracker
-config = config_io.from_dict({{"tracking": {{"wandb": "disabled"}}, "train": {{"steps": 20}}}}, "")
-tracker = Tracker(RunFolder({str(run.path)!r}), config, step=10)
-tracker.log(15, {{"train/loss": 0.5}})
-tracker.validation(15, {{"val/dice": 0.75}})
-tracker.finish("stopped")
+config = from_dict({{"tracking": {{"wandb": "disabled"}}, "train": {{"steps": 20}}}}, "")
+with Tracker(RunFolder({str(run.path)!r}), config, step=10) as tracker:
+    tracker.log(15, {{"train/loss": 0.5}})
+    tracker.validation(15, {{"val/dice": 0.75}})
 """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 120, 0, 0))
@@ -112,7 +109,7 @@ tracker.finish("stopped")
         try:
             while chunk := os.read(ours, 4096):
                 bar += chunk
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # the other side is closed
             pass
         assert process.stdout is not None
         assert process.stdout.read() == "validation at step 15: dice 0.7500\n"
@@ -123,11 +120,22 @@ tracker.finish("stopped")
 
 
 def test_a_resumed_tracker_continues_the_same_file(run: RunFolder) -> None:
-    first = Tracker(run, config())
-    for step in (5, 10, 15):
-        first.log(step, {"train/loss": 1.0})
-    Tracker(run, config(), step=10).log(15, {"train/loss": 2.0})
-    assert [(entry["step"], entry["train/loss"]) for entry in first.metrics.read()] == [(5, 1.0), (10, 1.0), (15, 2.0)]
+    with Tracker(run, config()) as first:
+        for step in (5, 10, 15):
+            first.log(step, {"train/loss": 1.0})
+    with Tracker(run, config(), step=10) as second:
+        second.log(15, {"train/loss": 2.0})
+    entries = [(entry["step"], entry["train/loss"]) for entry in read_entries(run.metrics) if entry]
+    assert entries == [(5, 1.0), (10, 1.0), (15, 2.0)]
+
+
+def test_a_tracker_without_a_folder_prints_and_writes_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with Tracker(None, config("online")) as tracker:
+        tracker.say("a line")
+        tracker.log(10, {"train/loss": 0.5})
+        tracker.validation(10, {"val/dice": 0.5})
+        tracker.scores("test", {}, ((), ()), ())
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_key_in_the_environment_or_netrc_means_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +160,9 @@ def test_an_offline_run_holds_config_metrics_and_masks_and_nothing_secret(
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     mask = (grey[..., 0] > 30).astype(np.uint8)
     for start in (0, 10):  # the second time the run is resumed
-        tracker = Tracker(run, config("offline"), step=start, class_names=("femur",))
-        tracker.log(start + 5, {"train/loss": 0.5, "data/sequence": "text"})
-        tracker.validation(start + 10, {"val/dice": 0.25 + start / 40}, [Picture("case", grey, mask, mask)])
-        tracker.finish("finished")
+        with Tracker(run, config("offline"), step=start, class_names=("femur",)) as tracker:
+            tracker.log(start + 5, {"train/loss": 0.5, "data/sequence": "text"})
+            tracker.validation(start + 10, {"val/dice": 0.25 + start / 40}, [Picture("case", grey, mask, mask)])
     first, second = records(run.path)
     assert history(first, "val/dice") == [0.25]
     assert history(second, "val/dice") == [0.5]
@@ -215,36 +222,39 @@ def bad_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 ONE_RUN = """
 import sys
-from pdrunet_jax import config as config_io; from pdrunet_jax.train import wandb_run
+from pdrunet_jax.config import from_dict
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.train.tracking import Tracker
-wandb_run.INIT_TIMEOUT = 2.0
-tracker = Tracker(RunFolder(sys.argv[1]), config_io.from_dict({"train": {"steps": 20}}, "the test"))
-tracker.log(10, {"train/loss": 0.5})
-tracker.finish("finished")
+with Tracker(RunFolder(sys.argv[1]), from_dict({"train": {"steps": 20}}, "the test")) as tracker:
+    tracker.log(10, {"train/loss": 0.5})
 """
 
 
 def test_a_server_that_fails_costs_a_warning_and_a_bounded_wait_and_the_run_is_kept_offline(
-    run: RunFolder, bad_server: str
+    run: RunFolder, bad_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     command = [sys.executable, "-c", ONE_RUN, str(run.path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=25)
     assert result.stderr.count("warning: W&B could not start online") == 1
     assert "Traceback" not in result.stderr
     assert "W&B: offline" in result.stdout
-    assert [entry["step"] for entry in MetricsLog(run.metrics).read()] == [10]
+    assert [entry["step"] for entry in read_entries(run.metrics) if entry] == [10]
     assert history(records(run.path)[0], "train/loss") == [0.5]
 
 
 def test_any_failure_inside_wandb_is_one_warning(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    tracker = Tracker(run, config("offline"))
     wrong = Picture("x", np.zeros((4, 4), np.uint8), np.zeros((2, 2, 2), np.uint8))
+    tracker = Tracker(run, config("offline"))
     tracker.validation(5, {"val/dice": 0.5}, [wrong])
     tracker.validation(10, {"val/dice": 0.5}, [wrong])
-    tracker.finish("failed", "the loss is not finite")
-    assert capsys.readouterr().err.count("warning: W&B could not log") == 1
-    assert len(tracker.metrics.read()) == 2
+    with pytest.raises(RunError, match="not finite"), tracker:
+        raise RunError("the loss is not finite")
+    err = capsys.readouterr().err
+    assert err.count("warning: W&B") == err.count("warning: W&B could not log") == 1
+    assert len(read_entries(run.metrics)) == 2
+    (found,) = records(run.path)
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [1]
 
 
 def test_wandb_is_neither_imported_nor_written_when_disabled(run: RunFolder) -> None:
