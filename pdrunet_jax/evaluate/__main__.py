@@ -19,12 +19,17 @@ from pdrunet_jax import config as configuration
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
 from pdrunet_jax.evaluate import compare, scores
-from pdrunet_jax.evaluate.evaluation import Evaluation, evaluate_split, read_spacings, write_evaluation
+from pdrunet_jax.evaluate.evaluation import (
+    Evaluation,
+    EvaluationOptions,
+    evaluate_split,
+    read_spacings,
+    write_evaluation,
+)
 from pdrunet_jax.evaluate.report.page import write_evaluation_report
 from pdrunet_jax.evaluate.scores import ScoringOptions
 from pdrunet_jax.model.load import Loaded, build_loaded, load_weights
 from pdrunet_jax.model.weights import to_public
-from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.digest import content_digest
@@ -45,20 +50,13 @@ class EvaluateOptions:
     """Split to score; all takes every image, for a dataset unseen in training."""
     output: Path | None = None
     """Output folder. Default: evaluation/SPLIT in the run folder if --data.root is the run's own, else evaluation."""
-    batch_size: int = 8
-    """Images per batch."""
     threshold: Threshold = 0.5
     """Probability above which a pixel is foreground, or validation for the best one on the validation set. Models with
     one output only."""
-    tolerance: float = ScoringOptions.tolerance
-    """Largest distance at which nsd counts a boundary pixel as correct: in mm if the pixel spacing of every image is
-    known (DICOM, or spacing in dataset.toml), else in pixels."""
-    empty_dice: float = ScoringOptions.empty_dice
-    """Dice of a class absent from both truth and prediction; nan excludes it from means."""
     against: str | None = None
     """Compare on the same images with this evaluation folder, or with these weights (evaluated too, at the size they
     were trained at). Prints a table; writes comparison.json and comparison.csv."""
-    cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
+    scoring: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)
     detect: DetectCluster = False
     """Evaluate in several processes started by SLURM, Kubernetes or Cloud TPU; the first one writes."""
     distributed: Distributed = field(default_factory=Distributed)
@@ -67,12 +65,13 @@ class EvaluateOptions:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for invalid options or data, `RunError` if the results cannot be written."""
     options, loaded = _parse(list(sys.argv[1:] if arguments is None else arguments))
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size {options.batch_size}: must be at least 1")
-    if not (math.isfinite(options.tolerance) and options.tolerance >= 0):
-        raise UserError(f"--tolerance {options.tolerance}: must be a distance of 0 or more")
-    if not (math.isnan(options.empty_dice) or 0 <= options.empty_dice <= 1):
-        raise UserError(f"--empty-dice {options.empty_dice}: must be between 0 and 1, or nan")
+    scoring = options.scoring
+    if scoring.batch_size < 1:
+        raise UserError(f"--batch-size {scoring.batch_size}: must be at least 1")
+    if not (math.isfinite(scoring.tolerance) and scoring.tolerance >= 0):
+        raise UserError(f"--tolerance {scoring.tolerance}: must be a distance of 0 or more")
+    if not (math.isnan(scoring.empty_dice) or 0 <= scoring.empty_dice <= 1):
+        raise UserError(f"--empty-dice {scoring.empty_dice}: must be between 0 and 1, or nan")
     with join(options.distributed, options.detect) as group:
         _run(options, loaded or load_weights(options.weights), group)
 
@@ -141,7 +140,7 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
         "size": list(options.data.height_width),
         "threshold": threshold,
         "threshold_from": "validation" if options.threshold == "validation" else "option",
-        "cleaning": asdict(options.cleaning),
+        "cleaning": asdict(options.scoring.cleaning),
         "seconds": round(seconds, 3),
     }
     folder = options.output or Path("evaluation")
@@ -166,7 +165,7 @@ def _opponent(options: EvaluateOptions, dataset: Dataset) -> tuple[compare.Other
     if other := compare.read_other(Path(against)):
         unit = read_spacings(dataset, samples)[1]
         if samples:
-            compare.check_rules(ScoringOptions(unit, options.tolerance, options.empty_dice), other)
+            compare.check_rules(ScoringOptions(unit, options.scoring.tolerance, options.scoring.empty_dice), other)
             compare.check_pairs(((sample.id, name) for sample in samples for name in dataset.class_names), other)
         return other, None
     loaded = load_weights(against)
@@ -190,22 +189,10 @@ def _evaluate(
     weights = content_digest(
         to_public(loaded.params, loaded.stats, dead_block=False), {"shortcut": loaded.options["shortcut"]}
     )
-    rules = options.split, options.batch_size, options.tolerance, options.empty_dice, options.cleaning
-    group.require_same(
-        f"{weights} {threshold} {config.height_width} {rules}", "give it the weights and options of the first process"
-    )
-    return evaluate_split(
-        build_loaded(loaded),
-        dataset,
-        options.split,
-        config,
-        batch_size=options.batch_size,
-        threshold=threshold,
-        tolerance=options.tolerance,
-        empty_dice=options.empty_dice,
-        cleaning=options.cleaning,
-        group=group,
-    )
+    rules = threshold, config.height_width, options.split, options.scoring
+    group.require_same(f"{weights} {rules}", "start all processes with the same weights and options")
+    model = build_loaded(loaded)
+    return evaluate_split(model, dataset, options.split, config, options.scoring, threshold=threshold, group=group)
 
 
 if __name__ == "__main__":

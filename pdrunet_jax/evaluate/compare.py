@@ -15,19 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.intervals import interval
-from pdrunet_jax.evaluate.scores import (
-    METRICS,
-    RANGES,
-    ImageScores,
-    ScoringOptions,
-    aligned,
-    by_class,
-    format_score,
-    label,
-    read_csv,
-    without_nan,
-)
+from pdrunet_jax.evaluate.scores import METRICS, ImageScores, ScoringOptions, format_score
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
@@ -92,7 +82,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Content of comparison.json, with None for NaN."""
-        values: dict[str, Any] = without_nan(asdict(self))
+        values: dict[str, Any] = scores.without_nan(asdict(self))
         values["changed"] = [dict(zip(("image", "this", "other"), case, strict=True)) for case in self.changed]
         return values
 
@@ -105,7 +95,7 @@ def read_other(folder: Path) -> Other | None:
     path = folder if folder.suffix == ".csv" else folder / "per_image.csv"
     if not path.is_file():
         return None
-    rows = tuple(read_csv(path))
+    rows = tuple(scores.read_csv(path))
     summary = path.with_name("summary.json")
     if not summary.is_file():
         return Other(str(folder), rows)
@@ -184,7 +174,7 @@ def difference(metric: str, pairs: Pairs, patient_of: Mapping[str, str], seed: i
     this, other = np.asarray(list(pairs.values()), np.float64).T
     patients = [patient_of[image] for image in pairs]
     changes = np.round(this - other, DIGITS)
-    least, most = RANGES.get(metric, (0.0, 1.0))
+    least, most = scores.RANGES.get(metric, (0.0, 1.0))
     low, high = interval(changes, patients, seed, bounds=(least - most, most - least))
     gains = -changes if metric in LOWER_IS_BETTER else changes
     return Difference(
@@ -229,8 +219,8 @@ def sign_flip(differences: np.ndarray, patients: Sequence[str], seed: int = 0) -
 def comparison_text(comparison: Comparison) -> str:
     """The comparison as printed: a line per class and metric, then the images that changed most."""
     values = comparison.to_dict()
-    changed = aligned(changed_table(values), words=1) if values["changed"] else "Dice is equal on every image"
-    return "\n".join([caption(values), aligned(comparison_table(values), words=2), changed])
+    changed = scores.aligned(changed_table(values), words=1) if values["changed"] else "Dice is equal on every image"
+    return "\n".join([caption(values), scores.aligned(comparison_table(values), words=2), changed])
 
 
 def caption(values: Mapping[str, Any]) -> str:
@@ -245,13 +235,13 @@ def comparison_table(values: Mapping[str, Any]) -> list[list[str]]:
     """Header and cells of the differences in comparison.json; two columns of words, then numbers."""
     head = ["class", "metric", "this", "other", "difference", "95% interval", "p", "better", "worse", "equal"]
     table = [head]
-    for name, metric, d in by_class(values):
+    for name, metric, d in scores.by_class(values):
         # The area error is compared by its absolute value.
-        title = "|area_error|" if metric == "area_error" else label(metric, values["unit"], values["tolerance"])
+        title = "|area_error|" if metric == "area_error" else scores.label(metric, values["unit"], values["tolerance"])
         signed = f"{format_score(d['low'], '+')} to {format_score(d['high'], '+')}"
-        scores = format_score(d["this"]), format_score(d["other"]), format_score(d["mean"], "+"), signed
+        shown = format_score(d["this"]), format_score(d["other"]), format_score(d["mean"], "+"), signed
         p = "n/a" if d["p"] is None else f"{d['p']:.2g}"
-        table.append([name, title, *scores, p, *(str(d[count]) for count in ("better", "worse", "equal"))])
+        table.append([name, title, *shown, p, *(str(d[count]) for count in ("better", "worse", "equal"))])
     return table
 
 

@@ -9,11 +9,12 @@ import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import tyro
 from PIL import Image
 
 from pdrunet_jax.config import DataConfig
@@ -40,6 +41,20 @@ WORST = 6
 """Cases on worst.png."""
 CASES = (("best", 2), ("median", 2), ("worst", 3))
 """Cases shown in the report."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How masks are predicted and scored, apart from the threshold."""
+
+    batch_size: int = 8
+    """Images per batch; does not affect the scores."""
+    tolerance: float = ScoringOptions.tolerance
+    """Largest distance at which nsd counts a boundary pixel as correct: in mm if the pixel spacing of every image is
+    known (DICOM, or spacing in dataset.toml), else in pixels."""
+    empty_dice: float = ScoringOptions.empty_dice
+    """Dice of a class absent from both truth and prediction; nan excludes it from means."""
+    cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
 
 
 class Case(NamedTuple):
@@ -113,12 +128,9 @@ def evaluate_split(
     dataset: Dataset,
     split: str,
     config: DataConfig,
+    options: EvaluationOptions | None = None,
     *,
-    batch_size: int = 8,
     threshold: float = 0.5,
-    tolerance: float = ScoringOptions.tolerance,
-    empty_dice: float = ScoringOptions.empty_dice,
-    cleaning: Cleaning | None = None,
     group: Group | None = None,
 ) -> Evaluation:
     """Score `model` on one split, or on every image for "all", with all devices of this process.
@@ -128,34 +140,30 @@ def evaluate_split(
         dataset: From `open_dataset`.
         split: "train", "val", "test" or "all".
         config: Image reading, and the input size of the network.
-        batch_size: Images per batch; does not affect the result.
+        options: See `EvaluationOptions`.
         threshold: Probability above which a pixel is foreground, for a model with one output.
-        tolerance: Largest distance at which `nsd` counts a boundary pixel as correct; in mm if the pixel spacing of
-            every image is known, else in pixels.
-        empty_dice: Dice and IoU of a class absent from both truth and prediction; NaN excludes it from means.
-        cleaning: Post-processing applied to each mask before it is scored.
         group: Processes that share the batches; all of them receive the result.
 
     Raises:
         UserError: The split is empty, the model and the dataset have different classes, or the threshold is invalid.
     """
     check_threshold(threshold, model.outputs)
-    group = group or Group()
+    options, group = options or EvaluationOptions(), group or Group()
     samples = dataset.of(split)
     spacings, unit, unit_note = read_spacings(dataset, samples)
-    rules = ScoringOptions(unit, tolerance, empty_dice)
+    rules = ScoringOptions(unit, options.tolerance, options.empty_dice)
 
     # Score this process's images. Which masks the report shows is known only after the last one.
     rows: list[ImageScores] = []
     masks = {}
-    histograms = Histograms(dataset.class_names, empty_dice)
+    histograms = Histograms(dataset.class_names, options.empty_dice)
     for sample, probability, truth in predicted_probabilities(
-        model, dataset, split, config, batch_size=batch_size, stride=(group.index, group.count)
+        model, dataset, split, config, batch_size=options.batch_size, stride=(group.index, group.count)
     ):
         histograms.add(probability, truth)
         predicted = apply_threshold(probability, threshold)
-        if cleaning is not None:
-            predicted = clean(predicted, cleaning)
+        if options.cleaning != Cleaning():
+            predicted = clean(predicted, options.cleaning)
         spacing = spacings.get(sample.id)
         rows += scores.score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
         masks[sample.id] = zlib.compress(predicted.tobytes(), 1)

@@ -11,7 +11,7 @@ from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.__main__ import main
-from pdrunet_jax.evaluate.evaluation import evaluate_split, write_evaluation
+from pdrunet_jax.evaluate.evaluation import EvaluationOptions, evaluate_split, write_evaluation
 from pdrunet_jax.evaluate.scores import CSV_COLUMNS, METRICS, read_csv
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.runtime import cli
@@ -31,7 +31,7 @@ def opened(root, size=(24, 32)):
 
 def evaluated(root, split="test", **options):
     dataset, config = opened(root)
-    return evaluate_split(brightness_model(), dataset, split, config, **options)
+    return evaluate_split(brightness_model(), dataset, split, config, EvaluationOptions(**options))
 
 
 def test_a_perfect_model_scores_one(tmp_path):

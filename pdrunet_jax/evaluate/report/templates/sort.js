@@ -1,5 +1,5 @@
 "use strict";
-// Column heads become buttons that sort; without this script the table is a plain one.
+// Turn column headers into sort buttons. Without this script the tables are static.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   const heads = [...table.tHead.rows[0].cells];
@@ -19,7 +19,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       });
       keyed.sort(([a], [b]) => {
         if (!numbers) return sign * a.localeCompare(b, undefined, { numeric: true });
-        if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);  // undefined ones last
+        if (Number.isNaN(a) || Number.isNaN(b)) return Number.isNaN(a) - Number.isNaN(b);  // undefined scores last
         return sign * (a - b);
       });
       body.replaceChildren(...keyed.map(([, row]) => row));
