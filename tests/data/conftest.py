@@ -1,5 +1,7 @@
 """Small datasets, written with Pillow."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pdrunet_jax.data.__main__ import main
+from pdrunet_jax.runtime import cli
 from tests.support.small_data import noise, save, shapes
 
 
@@ -22,3 +26,19 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / "data"
 
     return write
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., object]:
+    """Runs `python -m pdrunet_jax.data` with arguments, in this process; returns exit code, output and errors."""
+    monkeypatch.setattr(cli, "configure_malloc", lambda: False)
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["data", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main)
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), shown.out, shown.err)
+
+    return command

@@ -19,21 +19,18 @@ from pdrunet_jax.data.overlay import colour_of
 from tests.support.small_data import config, shapes
 
 Folder = Callable[..., Path]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pdrunet_jax.data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def test_check_reports_what_is_there(folder: Folder) -> None:
-    result = run("check", folder(6), "--classes", "bone", "255")
+    command = [sys.executable, "-m", "pdrunet_jax.data", "check", str(folder(6)), "--classes", "bone", "255"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     for words in ("6, 24 to 24 pixels wide", "6 L", "bone", "patients  6", "in val"):
         assert words in result.stdout
 
 
-def test_check_of_a_bad_folder_says_everything_and_exits_with_2(folder: Folder) -> None:
+def test_check_of_a_bad_folder_says_everything_and_exits_with_2(run: Run, folder: Folder) -> None:
     root = folder(4)
     (root / "masks" / "x000.png").unlink()
     (root / "images" / "x001.png").write_bytes(b"")
@@ -45,7 +42,7 @@ def test_check_of_a_bad_folder_says_everything_and_exits_with_2(folder: Folder) 
 
 
 @pytest.mark.parametrize("columns", [None, "image,mask,note"])
-def test_split_writes_the_split_that_training_uses(folder: Folder, columns: str | None) -> None:
+def test_split_writes_the_split_that_training_uses(run: Run, folder: Folder, columns: str | None) -> None:
     root = folder(8)
     if columns:
         rows = [f"./images/x{i:03}.png,masks/x{i:03}.png,n{i}" for i in reversed(range(8))]
@@ -64,7 +61,7 @@ def test_split_writes_the_split_that_training_uses(folder: Folder, columns: str 
     assert "has a split" in again.stderr
 
 
-def test_a_grown_dataset_keeps_the_splits_of_the_earlier_one(folder: Folder, tmp_path: Path) -> None:
+def test_a_grown_dataset_keeps_the_splits_of_the_earlier_one(run: Run, folder: Folder, tmp_path: Path) -> None:
     old = shutil.copytree(folder(8), tmp_path / "old")
     assert run("split", old, "--split-seed", "3").returncode == 0
     new = folder(20)
@@ -80,7 +77,7 @@ def test_a_grown_dataset_keeps_the_splits_of_the_earlier_one(folder: Folder, tmp
     assert drawn == {"train": 8, "val": 2, "test": 2}
 
 
-def test_a_patient_whose_images_were_in_two_splits_is_named(folder: Folder, tmp_path: Path) -> None:
+def test_a_patient_whose_images_were_in_two_splits_is_named(run: Run, folder: Folder, tmp_path: Path) -> None:
     old = shutil.copytree(folder(4), tmp_path / "old")
     pairs = [f"images/x00{i}.png,masks/x00{i}.png" for i in range(4)]
     lines = [f"{pair},{split}" for pair, split in zip(pairs, ("train", "test", "val", "train"), strict=True)]
@@ -94,13 +91,18 @@ def test_a_patient_whose_images_were_in_two_splits_is_named(folder: Folder, tmp_
     assert "bert" not in result.stderr
 
 
-def test_phantom_draws_a_dataset_that_checks(tmp_path: Path) -> None:
-    assert run("phantom", tmp_path / "p", "--count", "4", "--size", "64").returncode == 0
-    assert run("check", tmp_path / "p").returncode == 0
-    assert run("phantom", tmp_path / "p").returncode == 2
+def test_the_help_of_check_has_the_settings_of_training_that_matter(run: Run) -> None:
+    shown = run("check", "--help").stdout
+    assert "usage: python -m pdrunet_jax.data check [-h] [CHECK OPTIONS] FOLDER" in shown
+    for option in ("--classes", "--ignore", "--threshold", "--soft-masks", "--patient-regex", "--test-fraction"):
+        assert option in shown
+    for option in ("--size", "--cache", "--phantoms"):
+        assert option not in shown
 
 
-def test_check_draws_masks_over_images_on_a_page_that_needs_nothing_else(folder: Folder, tmp_path: Path) -> None:
+def test_check_draws_masks_over_images_on_a_page_that_needs_nothing_else(
+    run: Run, folder: Folder, tmp_path: Path
+) -> None:
     root = folder(9, lambda i: np.array([0, 1, 2], np.uint8)[shapes(i)] * np.uint8(i != 4))
     (root / "dataset.toml").write_text("name = 'legs <b>'\nclasses = { femur = 1, tibia = 2 }")
     result = run("check", root, "--output", tmp_path / "seen" / "here", "--pictures", "6")
@@ -121,14 +123,14 @@ def test_check_draws_masks_over_images_on_a_page_that_needs_nothing_else(folder:
     assert not (cells[:, :, :180] == colour_of(1)).all(axis=-1).any()  # the image beside it is bare
 
 
-def test_check_takes_a_threshold_and_several_values_for_a_class(folder: Folder) -> None:
+def test_check_takes_a_threshold_and_several_values_for_a_class(run: Run, folder: Folder) -> None:
     root = folder(4, lambda i: np.array([0, 90, 200], np.uint8)[shapes(i)])
     assert "bone: 0.0%" in run("check", root, "--classes", "bone", "255", "--threshold", "201").stdout
     both = run("check", root, "--classes", "bone", "90,200").stdout
     assert f"bone: {np.mean([(shapes(i) > 0).mean() for i in range(4)]):.1%}" in both
 
 
-def test_a_split_that_cannot_be_written_is_one_message_and_exit_code_1(folder: Folder) -> None:
+def test_a_split_that_cannot_be_written_is_one_message_and_exit_code_1(run: Run, folder: Folder) -> None:
     root = folder(5)
     (root / ".manifest.csv.tmp").mkdir()  # in the way of the file that is written first
     result = run("split", root)

@@ -5,8 +5,9 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -234,13 +235,12 @@ def test_phantoms_come_back_through_the_labelme_importer(tmp_path: Path, images:
             assert read_spacing(sample.image) == (300 / 96, 300 / 96)
 
 
-def test_the_command_draws_every_kind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pdrunet_jax.data"]
+def test_the_command_draws_every_kind(run: Callable[..., Any], tmp_path: Path) -> None:
     options = ["--count", "5", "--size", "64", "--difficulty", "hard", "--by-bone", "--images", "dicom"]
-    subprocess.run([*command, "phantom", str(tmp_path / "p"), *options], check=True, timeout=120)
-    report = subprocess.run(
-        [*command, "check", str(tmp_path / "p")], check=True, timeout=120, capture_output=True, text=True
-    )
-    assert "femur" in report.stdout
-    assert "DICOM MONOCHROME1 12-bit" in report.stdout
-    assert "DICOM MONOCHROME2 12-bit" in report.stdout
+    assert run("phantom", tmp_path / "p", *options).returncode == 0
+    report = run("check", tmp_path / "p").stdout
+    for words in ("femur", "DICOM MONOCHROME1 12-bit", "DICOM MONOCHROME2 12-bit"):
+        assert words in report
+    again = run("phantom", tmp_path / "p", *options)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
