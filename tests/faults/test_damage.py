@@ -1,4 +1,4 @@
-"""Checkpoints whose newest is damaged in every way that a disk or a person can think of."""
+"""Damage to the newest checkpoint, by disks and by people: always found, and an older checkpoint is used."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.support.live import LONG, SAVE_EVERY, STEPS, Place, assert_same_run, 
 OLDER, NEWEST = 3, 6
 META = Path("meta/metadata")
 BITS = 1 if not LONG else 8
-"""Bits that are flipped in each file, one at a time."""
+"""Number of bits flipped in each file, one at a time."""
 
 
 def state(seed: int) -> dict[str, np.ndarray]:
@@ -117,7 +117,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 
 def flipped_bits(checkpoint: Path) -> Iterator[tuple[str, Callable[[Path], None]]]:
-    """A flipped bit in each file in turn, and in the long form several at even distances."""
+    """Yield one flipped bit in each file in turn; in the long form several, evenly spaced."""
     for name in files_of(checkpoint):
         bits = (checkpoint / name).stat().st_size * 8
         for number in range(BITS):
@@ -243,5 +243,5 @@ def lines_of_text(run: Path) -> list[str]:
 def test_verify_is_a_command(place: Place) -> None:
     result = place.train("--verify", str(place.undisturbed))
     assert (result.returncode, result.stderr) == (0, "")
-    assert f"{place.undisturbed} is whole" in result.stdout
+    assert f"{place.undisturbed} is intact" in result.stdout
     assert json.loads((place.undisturbed / "metrics.jsonl").read_text().splitlines()[-1])["step"] == STEPS

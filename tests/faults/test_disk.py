@@ -17,7 +17,7 @@ NAMED = {
     "report": "report.html",
     "read-only": "lock",
 }
-KINDS = [kind if kind in ("checkpoint", "weights") else pytest.param(kind, marks=pytest.mark.stress) for kind in NAMED]
+CASES = [("checkpoint", "weights"), *(pytest.param((kind,), marks=pytest.mark.stress) for kind in NAMED)]
 
 
 def may_mount() -> bool:
@@ -28,25 +28,28 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="no mount namespaces here; test_checkpoint.py limits the size of files")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kinds", CASES, ids=" then ".join)
 def test_a_full_disk_costs_nothing_that_was_saved_and_the_run_ends_the_same_once_there_is_room(
-    place: Place, kind: str
+    place: Place, kinds: tuple[str, ...]
 ) -> None:
-    program = [sys.executable, str(ROOT / "tests/support/full_disk.py"), str(place.path), kind]
+    program = [sys.executable, str(ROOT / "tests/support/full_disk.py"), str(place.path), *kinds]
     command = ["unshare", "--map-root-user", "--mount", *program]
     result = subprocess.run(command, env=place.environment, capture_output=True, text=True, check=False, timeout=300)
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout)
-    code, message = seen["failed"]
-    assert code == 1
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1  # one message, no traceback
-    assert f"small-{kind}/{NAMED[kind]}" in message
-    assert any(reason in message for reason in ("No space left", "Read-only", "is the disk full?"))
+    name = "-".join(kinds)
+    for kind, (code, message) in seen["failed"].items():
+        assert code == 1
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1  # one message, no traceback
+        assert f"small-{name}/{NAMED[kind]}" in message
+        assert any(reason in message for reason in ("No space left", "Read-only", "is the disk full?"))
     assert seen["again"].startswith("error: ")
     assert seen["again"].count("\n") == 1
     assert seen["kept"]
     assert seen["verified"] == 0
     assert seen["resumed"] == [0, ""]
-    assert_same_run(place.path / f"after-{kind}", place.undisturbed)
-    record(f"full disk: {kind}", exit=code, resumed_exactly=True, message=message.strip().replace(str(place.path), ""))
+    assert_same_run(place.path / f"after-{name}", place.undisturbed)
+    for kind, (code, message) in seen["failed"].items():
+        message = message.strip().replace(str(place.path), "")
+        record(f"full disk: {kind}", exit=code, resumed_exactly=True, message=message)

@@ -24,7 +24,8 @@ from tests.support.live import (
 )
 
 
-@pytest.mark.parametrize("threads", [1, *(pytest.param(number, marks=pytest.mark.stress) for number in (0, 16))])
+@pytest.mark.stress
+@pytest.mark.parametrize("threads", [0, 1, 16])
 def test_the_same_seed_gives_the_same_run_bit_for_bit_whatever_the_number_of_threads(
     place: Place, threads: int
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.stop import StopFlag
 from pdrunet_jax.train.validate import validate
 from tests.support.live import (
@@ -126,7 +127,8 @@ def test_a_validation_ends_when_the_program_is_asked_to_stop() -> None:
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         batches = [{"image": np.zeros((1, 2, 2, 1), np.uint8)}]
-        assert validate(eval_step, None, None, batches, names=("a",), cases=0, soft=False, stop=stop) is None
+        scored = validate(eval_step, {}, {}, batches, names=("a",), cases=0, soft=False, place=Placement(), stop=stop)
+        assert scored is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

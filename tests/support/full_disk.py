@@ -1,7 +1,8 @@
 """A training run on small file systems, one of which fills up. Started by test_disk.py in a mount namespace of its own.
 
-`python full_disk.py PLACE KIND` trains, fills the file system that KIND writes to after the first checkpoints, waits
-for the end, makes room, and resumes. It prints observations as JSON and copies the finished run to PLACE/after-KIND.
+`python full_disk.py PLACE KIND...` trains, fills the file system that KIND writes to after the first checkpoints, waits
+for the end, makes room, and resumes: for each KIND in turn. It prints observations as JSON and copies the finished run
+to PLACE/after-KIND.
 """
 
 import contextlib
@@ -41,55 +42,53 @@ def digests(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and "tmp-" not in str(path)}
 
 
-def main(place: Path, kind: str) -> None:
-    run = place / f"small-{kind}"
-    mount(run, "-o", "size=8m")
-    mount(run / "checkpoints", "-o", "size=8m")
-    mount(run / "evaluation", "-o", "size=8m")
+def break_down(place: Path, run: Path, kind: str) -> tuple[int | None, str, Path | None]:
+    """Train until `kind` cannot be written. Returns exit code, message, and the file that fills the disk, if any."""
     full = run / "checkpoints" if kind == "checkpoint" else run
     ballast = None
     with train(place, run) as process:
         assert process.stdout is not None
+        assert process.stderr is not None
         for line in process.stdout:
             if line.startswith(TRIGGER):
                 if kind == "read-only":
                     process.kill()
                 else:
                     ballast = fill(full, ROOM[kind])
-        failed = process.wait(), process.stderr.read() if process.stderr else ""
+        err = process.stderr.read()
     if kind == "read-only":
         subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True)
         with train(place, run) as process:
             _, err = process.communicate()
-            failed = process.returncode, err
-    best, checkpoints = (run / "best.safetensors").read_bytes(), digests(run / "checkpoints")
-    with train(place, run) as process:  # with the disk as it is
-        _, again = process.communicate()
-    kept = (
-        best == (run / "best.safetensors").read_bytes() and digests(run / "checkpoints").items() >= checkpoints.items()
-    )
-    verified = subprocess.run(
-        [sys.executable, "-m", "pdrunet_jax.train", "--verify", str(run)], cwd=place, capture_output=True, text=True
-    )
-    if ballast is None:
-        subprocess.run(["mount", "-o", "remount,rw", str(run)], check=True)
-    else:
-        ballast.unlink()
+    return process.returncode, err, ballast
+
+
+def main(place: Path, kinds: list[str]) -> None:
+    run = place / f"small-{'-'.join(kinds)}"
+    mount(run, "-o", "size=8m")
+    mount(run / "checkpoints", "-o", "size=8m")
+    mount(run / "evaluation", "-o", "size=8m")
+    failed = {}
+    for kind in kinds:
+        *failed[kind], ballast = break_down(place, run, kind)
+        if kind == kinds[-1]:
+            best, checkpoints = (run / "best.safetensors").read_bytes(), digests(run / "checkpoints")
+            with train(place, run) as process:  # with the disk as it is
+                _, again = process.communicate()
+            kept = best == (run / "best.safetensors").read_bytes()
+            kept = kept and digests(run / "checkpoints").items() >= checkpoints.items()
+            command = [sys.executable, "-m", "pdrunet_jax.train", "--verify", str(run)]
+            verified = subprocess.run(command, cwd=place, capture_output=True, text=True)
+        if ballast is None:
+            subprocess.run(["mount", "-o", "remount,rw", str(run)], check=True)
+        else:
+            ballast.unlink()
     with train(place, run) as process:
         _, err = process.communicate()
-    shutil.copytree(run, place / f"after-{kind}")
-    print(
-        json.dumps(
-            {
-                "failed": failed,
-                "again": again,
-                "kept": kept,
-                "verified": verified.returncode,
-                "resumed": [process.returncode, err],
-            }
-        )
-    )
+    shutil.copytree(run, place / run.name.replace("small", "after"))
+    seen = {"failed": failed, "again": again, "kept": kept, "verified": verified.returncode}
+    print(json.dumps(seen | {"resumed": [process.returncode, err]}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2:])
