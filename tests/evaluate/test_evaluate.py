@@ -2,6 +2,8 @@ import csv
 import json
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,13 +11,14 @@ from PIL import Image
 
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.data.dataset import open_dataset
-from pdrunet_jax.evaluate import scores
+from pdrunet_jax.evaluate import evaluation, scores
 from pdrunet_jax.evaluate.__main__ import main
 from pdrunet_jax.evaluate.evaluation import EvaluationOptions, evaluate_split, write_evaluation
 from pdrunet_jax.evaluate.scores import CSV_COLUMNS, METRICS, read_csv
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.train.run import open_run
 from tests.support.tiny import brightness_model, run_command, save_dataset, save_image, save_model
 
@@ -116,6 +119,39 @@ def test_scores_are_at_the_inputs_resolution(tmp_path):
     rows = evaluate_split(brightness_model(), dataset, "test", config).rows
     assert [row.pixels_true for row in rows] == [144] * 3
     assert all(0.8 < row.dice <= 1 for row in rows)
+
+
+class Together(Group):
+    """One of several processes, played by threads of this one."""
+
+    def gather(self, value):
+        self.given[self.index] = value
+        self.barrier.wait()
+        values = [self.given[index] for index in range(self.count)]
+        self.barrier.wait()
+        return values
+
+
+def test_several_processes_find_what_one_finds_and_exchange_the_masks_of_shown_cases_alone(tmp_path, monkeypatch):
+    root = save_dataset(tmp_path, errors={1: 1, 2: 2, 3: 3, 4: 4, 5: 5})
+    monkeypatch.setattr(evaluation, "WORST", 1)
+    monkeypatch.setattr(evaluation, "CASES", (("best", 1), ("worst", 2)))
+    dataset, config = opened(root)
+    monkeypatch.setattr(Together, "given", {}, raising=False)
+    monkeypatch.setattr(Together, "barrier", threading.Barrier(2, timeout=60), raising=False)
+
+    def evaluate(group):
+        options = EvaluationOptions(batch_size=1)
+        return evaluate_split(brightness_model(), dataset, "all", config, options, group=group)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(evaluate, [Together(0, 2), Together(1, 2)])
+    alone = evaluate(None)
+    assert first.masks == second.masks == alone.masks
+    assert set(alone.masks) == {case.sample.id for case in alone.cases()} == {f"images/{n}.png" for n in (0, 4, 5)}
+    assert first.rows == second.rows == alone.rows
+    assert first.curves == second.curves
+    assert first.curves["square"].dice == pytest.approx(alone.curves["square"].dice, rel=1e-15)
 
 
 def test_all_takes_every_split(tmp_path):

@@ -16,7 +16,7 @@ from pdrunet_jax.config import Config, DataConfig, TrackingConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.evaluate.compare import Other, compare, write_comparison
 from pdrunet_jax.evaluate.evaluation import evaluate_split, write_evaluation
-from pdrunet_jax.evaluate.report.charts import Marks, curve, read_metrics
+from pdrunet_jax.evaluate.report.charts import curve, read_metrics
 from pdrunet_jax.evaluate.report.page import write_evaluation_report, write_report
 from pdrunet_jax.evaluate.scores import ScoringOptions, read_csv
 from pdrunet_jax.runtime.errors import UserError
@@ -229,8 +229,8 @@ def test_curves_stay_inside_their_frame(points):
 
 
 def test_marks_lie_where_the_axes_say():
-    marks = Marks(axis="threshold", at=(0.5, "used: 0.5"), reference=[(0, 0), (1, 1)], bars=[(0.0, 0.5, 0.25)])
-    drawn = curve("A" * 50, {"Dice": [(0.0, 1.0), (1.0, 0.0)]}, 1.0, marks)
+    marks = {"axis": "threshold", "at": (0.5, "used: 0.5"), "reference": [(0, 0), (1, 1)], "bars": [(0.0, 0.5, 0.25)]}
+    drawn = curve("A" * 50, {"Dice": [(0.0, 1.0), (1.0, 0.0)]}, 1.0, **marks)
     assert '<polyline class="reference" points="52.0,260.0 466.0,34.0"/>' in drawn
     assert '<line class="reference" x1="259.0" x2="259.0" y1="34.0" y2="260.0"/>' in drawn
     assert '<rect class="bar" x="52.5" y="203.5" width="206.0" height="56.5"/>' in drawn

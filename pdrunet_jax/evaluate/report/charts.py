@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -33,21 +32,16 @@ def read_metrics(path: Path) -> dict[str, Points]:
     return {key: sorted(points.items()) for key, points in values.items()}
 
 
-@dataclass(frozen=True)
-class Marks:
-    """Axis title and annotations of a chart."""
-
-    axis: str = "step"
-    """Title of the horizontal axis."""
-    at: tuple[float, str] | None = None
-    """Position and label of a vertical line."""
-    reference: Points = field(default_factory=list)
-    """Dashed line to compare the curves with."""
-    bars: Sequence[tuple[float, float, float]] = ()
-    """(from, to, height) of bars behind the curves."""
-
-
-def curve(title: str, series: Mapping[str, Points], top: float | None = None, marks: Marks | None = None) -> str:
+def curve(
+    title: str,
+    series: Mapping[str, Points],
+    top: float | None = None,
+    *,
+    axis: str = "step",
+    at: tuple[float, str] | None = None,
+    reference: Sequence[tuple[float, float]] = (),
+    bars: Sequence[tuple[float, float, float]] = (),
+) -> str:
     """Draw one chart as an SVG element: a polyline of class `line-0`, `line-1`, ... for each of `series`.
 
     Args:
@@ -55,10 +49,12 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None, ma
         series: Label to points (step, value). At least one has points.
         top: Upper end of the value axis; None for the largest value. The axis is then logarithmic if the smallest
             value is positive and below a tenth of the largest, so that the end of training stays readable.
-        marks: Axis title and annotations.
+        axis: Title of the horizontal axis.
+        at: Position and label of a vertical line.
+        reference: Points of a dashed line to compare the curves with.
+        bars: (from, to, height) of bars behind the curves.
     """
-    marks = marks or Marks()
-    points = [point for line in (*series.values(), marks.reference) for point in line]
+    points = [point for line in (*series.values(), reference) for point in line]
     low, high = min(y for _, y in points), max(y for _, y in points)
     logarithmic = top is None and 0 < low < 0.1 * high
     values = _log_ticks(low, high) if logarithmic else _ticks(low, high if top is None else top, 5)
@@ -69,12 +65,13 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None, ma
     def place(x: float, y: float) -> tuple[float, float]:
         return _LEFT + (_RIGHT - _LEFT) * x / right, _BOTTOM - (_BOTTOM - _TOP) * (scale(y) - bottom) / span
 
-    def polyline(style: str, line: Points) -> str:
+    def polyline(style: str, line: Sequence[tuple[float, float]]) -> str:
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         return f'<polyline class="{style}" points="{path}"/>'
 
-    parts = [_text(_LEFT, 20, _shortened(title), "start", "title")]
-    for start, end, tall in marks.bars:
+    short = title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"
+    parts = [_text(_LEFT, 20, short, "start", "title")]
+    for start, end, tall in bars:
         (x, y), (x_end, y_end) = place(start, tall), place(end, values[0])
         size = f'width="{x_end - x - 1:.1f}" height="{y_end - y:.1f}"'
         parts.append(f'<rect class="bar" x="{x + 0.5:.1f}" y="{y:.1f}" {size}/>')
@@ -86,15 +83,15 @@ def curve(title: str, series: Mapping[str, Points], top: float | None = None, ma
     for step in _ticks(0, right, 5):
         if step <= right:
             parts.append(_text(place(step, values[0])[0], _HEIGHT - 22, _short(step)))
-    parts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 5, marks.axis))
+    parts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 5, axis))
 
     # Annotations.
-    if marks.reference:
-        parts.append(polyline("reference", marks.reference))
-    if marks.at is not None:
-        x, y = place(marks.at[0], values[0])
-        side, shift = ("start", 5) if marks.at[0] < right / 2 else ("end", -5)
-        parts += [_line("reference", (x, _TOP), (x, y)), _text(x + shift, y - 8, marks.at[1], side)]
+    if reference:
+        parts.append(polyline("reference", reference))
+    if at is not None:
+        x, y = place(at[0], values[0])
+        side, shift = ("start", 5) if at[0] < right / 2 else ("end", -5)
+        parts += [_line("reference", (x, _TOP), (x, y)), _text(x + shift, y - 8, at[1], side)]
 
     # Curves, with the legend in the upper right corner, from right to left.
     legend = float(_RIGHT)
@@ -119,10 +116,6 @@ def _text(x: float, y: float, words: str, anchor: str = "middle", style: str = "
 def _line(style: str, start: tuple[float, float], end: tuple[float, float]) -> str:
     (x1, y1), (x2, y2) = start, end
     return f'<line class="{style}" x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}"/>'
-
-
-def _shortened(title: str) -> str:
-    return title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"
 
 
 def _thinned(points: Points) -> Points:

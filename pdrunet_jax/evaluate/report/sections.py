@@ -10,7 +10,7 @@ from typing import Any
 
 from pdrunet_jax.data import overlay
 from pdrunet_jax.evaluate import compare
-from pdrunet_jax.evaluate.report.charts import Marks, curve
+from pdrunet_jax.evaluate.report.charts import curve
 from pdrunet_jax.evaluate.report.html import Cell, Section, embedded, html_table, legend, note
 from pdrunet_jax.evaluate.scores import METRICS, format_score, remarks, score_table
 
@@ -166,17 +166,14 @@ def _calibration(scored: EvaluationFolder) -> str:
         if not (bins := each["reliability"]):
             continue
         title = f": {name}" if several else ""
-        marks = Marks(
-            axis="predicted probability",
-            reference=[(0, 0), (1, 1)],
-            bars=[(item["low"], item["high"], item["share"]) for item in bins],
-        )
         observed = [(item["probability"], item["frequency"]) for item in bins]
-        charts.append(curve(f"Calibration{title}", {"observed": observed}, 1.0, marks))
+        shares = [(item["low"], item["high"], item["share"]) for item in bins]
+        marks: dict[str, Any] = {"axis": "predicted probability", "reference": [(0, 0), (1, 1)], "bars": shares}
+        charts.append(curve(f"Calibration{title}", {"observed": observed}, 1.0, **marks))
         points = [point for point in zip(each["thresholds"], each["dice"], strict=True) if point[1] is not None]
-        marks = Marks(axis="threshold", at=None if several else (used, f"used: {used:g}"))
+        at = None if several else (used, f"used: {used:g}")
         if points:
-            charts.append(curve(f"Dice at each threshold{title}", {"Dice": points}, 1.0, marks))
+            charts.append(curve(f"Dice at each threshold{title}", {"Dice": points}, 1.0, axis="threshold", at=at))
         error, pixels = each["expected_calibration_error"], each["pixels"]
         notes.append(f"{name}: expected calibration error {error:.4f} over {pixels:,} pixels.")
     notes.append(
