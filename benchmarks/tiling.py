@@ -1,6 +1,6 @@
-"""python -m benchmarks.tiling: peak memory of a large image whole and in tiles, and how far their logits differ.
+"""python -m benchmarks.tiling: peak memory of a large image, whole and in tiles, and the difference of their logits.
 
-Each figure is of a process of its own, whose highest resident memory counts, with Python and JAX in it.
+Each figure is the peak resident memory of a separate process, including Python and JAX.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from pdrunet_jax.runtime.malloc import configure_malloc
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Compare tiled with whole prediction."""
+    """Compare tiled with whole-image inference."""
 
     size: tuple[int, int] = (2000, 1500)
-    """Height and width of the image, a synthetic X-ray, in pixels."""
+    """Height and width in pixels of the image, a synthetic X-ray."""
     tiles: tuple[int, ...] = (512, 256)
-    """Sides of the tiles in pixels; each is a run."""
+    """Tile sizes in pixels, one run each."""
     weights: str | None = None
-    """Run folder, checkpoint, .safetensors or public .pth; random weights of 40 filters when left out."""
+    """Run folder, checkpoint, .safetensors or public .pth; default: random weights, 40 filters."""
     output: Path | None = None
-    """JSON file of the results."""
+    """JSON file for the results."""
 
 
 def run(image: str, tile: int, weights: str | None, logits: str) -> None:
-    """The process: writes the logits to a file, and its peak memory in bytes to standard output."""
+    """Body of the process: write the logits to a file and print the peak memory in bytes."""
     configure_malloc()  # as every command does, before any library starts its threads
     from flax import nnx
 
@@ -51,7 +51,7 @@ def run(image: str, tile: int, weights: str | None, logits: str) -> None:
 
 
 def in_process(options: Options, tile: int, folder: Path) -> tuple[int, np.ndarray]:
-    """Peak memory in bytes, and logits; tile 0 is the whole image."""
+    """Run one case in a process: peak memory in bytes, and logits. Tile 0 is the whole image."""
     file = folder / f"{tile}.npy"
     arguments = ", ".join(map(repr, (str(folder / "image.npy"), tile, options.weights, str(file))))
     code = f"from benchmarks.tiling import run; run({arguments})"
@@ -60,7 +60,7 @@ def in_process(options: Options, tile: int, folder: Path) -> tuple[int, np.ndarr
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the benchmark."""
     options = tyro.cli(Options, args=arguments, prog="python -m benchmarks.tiling")
     settings = {"size": options.size, "weights": options.weights or "random, 40 filters"}
     result: dict[str, Any] = {"machine": machine.facts(), "settings": settings, "runs": []}
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             }
             result["runs"].append(row)
             print(
-                f"{f'tile {tile}' if tile else 'whole':10} {peak / 2**30:6.2f} GiB at most, logits up to "
+                f"{f'tile {tile}' if tile else 'whole':10} {peak / 2**30:6.2f} GiB peak, logits up to "
                 f"{row['largest_logit']:.3g}, {row['difference']:.1e} from the whole",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""The PyTorch twin of `pdrunet_jax`: what the JAX model is compared with, name by name. Training never needs it."""
+"""PyTorch twin of `pdrunet_jax`, the reference of the parity tests. Training does not need it."""
 
 from pdrunet_torch_ref.model import PDRUNet
 

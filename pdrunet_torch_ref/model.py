@@ -1,4 +1,4 @@
-"""PDR-UNet in PyTorch under the public code's names, with the options of `pdrunet_jax.model`."""
+"""PDR-UNet in PyTorch, with the public code's names and the options of `pdrunet_jax.model`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ class StandardBlock(nn.Module):
 
 
 class ResidualBlock(StandardBlock):
-    """The same with a residual, from the block's input or from its first convolution, added before the last ReLU."""
+    """`StandardBlock` with a shortcut, from the block's input or its first convolution, added before the last ReLU."""
 
     def __init__(self, filters: int, dilation: int, norm: Norm = "batch", shortcut: Shortcut = "input") -> None:
         super().__init__(filters, filters, dilation, norm)
@@ -47,7 +47,7 @@ class ResidualBlock(StandardBlock):
 
 
 class Dropout(nn.Module):
-    """Dropout whose keep mask can be given, since the random streams of two frameworks cannot agree."""
+    """Dropout with an optional keep mask, because the random streams of two frameworks cannot agree."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -55,17 +55,17 @@ class Dropout(nn.Module):
         self.keep: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """In training, zero what is dropped and scale the rest by 1 / (1 - rate)."""
+        """In training, zero dropped values and scale the others by 1 / (1 - rate)."""
         if self.keep is None or not self.training:
             return nn.functional.dropout(x, self.rate, self.training)
         return torch.where(self.keep, x / (1 - self.rate), torch.zeros_like(x))
 
 
 class PDRUNet(nn.Module):
-    """Images (N, in_channels, H, W) -> logits (N, outputs, H, W).
+    """The network of the paper's Figure 1: images (N, in_channels, H, W) -> logits (N, outputs, H, W).
 
-    `dead_block` keeps the public code's block `e5`, which is never called; with it and the default options the state
-    dict has the public layout of 392,561 parameters.
+    `dead_block` includes the public code's block `e5`, which is never called. With it and the default options, the
+    state dict has the public layout of 392,561 parameters.
     """
 
     e1: ResidualBlock
@@ -127,7 +127,7 @@ class PDRUNet(nn.Module):
 
 @contextmanager
 def dropout_masks(model: PDRUNet, masks: Sequence[Tensor] | None) -> Iterator[None]:
-    """Within the block, training-mode dropout keeps exactly where `masks` (two boolean (N, filters, H, W)) are true.
+    """Context in which dropout in training keeps the values where `masks`, two boolean (N, filters, H, W), are true.
 
     None leaves dropout to PyTorch's generator.
     """
@@ -146,10 +146,10 @@ def dropout_masks(model: PDRUNet, masks: Sequence[Tensor] | None) -> Iterator[No
 
 @contextmanager
 def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
-    """Within the block, a forward pass calls `tap(name, output)` for every named block, convolution and normalisation.
+    """Context in which forward passes call `tap(name, output)` for every named block, convolution and normalisation.
 
-    Names are those of the state dict: `e1.first`, `e1.bnorm1`, `e1`, ..., `bottleneck.0`, `final_conv`. Dropouts and
-    the absent normalisation of `norm="none"` are left out.
+    Names are as in the state dict: `e1.first`, `e1.bnorm1`, `e1`, ..., `bottleneck.0`, `final_conv`. Dropout
+    and the identity used for `norm="none"` are not reported.
     """
 
     def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:

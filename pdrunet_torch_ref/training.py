@@ -1,4 +1,4 @@
-"""The twin's losses, from PyTorch's own functions, and its training step."""
+"""Losses of the PyTorch twin, built from PyTorch's own functions, and its training step."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """loss(logits (N, K, H, W), target (N, H, W), valid (N, H, W), bool) -> scalar.
 
-With K = 1 the target is the foreground's probability, else the class index, int64.
+With K = 1 the target is the foreground probability, otherwise the class index, int64.
 """
 
 
@@ -27,10 +27,11 @@ def make_loss(
     alpha: float = 0.3,
     smooth: float = 1.0,
 ) -> Loss:
-    """The loss `name` as `pdrunet_jax.config.LossConfig` describes it; raises `ValueError` for an unknown name.
+    """The loss `name` as defined by `pdrunet_jax.config.LossConfig`; raises `ValueError` for an unknown name.
 
-    `class_weights` has the background first, two numbers for one output; `gamma` is of the focal loss, `alpha` of the
-    Tversky index, `smooth` of Dice and Tversky, `dice_weight` the share of Dice in bce_dice and ce_dice.
+    `class_weights` starts with the background and has two numbers for one output. `gamma` belongs to the focal loss,
+    `alpha` to the Tversky index, `smooth` to Dice and Tversky; `dice_weight` is the share of Dice in bce_dice and
+    ce_dice.
     """
     weights = tuple(class_weights) or (1.0,) * max(outputs, 2)
 
@@ -58,7 +59,7 @@ def make_loss(
 
 
 def cross_entropy(logits: Tensor, target: Tensor, valid: Tensor, weights: Sequence[float]) -> Tensor:
-    """`binary_cross_entropy_with_logits` or `cross_entropy`, averaged with the weights of the valid pixels."""
+    """Weighted mean over valid pixels of `binary_cross_entropy_with_logits` or `cross_entropy`."""
     if logits.shape[1] == 1:
         weight = weights[1] * target + weights[0] * (1 - target)
         chosen, truth, weight = logits[:, 0][valid], target[valid], weight[valid]
@@ -103,17 +104,17 @@ def train_step(
     valid: Tensor | None = None,
     masks: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """One update of `model` in training mode; returns the loss before it, detached.
+    """Update `model` once in training mode; returns the loss before the update, detached.
 
     Args:
-        model: the twin; its gradients stay in place afterwards.
+        model: the twin; its gradients are kept afterwards.
         optimizer: over its parameters.
         loss: from `make_loss`.
         images: (N, C, H, W).
-        target: (N, H, W), as `loss` takes it.
-        valid: pixels that count, (N, H, W), bool; all when None.
-        masks: the two dropouts' boolean keep masks (N, filters, H, W); None leaves dropout random (build the model
-            with `dropout=0` to have none).
+        target: (N, H, W), as `loss` expects it.
+        valid: pixels to include, (N, H, W), bool; None for all.
+        masks: boolean keep masks (N, filters, H, W) of the two dropout layers; None leaves dropout random (build the
+            model with `dropout=0` for none).
     """
     model.train()
     optimizer.zero_grad(set_to_none=True)
@@ -126,9 +127,9 @@ def train_step(
 
 
 def channels_last(model: PDRUNet) -> PDRUNet:
-    """`model` with its kernels in NHWC memory order, PyTorch's fast layout; give it images in the same order.
+    """Convert the kernels of `model` to NHWC memory order, PyTorch's fast layout; pass images in the same order.
 
-    Names, shapes and results stay as they are.
+    Names, shapes and results do not change.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
@@ -137,7 +138,7 @@ def channels_last(model: PDRUNet) -> PDRUNet:
 def _foreground(
     logits: Tensor, target: Tensor, valid: Tensor, weights: Sequence[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability and truth of the foreground classes, (N, K', H, W), zero where not valid; their weights (K',)."""
+    """Probability and truth of the foreground classes, (N, K', H, W), zero where invalid, and their weights (K',)."""
     inside = valid[:, None].to(logits.dtype)
     if logits.shape[1] == 1:
         p, t = torch.sigmoid(logits), target[:, None].to(logits.dtype)

@@ -1,8 +1,8 @@
-"""A training that moves between PyTorch and JAX: model, optimizer and step in one file.
+"""Training state that moves between PyTorch and JAX: model, optimizer and step in one file.
 
-`python -m pdrunet_jax.convert RUN state.pth --to-torch-training-state` writes such a file, `load` makes the twin and
-its optimizer of it, `save` writes it back, and `python -m pdrunet_jax.convert state.pth RUN` makes a run folder that
-JAX goes on with.
+`python -m pdrunet_jax.convert RUN state.pth --to-torch-training-state` writes the file, `load` builds the twin and its
+optimizer from it, `save` writes it back, and `python -m pdrunet_jax.convert state.pth RUN` makes a run folder in which
+training resumes.
 """
 
 import json
@@ -26,7 +26,7 @@ HEADER = "pdrunet"
 
 @dataclass
 class TrainingState:
-    """What training goes on from."""
+    """State from which training resumes."""
 
     model: PDRUNet
     optimizer: torch.optim.Optimizer
@@ -35,13 +35,13 @@ class TrainingState:
     ema: dict[str, torch.Tensor] = field(default_factory=dict)
     """Averaged parameters by name, if the run keeps them."""
     header: Mapping[str, Any] = field(default_factory=dict)
-    """The run's configuration (`config`) and the fingerprint of its data (`data`), as they came."""
+    """The run's configuration (`config`) and the fingerprint of its dataset (`data`), unchanged."""
 
 
 def make_optimizer(model: PDRUNet, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """The optimizer over `model.parameters()` that the `[optim]` section of a configuration describes.
+    """Optimizer over `model.parameters()` as described by the `[optim]` section of a configuration.
 
-    Its learning rate is the constant `learning_rate`; schedules, clipping and averages are the caller's.
+    The learning rate is the constant `learning_rate`; schedules, clipping and averaging are up to the caller.
     """
     name = settings.get("name", "adam")
     options: dict[str, Any] = {
@@ -60,10 +60,10 @@ def make_optimizer(model: PDRUNet, settings: Mapping[str, Any]) -> torch.optim.O
 
 
 def load(path: str | Path) -> TrainingState:
-    """The twin and its optimizer as the file has them; `ValueError` for a file without a configuration."""
+    """Load the twin and its optimizer; raises `ValueError` for a file without a configuration."""
     content = torch.load(path, map_location="cpu", weights_only=True)
     if HEADER not in content:
-        raise ValueError(f"{path} does not hold a training that was converted from a run folder")
+        raise ValueError(f"{path} does not contain a training state converted from a run folder")
     header = json.loads(content[HEADER])
     options = header["config"]["model"]
     kernel = content["model"]["final_conv.weight"]

@@ -126,11 +126,10 @@ def torch_to_run(content: Mapping[str, Any], src: Path, dst: Path, config_name: 
         DataError: Arrays of weights or optimizer do not fit; lists all of them.
         RunError: `dst` cannot be written.
     """
-    header = _header(content, src)
-    config = configuration.load(config_name) if config_name else _stated_config(header, src)
+    config, fingerprint = _configuration(content, src, config_name)
     training = _read_training(content, src)
     _check_model(config, training.weights.options, src)
-    if problems := group_problems(config.optim, training.group):
+    if problems := _group_problems(config.optim, training.group):
         raise DataError(f"{src} was trained with a different optimizer than the configuration's", problems)
     with _precision(config):
         state = _train_state(config, training, src)
@@ -146,7 +145,7 @@ def torch_to_run(content: Mapping[str, Any], src: Path, dst: Path, config_name: 
     run = open_run(dst, config)
     with run.lock():
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_latest, config.train.keep_best)
-        checkpoints.save(step, state, position_after(step), Progress(data=header.get("data", "")).to_dict())
+        checkpoints.save(step, state, position_after(step), Progress(data=fingerprint).to_dict())
     return [
         f"{src}: step {step}, {config.optim.name}",
         *notes,
@@ -156,16 +155,10 @@ def torch_to_run(content: Mapping[str, Any], src: Path, dst: Path, config_name: 
 
 
 def to_torch(config: OptimConfig, rows: Sequence[Entry], opt_state: optax.OptState) -> dict[str, dict[str, np.ndarray]]:
-    """PyTorch's optimizer arrays by the public name of their parameter.
+    """PyTorch's optimizer arrays by the public name of their parameter; `rows` are those of `weights.name_table`.
 
-    Args:
-        config: Describes the optimizer.
-        rows: Parameters of `weights.name_table`.
-        opt_state: State of `optim.make_optimizer`.
-
-    Returns:
-        For adam and adamw `exp_avg`, `exp_avg_sq` (the parameter's public shape) and `step` (scalar, float32, as in
-        PyTorch); `momentum_buffer` for sgd with momentum; nothing for sgd without.
+    For adam and adamw `exp_avg`, `exp_avg_sq` (in the parameter's public shape) and `step` (scalar, float32, as in
+    PyTorch); `momentum_buffer` for sgd with momentum; nothing for sgd without.
     """
     names = _buffer_names(config)
     result: dict[str, dict[str, np.ndarray]] = {row.public: {} for row in rows if names}
@@ -189,16 +182,9 @@ def from_torch(
 ) -> optax.OptState:
     """Optax's state from PyTorch's optimizer arrays, the inverse of `to_torch`.
 
-    Args:
-        config: Describes the optimizer.
-        rows: Parameters of `weights.name_table`.
-        blank: State before the first update; its arrays determine the dtypes.
-        buffers: As returned by `to_torch`; entries of the dead block are ignored.
-        step: Updates done.
-
-    Raises:
-        DataError: Lists every array that is missing, unused, not finite, or of the wrong shape or dtype, and every
-            parameter with a different `step`.
+    `blank` is the state before the first update and determines the dtypes; buffers of the dead block are ignored.
+    Raises `DataError` that lists every array that is missing, unused, not finite, or of the wrong shape or dtype, and
+    every parameter whose `step` is not `step`.
     """
     names = _buffer_names(config)
     known = {*names, *(("step",) if names is ADAM else ())}
@@ -237,21 +223,6 @@ def updates_done(opt_state: optax.OptState) -> int:
     return counts.pop()
 
 
-def group_problems(config: OptimConfig, group: Mapping[str, Any]) -> list[str]:
-    """Contradictions between a PyTorch parameter group and `config`; the learning rate is the schedule's business."""
-    wanted = _group_options(config)
-    if "decoupled_weight_decay" in group:
-        wanted["decoupled_weight_decay"] = config.name == "adamw"
-    problems = []
-    for name, value in wanted.items():
-        found = tuple(group[name]) if isinstance(group.get(name), list) else group.get(name)
-        if found != value:
-            problems.append(f"{name} is {found} in the file, {value} in the configuration")
-    return problems + [
-        f"{name} is {group[name]}; it has no counterpart here" for name in UNSUPPORTED if group.get(name)
-    ]
-
-
 def _buffer_names(config: OptimConfig) -> Mapping[str, str]:
     if config.name != "sgd":
         return ADAM
@@ -265,6 +236,21 @@ def _group_options(config: OptimConfig) -> dict[str, Any]:
     else:
         rules = {"betas": (config.b1, config.b2), "eps": config.eps}
     return {"weight_decay": config.weight_decay, **rules}
+
+
+def _group_problems(config: OptimConfig, group: Mapping[str, Any]) -> list[str]:
+    """Contradictions between a PyTorch parameter group and `config`; the learning rate is the schedule's business."""
+    wanted = _group_options(config)
+    if "decoupled_weight_decay" in group:
+        wanted["decoupled_weight_decay"] = config.name == "adamw"
+    problems = []
+    for name, value in wanted.items():
+        found = tuple(group[name]) if isinstance(group.get(name), list) else group.get(name)
+        if found != value:
+            problems.append(f"{name} is {found} in the file, {value} in the configuration")
+    return problems + [
+        f"{name} is {group[name]}; it has no counterpart here" for name in UNSUPPORTED if group.get(name)
+    ]
 
 
 def _problem(given: Any, row: Entry, dtype: DTypeLike) -> str | None:
@@ -323,20 +309,18 @@ def _optimizer(
     return state
 
 
-def _header(content: Mapping[str, Any], src: Path) -> dict[str, Any]:
+def _configuration(content: Mapping[str, Any], src: Path, name: str | None) -> tuple[Config, str]:
+    """The configuration `name`, or else the file's own, and the fingerprint of the dataset if the file has one."""
     try:
         header = json.loads(content.get(HEADER, "{}"))
     except (TypeError, json.JSONDecodeError):
         header = None
     if not isinstance(header, dict):
         raise UserError(f"{src}: its entry {HEADER!r} is no JSON object")
-    return header
-
-
-def _stated_config(header: Mapping[str, Any], src: Path) -> Config:
-    if "config" not in header:
+    if name is None and "config" not in header:
         raise UserError(f"{src} contains no configuration: give --config NAME or a TOML file")
-    return configuration.from_dict(header["config"], str(src))
+    config = configuration.from_dict(header["config"], str(src)) if name is None else configuration.load(name)
+    return config, header.get("data", "")
 
 
 def _read_training(content: Mapping[str, Any], src: Path) -> TorchTraining:

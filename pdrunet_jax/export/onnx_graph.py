@@ -28,9 +28,7 @@ IR_VERSION = 8
 def build_onnx(model: PDRUNet, spec: GraphSpec) -> bytes:
     """Serialise a float32 model; the metadata become `metadata_props`, as JSON unless they are strings.
 
-    The graph maps "images", uint8 (N, H, W, C), to "mask", uint8 (N, H, W), "probability", float32 (N, H, W) or
-    (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are dynamic. Raises
-    `UserError` if the package onnx is missing.
+    Raises `UserError` if the package onnx is missing.
     """
     onnx = require("onnx")
     helper, types = onnx.helper, onnx.TensorProto

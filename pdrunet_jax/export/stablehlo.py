@@ -31,7 +31,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class GraphSpec:
-    """What an exported graph contains in addition to the network."""
+    """What an exported graph contains in addition to the network.
+
+    Both formats map images (N, H, W, C), uint8, to "mask", uint8 (N, H, W), "probability", float32 (N, H, W) or
+    (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are dynamic.
+    """
 
     size: tuple[int, int]
     """(height, width) that the network runs at."""
@@ -57,11 +61,7 @@ def resizes_tall_images_vertically_first() -> bool:
 
 
 def build_stablehlo(model: PDRUNet, spec: GraphSpec) -> bytes:
-    """Serialise a float32 model as an artifact; the metadata become its `fun_name`, as JSON.
-
-    The artifact maps images (N, H, W, C), uint8, to "mask", uint8 (N, H, W), "probability", float32 (N, H, W) or
-    (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are dynamic.
-    """
+    """Serialise a float32 model as an artifact; the metadata become its `fun_name`, as JSON."""
     plain = Execution("plain")  # the only path whose operations every platform runs well
 
     def segment(images: jax.Array) -> dict[str, jax.Array]:

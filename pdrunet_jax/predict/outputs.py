@@ -25,7 +25,7 @@ from pdrunet_jax.predict.inference import Prediction
 from pdrunet_jax.predict.inputs import is_dicom
 from pdrunet_jax.predict.medical import read_geometry, require_viewer_format, write_nifti, write_nrrd
 from pdrunet_jax.runtime.digest import sha256
-from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
 MASK = "_mask.png"
@@ -179,7 +179,8 @@ def write_result(
         _write_mask(overlay.index_mask(result.mask, len(labels)), with_suffix(target, MASK), record)
         if files.labelme:
             shown = with_suffix(target, LABELME_PICTURE) if labelme_picture else path
-            _write_labelme(result.mask, shown, with_suffix(target, LABELME), labels, files.tolerance)
+            relative = Path(os.path.relpath(shown.parent.resolve() / shown.name, target.parent.resolve())).as_posix()
+            write_labelme(with_suffix(target, LABELME), result.mask, labels, relative, tolerance=files.tolerance)
 
 
 def with_suffix(target: Path, suffix: str) -> Path:
@@ -217,14 +218,6 @@ def _write_mask(image: Image.Image, path: Path, record: Record) -> None:
     file = io.BytesIO()
     image.save(file, format="PNG", pnginfo=text)
     atomic_write(path, file.getvalue())
-
-
-def _write_labelme(mask: np.ndarray, image: Path, path: Path, labels: Sequence[str], tolerance: float) -> None:
-    relative = os.path.relpath(image.parent.resolve() / image.name, path.parent.resolve())
-    try:
-        write_labelme(path, mask, labels, Path(relative).as_posix(), tolerance=tolerance)
-    except UserError as error:  # the input was valid: it is the disk that refuses
-        raise RunError(str(error)) from None
 
 
 def _probability_suffixes(labels: Sequence[str], single: bool) -> list[str]:
