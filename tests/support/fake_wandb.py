@@ -1,4 +1,4 @@
-"""A W&B server on loopback that does as much of the protocol as one run needs, until it is told to fail."""
+"""Fake W&B server on loopback: the part of the protocol that one run needs, and failures on demand."""
 
 import gzip
 import json
@@ -17,13 +17,23 @@ BUCKET = {
     "historyLineCount": 0,
     "summaryMetrics": "{}",
 }
-
-
+RESUMED = {
+    "logLineCount": 0,
+    "eventsLineCount": 0,
+    "eventsTail": "[]",
+    "config": "{}",
+    "wandbConfig": '{"t": 1}',
+    "tags": [],
+}
 ARTIFACT = {"id": "1", "state": "COMMITTED", "artifactSequence": {"id": "1", "latestArtifact": None}}
 
 
 class FakeWandb(ThreadingHTTPServer):
-    """`behaviour`: "accepts"; "errors" or "hangs" at every request; with " later", only once a run has started."""
+    """Server of one run.
+
+    `behaviour` is "accepts", "refuses" connections, or "errors" or "hangs" at every request; "errors later" and
+    "hangs later" start once the run has.
+    """
 
     daemon_threads = True
 
@@ -31,9 +41,14 @@ class FakeWandb(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.behaviour = behaviour
         self.started = False
-        self.history: list[dict[str, Any]] = []
+        self.lines: dict[int, dict[str, Any]] = {}
         self.artifacts: list[dict[str, Any]] = []
         self.closing = threading.Event()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """History lines by their position in the file, where a later line replaces an earlier one."""
+        return [self.lines[position] for position in sorted(self.lines)]
 
     @property
     def url(self) -> str:
@@ -44,7 +59,7 @@ class FakeWandb(ThreadingHTTPServer):
         return self.behaviour != "accepts" and (self.started or "later" not in self.behaviour)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client gave up on a request, as it should."""
+        """Print nothing: the client gave up on a request, as expected."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -52,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeWandb
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: pytest's output is for results."""
+        """Print nothing."""
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -67,8 +82,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, {"data": self.data(json.loads(body))})
         else:
             if self.path.endswith("/file_stream"):
-                lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
-                self.server.history += [json.loads(line) for line in lines]
+                chunk = json.loads(body).get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+                self.server.lines |= dict(enumerate(map(json.loads, chunk["content"]), chunk["offset"]))
             self.reply(200, {})
 
     do_GET = do_POST = do_PUT = answer  # noqa: N815 - the library's names
@@ -82,7 +97,12 @@ class Handler(BaseHTTPRequestHandler):
             url = f"{self.server.url}/storage"
             files = [{"name": file, "uploadUrl": f"{url}/{file}"} for file in variables["files"]]
             return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
-        if name == "CreateArtifact":  # of a table; one that is said to be there already is not uploaded
+        if name == "RunResumeStatus" and self.server.started:
+            tail = json.dumps([json.dumps(line) for line in self.server.history[-1:]])
+            count = {"historyLineCount": len(self.server.lines), "historyTail": tail}
+            bucket = {**BUCKET, **RESUMED, **count, "name": variables["name"]}
+            return {"model": {"id": "1", "name": "pdrunet-jax", "entity": SOMEONE, "bucket": bucket}}
+        if name == "CreateArtifact":  # one that the server already has is not uploaded
             self.server.artifacts.append(variables)
             return {"createArtifact": {"artifact": ARTIFACT}}
         if name == "NotifyScriptableRunAlert":
@@ -104,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(behaviour: str) -> Iterator[FakeWandb]:
-    """A running server; with "refuses" there is one whose port nobody listens at."""
+    """Run a server; for "refuses", nobody listens on its port."""
     server = FakeWandb(behaviour)
     if behaviour == "refuses":
         server.socket.close()

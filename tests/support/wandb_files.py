@@ -1,4 +1,4 @@
-"""Reads back what W&B has written for a run that was offline."""
+"""Reader of the files that W&B writes for an offline run."""
 
 import importlib
 import json
@@ -8,35 +8,36 @@ from typing import Any
 
 
 def frames(path: Path) -> Iterator[bytes]:
-    """The records of a `.wandb` file: LevelDB's log format after a header of 7 bytes."""
+    """Yield the records of a `.wandb` file: LevelDB's log format after a header of 7 bytes."""
     data, position, record = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
-        if left < 7:  # a block ends in padding where no header fits
+        if left < 7:  # padding at the end of a block
             position += left
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield record
             record = b""
 
 
 def records(run: Path) -> list[list[Any]]:
-    """What each offline run of a run folder holds."""
+    """Records of each offline run in a run folder."""
     messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
     paths = sorted(run.glob("wandb/offline-run-*/*.wandb"))
     return [[messages.Record.FromString(frame) for frame in frames(path)] for path in paths]
 
 
 def history(found: list[Any], key: str) -> list[Any]:
+    """Values of a history key, in order."""
     items = [item for record in found if record.HasField("history") for item in record.history.item]
     return [json.loads(item.value_json) for item in items if key in (item.key, *item.nested_key)]
 
 
 def summary(found: list[Any]) -> dict[str, Any]:
-    """The last value of each entry of a run's summary."""
+    """Last value of each summary entry."""
     values = {}
     for record in found:
         if record.HasField("summary"):

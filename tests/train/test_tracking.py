@@ -24,6 +24,7 @@ from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.run_folder import RunFolder, read_entries
 from pdrunet_jax.train.tracking import MetricsLog, Tracker
 from pdrunet_jax.train.wandb_run import Picture, WandbRun, logged_in
+from tests.support.fake_wandb import serve
 from tests.support.wandb_files import history, records
 
 
@@ -188,6 +189,19 @@ def test_an_offline_run_holds_config_metrics_and_masks_and_nothing_secret(
         data = path.read_bytes()
         assert b"canary-8d1f" not in data
         assert b"c0ffeec0ffee" not in data
+
+
+def test_the_parts_of_a_resumed_offline_run_are_synced_as_one(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in (0, 5):
+        with Tracker(run, config("offline"), step=start) as tracker:
+            for step in range(start + 1, start + 6):
+                tracker.log(step, {"train/loss": step / 10})
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with serve("accepts") as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for part in sorted(run.wandb.glob("offline-run-*")):
+            subprocess.run([sys.executable, "-m", "wandb", "sync", str(part)], check=True, capture_output=True)
+    assert [line["_step"] for line in server.history] == [*range(1, 11)]
 
 
 @pytest.fixture(params=["refuses", "errors", "hangs"])
