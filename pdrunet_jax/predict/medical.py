@@ -27,16 +27,6 @@ PROJECTIONS = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.12.1", "1.2
 
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 
-_ELEMENTS = (
-    "SOPClassUID",
-    "PixelSpacing",
-    "ImagerPixelSpacing",
-    "NominalScannedPixelSpacing",
-    "SpacingBetweenSlices",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-)
-
 _ORIENTATION = 0x0112
 _TO_STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -154,7 +144,7 @@ def write_nrrd(path: Path, mask: np.ndarray, labels: Sequence[str], geometry: Ge
 
 
 def _dicom_geometry(path: Path) -> Geometry:
-    dataset = import_pydicom().dcmread(path, stop_before_pixels=True, specific_tags=list(_ELEMENTS), force=True)
+    dataset = import_pydicom().dcmread(path, stop_before_pixels=True, force=True)
 
     # ITK looks for the spacing in different elements for each kind of image.
     kind = str(dataset.get("SOPClassUID", ""))
