@@ -166,15 +166,11 @@ def read_csv(path: Path) -> list[ImageScores]:
                 raise UserError(
                     f"{path} lacks the column {', '.join(missing)}: evaluate those weights again, or pass the weights"
                 )
-            rows = []
-            for line in reader:
-                try:
-                    rows.append(_row(line))
-                except (TypeError, ValueError):
-                    raise UserError(f"{path}: line {reader.line_num} is not a row of scores") from None
+            return [_row(line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    return rows
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: line {reader.line_num} is not a row of scores") from None
 
 
 def _row(line: dict[str, str]) -> ImageScores:

@@ -1,4 +1,4 @@
-"""Calibration and threshold curves against figures on paper."""
+"""Calibration and threshold curves compared with hand-computed values."""
 
 import json
 

@@ -45,7 +45,7 @@ def test_a_perfect_model_scores_one(tmp_path):
 
 
 def test_scores_of_a_known_error_are_those_on_paper(tmp_path):
-    """The truth of image 3 is 2 columns of 12 wider than what is bright."""
+    """In image 3 the truth is 2 columns (of 12) wider than the bright square."""
     evaluation = evaluated(save_dataset(tmp_path, errors={3: 2}))
     worst = evaluation.rows[0]
     assert worst.dice == pytest.approx(2 * 144 / (2 * 144 + 24))
@@ -59,11 +59,11 @@ def test_ignored_pixels_cost_nothing(tmp_path):
 
 
 def test_distances_of_a_known_error_are_those_on_paper(tmp_path):
-    """A square of 12 by 12 against 12 rows of 14: the right edge is 2 away, the rest of the boundary is shared."""
+    """12x12 predicted, 12x14 true: the right edges are 2 apart, the rest of the boundary is shared."""
     worst = evaluated(save_dataset(tmp_path, errors={3: 2}), tolerance=1).rows[0]
     boundaries = 44 + 48
     assert worst.hd95 == 2
-    edge = sum(min(2, row, 11 - row) for row in range(1, 11))  # of the square, to the nearest of three edges
+    edge = sum(min(2, row, 11 - row) for row in range(1, 11))  # right edge of the square, to the nearest of three edges
     assert worst.assd == pytest.approx((2 * (1 + 2) + 10 * 2 + edge) / boundaries)
     assert worst.nsd == pytest.approx((boundaries - 12 - 8) / boundaries)
     assert worst.specificity == 1

@@ -15,7 +15,7 @@ def test_intervals_repeat():
 
 
 def test_images_of_one_patient_do_not_count_as_independent():
-    """Every image twice: with patients known the interval stays, without it would shrink."""
+    """With every image duplicated, the interval keeps its width if patients are known and shrinks if not."""
     values = np.random.default_rng(0).uniform(0.5, 1, size=30)
     twice, patients = np.repeat(values, 2), [str(number) for number in np.repeat(np.arange(30), 2)]
     once = np.diff(interval(values, [str(number) for number in range(30)])).item()
@@ -27,7 +27,7 @@ def test_images_of_one_patient_do_not_count_as_independent():
 
 @pytest.mark.parametrize("patients", [6, 15])
 def test_intervals_cover_the_true_mean_for_skewed_scores_and_patients_of_unequal_size(patients):
-    """The long form is benchmarks/coverage.py."""
+    """benchmarks/coverage.py is the full version."""
     truth, hits, trials = 0.9029, 0, 500
     for trial in range(trials):
         generator = np.random.default_rng([patients, trial])

@@ -1,4 +1,4 @@
-"""Scores against those of MONAI, on masks and conventions on which both agree, and where they are known not to."""
+"""Scores compared with MONAI's: where they agree, and the known differences."""
 
 import math
 import warnings
@@ -14,15 +14,17 @@ from pdrunet_jax.evaluate.surface import distances
 from tests.support.tiny import blobs
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it uses what PyTorch and Python deprecate
+    warnings.simplefilter("ignore")  # MONAI uses deprecated APIs of PyTorch and Python
     from monai import metrics as monai
     from monai.metrics.utils import get_edge_surface_distance
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of its own deprecated arguments, and of empty masks
+pytestmark = pytest.mark.filterwarnings("ignore")  # about its own deprecated arguments and empty masks
 
 
 def overlap_of_monai(prediction, truth):
-    counts = monai.get_confusion_matrix(prediction.float(), truth.float())  # of booleans it counts no hits
+    counts = monai.get_confusion_matrix(
+        prediction.float(), truth.float()
+    )  # in boolean masks it counts no true positives
     return {
         "dice": monai.compute_dice(prediction, truth, ignore_empty=False),
         "iou": monai.compute_iou(prediction, truth, ignore_empty=False),
@@ -60,7 +62,7 @@ def test_500_random_pairs_agree_with_monai():
         assert theirs.keys() == ours.keys()
         for name, value in theirs.items():
             largest[name] = max(largest[name], abs(value.item() - ours[name]) / max(abs(ours[name]), 1e-9))
-    # MONAI's own percentile interpolates between ranks that it computes in float32.
+    # MONAI's percentile interpolates ranks in float32.
     assert largest.pop("hd95") < 3e-6
     assert max(largest.values()) < 1e-6
 
@@ -74,7 +76,7 @@ def test_on_empty_masks_monai_has_infinite_distances_and_undefined_dice_where_ou
     assert all(math.isnan(value.item()) for value in distances_of_monai(nothing, nothing, None, 1.0).values())
     assert monai.compute_dice(nothing, nothing, ignore_empty=False).item() == 1
     assert math.isnan(monai.compute_dice(nothing, nothing).item())
-    assert math.isnan(monai.compute_dice(something, nothing).item())  # a false alarm has Dice 0 with us
+    assert math.isnan(monai.compute_dice(something, nothing).item())  # here, a false positive has Dice 0
     assert monai.compute_dice(something, nothing, ignore_empty=False).item() == 0
     assert monai.compute_iou(nothing, nothing, ignore_empty=False).item() == 1
     assert math.isnan(overlap_of_monai(nothing, something)["precision"].item())

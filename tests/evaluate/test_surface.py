@@ -44,9 +44,9 @@ def test_equal_masks_are_perfect():
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_square_shifted_by_k_columns_has_the_distances_on_paper(k):
     result = distances(square(5, 5), square(5, 5 + k), tolerance=0)
-    # A square of side 10 has 36 boundary pixels. Of one square, the k columns that stick out hold 2 rows of distances
-    # 1 to k and 8 more pixels of its edge at k; of the opposite edge, inside the other square, 8 pixels are k from that
-    # square's edge or less from its rows above and below; the rest lies on the other boundary.
+    # A square of side 10 has 36 boundary pixels. The k columns of one square outside the other have two rows with
+    # distances 1 to k, and 8 more edge pixels at distance k. The opposite edge is inside the other square: its 8 inner
+    # pixels are k from that square's edge, or closer to its top or bottom row. All others lie on the other boundary.
     sticking_out = 2 * sum(range(1, k + 1)) + 8 * k
     inner_edge = sum(min(k, row, 9 - row) for row in range(1, 9))
     assert result.hd95 == k
