@@ -40,7 +40,7 @@ def test_a_square_shifted_by_3_of_its_20_columns_has_the_scores_on_paper():
         "specificity": 1 - 60 / (pixels - 400),
         "hd95": 3,
         "assd": (sticking_out + inner) / 76,
-        # Further than 2, per square: the 20 pixels of the far edge, and 14 of the near edge, 3 rows or more from its ends.
+        # Further than 2, per square: the far edge's 20 pixels, and 14 of the near edge, at least 3 rows from its ends.
         "nsd": 1 - (20 + 14) / 76,
         "area_error": 0,
     }
