@@ -1,19 +1,25 @@
+import os
 import subprocess
 import sys
 
 
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+def python(code: str, **environment: str) -> str:
+    command, env = [sys.executable, "-c", code], {**os.environ, **environment}
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.strip()
 
 
 def test_importing_the_package_loads_no_optional_library_and_starts_no_device() -> None:
     code = """
 import sys, pdrunet_jax
 pdrunet_jax.PDRUNet, pdrunet_jax.load_model, pdrunet_jax.segment
-import jax._src.xla_bridge as bridge
-print(sorted({"torch", "wandb", "pydicom", "grain", "orbax"} & set(sys.modules)), bridge.backends_are_initialized())
+print(sorted({"torch", "wandb", "pydicom", "grain", "orbax"} & set(sys.modules)))
+try:
+    sys.modules["jax"].devices()
+except RuntimeError:
+    print("first use of a device")
 """
-    assert python(code) == "[] False"
+    # Had a device been started before, JAX would have failed there.
+    assert python(code, JAX_PLATFORMS="no-such-platform").splitlines() == ["[]", "first use of a device"]
 
 
 def test_the_public_names_are_there_in_any_order_of_imports() -> None:

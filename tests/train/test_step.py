@@ -130,11 +130,13 @@ def test_validation_scores_each_image_on_its_own() -> None:
     assert (np.asarray(pixels) == 30 * 32).all()  # two rows of each mask are to be ignored
 
 
-def test_a_step_compiles_once() -> None:
+def test_a_step_compiles_once(caplog: pytest.LogCaptureFixture) -> None:
     step, _, state = start(setting())
-    for number in range(3):
-        state, _ = step(state, batch(seed=number))
-    assert step._cache_size() == 1
+    batches = [batch(seed=number) for number in range(3)]
+    with jax.log_compiles():
+        for each in batches:
+            state, _ = step(state, each)
+    assert sum("Compiling jit(train_step)" in message for message in caplog.messages) == 1
 
 
 def test_soft_masks_are_trained_on_unrounded() -> None:
