@@ -87,7 +87,7 @@ def run_to_torch(src: Path, dst: Path) -> list[str]:
     """
     run = RunFolder(run_folder_of(src))
     if not run.config_file.is_file():
-        raise UserError(f"{src} is no run folder, nor a checkpoint in one: {run.config_file} does not exist")
+        raise UserError(f"{src} is neither a run folder nor a checkpoint in one: {run.config_file} does not exist")
     config = configuration.read(run.config_file)
     with _precision(config):
         restored = read_checkpoint(src, lambda arrays: _blank_state(config, _outputs(arrays, src)))
@@ -190,7 +190,7 @@ def from_torch(
     known = {*names, *(("step",) if names is ADAM else ())}
     public = {row.public for row in rows}
     unknown = [name for name in buffers if name not in public and not name.startswith(f"{DEAD_BLOCK}.")]
-    problems = [f"{name} is no parameter of this network" for name in unknown]
+    problems = [f"{name} is not a parameter of this network" for name in unknown]
     trees: dict[str, nnx.State[Any, Any]] = {}
     for theirs, ours in names.items():
         states: dict[Any, Any] = {}
@@ -316,7 +316,7 @@ def _configuration(content: Mapping[str, Any], src: Path, name: str | None) -> t
     except (TypeError, json.JSONDecodeError):
         header = None
     if not isinstance(header, dict):
-        raise UserError(f"{src}: its entry {HEADER!r} is no JSON object")
+        raise UserError(f"{src}: its entry {HEADER!r} is not a JSON object")
     if name is None and "config" not in header:
         raise UserError(f"{src} contains no configuration: give --config NAME or a TOML file")
     config = configuration.from_dict(header["config"], str(src)) if name is None else configuration.load(name)

@@ -9,7 +9,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,6 @@ from pdrunet_jax.data.labelme.write import write_labelme
 from pdrunet_jax.predict.inference import Prediction
 from pdrunet_jax.predict.inputs import is_dicom
 from pdrunet_jax.predict.medical import read_geometry, require_viewer_format, write_nifti, write_nrrd
-from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 
@@ -44,7 +43,7 @@ RECORD_KEY = "pdrunet_jax.predict"
 """Key of the PNG text chunk in a mask that holds its record as JSON."""
 
 Record = dict[str, Any]
-"""How a mask was made: "settings", "input" (see `fingerprint`), "files" (suffixes of the other files written),
+"""How a mask was made: "settings", "input" (`resume.fingerprint`), "files" (suffixes of the other files written),
 "pixels" of each class by name, and "spacing" in mm or null."""
 
 
@@ -186,30 +185,6 @@ def write_result(
 def with_suffix(target: Path, suffix: str) -> Path:
     """`target` with `suffix` appended to its name."""
     return target.with_name(target.name + suffix)
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Identity of an image: its digest, and its size and modification time, which are quick to compare."""
-    state = path.stat()
-    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256(path)}
-
-
-def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
-    """Whether the image at `path` still has the fingerprint `known`."""
-    state = path.stat()
-    if state.st_size != known["bytes"]:
-        return False
-    return state.st_mtime_ns == known["changed"] or sha256(path) == known["sha256"]
-
-
-def read_record(target: Path) -> Record | None:
-    """The record in the mask of a result; None if there is no mask, or if this command did not write it."""
-    try:
-        with Image.open(with_suffix(target, MASK), formats=("PNG",)) as image:  # reads no pixels
-            record = json.loads(image.info.get(RECORD_KEY, "null"))
-    except (OSError, ValueError, SyntaxError):
-        return None
-    return record if isinstance(record, dict) and {"settings", "input", "files", "pixels"} <= record.keys() else None
 
 
 def _write_mask(image: Image.Image, path: Path, record: Record) -> None:

@@ -1,5 +1,6 @@
 """Resume a prediction run: find finished images, and refuse to mix results made with different settings."""
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pdrunet_jax.predict.inference import Prediction
-from pdrunet_jax.predict.outputs import (
-    LABELME,
-    MASK,
-    Record,
-    WrittenFiles,
-    fingerprint,
-    read_record,
-    unchanged,
-    with_suffix,
-)
+from pdrunet_jax.predict.outputs import LABELME, MASK, RECORD_KEY, Record, WrittenFiles, with_suffix
+from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import UserError
 
 MAX_LISTED = 10
@@ -83,6 +77,30 @@ def finished_images(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: 
             + "\nTo continue, use the earlier weights and options, another --output, or --overwrite to replace them."
         )
     return finished
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Identity of an image: its digest, and its size and modification time, which are quick to compare."""
+    state = path.stat()
+    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256(path)}
+
+
+def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
+    """Whether the image at `path` still has the fingerprint `known`."""
+    state = path.stat()
+    if state.st_size != known["bytes"]:
+        return False
+    return state.st_mtime_ns == known["changed"] or sha256(path) == known["sha256"]
+
+
+def read_record(target: Path) -> Record | None:
+    """The record in the mask of a result; None if there is no mask, or if this command did not write it."""
+    try:
+        with Image.open(with_suffix(target, MASK), formats=("PNG",)) as image:  # reads no pixels
+            record = json.loads(image.info.get(RECORD_KEY, "null"))
+    except (OSError, ValueError, SyntaxError):
+        return None
+    return record if isinstance(record, dict) and {"settings", "input", "files", "pixels"} <= record.keys() else None
 
 
 def _inspect(recipe: Recipe, path: Path, target: Path) -> tuple[Record | None, dict[str, Path]]:

@@ -172,7 +172,7 @@ def test_options_that_do_not_go_together_are_refused(own: Path, config: Path, tm
     (tmp_path / "full" / "config.toml").touch()
     with pytest.raises(UserError, match="convert a training run to a new folder"):
         convert(own, tmp_path / "full", config=str(config), force=True)
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="neither a run folder"):
         convert(tmp_path / "full" / "no", tmp_path / "a.pth", to_torch_training_state=True)
 
 
@@ -185,7 +185,7 @@ def test_a_run_folder_of_weights_alone_has_no_training_to_convert(own: Path, tmp
 def test_the_header_of_a_state_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "own.pth"
     torch.save(own_training(pdrunet="{"), path)
-    with pytest.raises(UserError, match="no JSON object"):
+    with pytest.raises(UserError, match="not a JSON object"):
         convert(path, tmp_path / "run")
     config = configuration.to_dict(configuration.parse(CONFIG, "tiny"))
     config["optim"]["nmae"] = 1
