@@ -56,16 +56,22 @@ class Restored:
 class Checkpoints:
     """The checkpoints of one run: the latest `keep_latest`, and the `keep_best` with the highest validation Dice.
 
-    Opening the folder removes what a killed process left behind and verifies every digest. Only one process may write
-    to it; `RunFolder.lock` ensures that. Raises `RunError` if the folder cannot be written.
+    Opening the folder removes what a killed process left behind and verifies every digest. Only one run may write to
+    it; `RunFolder.lock` ensures that. Raises `RunError` if the folder cannot be written.
+
+    In a run of several processes only the main one of `group` accesses the folder. Parameters are the same in all of
+    them, so it has everything there is to save. A checkpoint does not depend on the number of devices or processes.
     """
 
-    def __init__(self, folder: Path, keep_latest: int, keep_best: int) -> None:
+    def __init__(self, folder: Path, keep_latest: int, keep_best: int, group: Group | None = None) -> None:
         self.folder = folder.absolute()  # Orbax takes no relative paths
+        self._group = group or Group()
         self.keep_latest = keep_latest
         self.keep_best = keep_best
         self._scores: dict[int, float | None] = {}
         self._damaged: dict[int, str] = {}
+        if not self._group.is_main:
+            return
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
@@ -77,11 +83,11 @@ class Checkpoints:
                 self._scores[step] = meta["val_dice"]
 
     def steps(self) -> list[int]:
-        """Steps of the intact checkpoints, ascending."""
+        """Steps of the intact checkpoints, ascending; none outside the main process."""
         return sorted(self._scores)
 
     def latest_step(self) -> int | None:
-        """Step of the newest intact checkpoint, or None."""
+        """Step of the newest intact checkpoint, or None; None outside the main process."""
         return max(self._scores, default=None)
 
     def save(
@@ -95,8 +101,11 @@ class Checkpoints:
         """Write the checkpoint of `step`, then delete those that are neither among the latest nor among the best.
 
         `state` is any pytree of arrays; `position` and `extra` are JSON-serializable. On return the checkpoint is on
-        disk. Raises `RunError` if it cannot be written; earlier checkpoints are then unchanged.
+        disk; processes other than the main one return at once. Raises `RunError` if it cannot be written; earlier
+        checkpoints are then unchanged.
         """
+        if not self._group.is_main:
+            return
         final, temporary = self.folder / str(step), self.folder / f"{_WRITING}{step}"
         score = None if val_dice is None or math.isnan(val_dice) else float(val_dice)
         meta = {"step": step, "position": dict(position), "extra": dict(extra or {}), "val_dice": score}
@@ -123,10 +132,17 @@ class Checkpoints:
     def restore(self, template: Any) -> Restored | None:
         """Restore the newest intact checkpoint, bit for bit; None if the folder holds no checkpoint at all.
 
-        `template` is a pytree of arrays or `jax.ShapeDtypeStruct` with the structure that was saved. Damaged
-        checkpoints are reported on standard error and set aside as `STEP.damaged`. Raises `UserError` if checkpoints
-        exist but none is intact (nothing is changed), or if names, shapes or types differ from `template`.
+        `template` is a pytree of arrays or `jax.ShapeDtypeStruct` with the structure that was saved; outside the main
+        process it is itself the restored state. Damaged checkpoints are reported on standard error and set aside as
+        `STEP.damaged`. Raises `UserError` if checkpoints exist but none is intact (nothing is changed), or if names,
+        shapes or types differ from `template`.
         """
+        restored = self._restore_newest(template) if self._group.is_main else None
+        about = {name: value for name, value in vars(restored).items() if name != "state"} if restored else {}
+        about = json.loads(self._group.broadcast(json.dumps(about)))
+        return Restored(state=restored.state if restored else template, **about) if about else None
+
+    def _restore_newest(self, template: Any) -> Restored | None:
         step = self.latest_step()
         if step is None:
             if not self._damaged:
@@ -166,41 +182,6 @@ class Checkpoints:
                 path.rename(original)
             else:
                 _remove(path)
-
-
-class GroupCheckpoints:
-    """`Checkpoints` of a run of several processes: the main one reads and writes, and broadcasts what it read.
-
-    Parameters are the same in every process, so the main one has all there is to save and no other process needs
-    access to the folder. A checkpoint does not depend on the number of devices or processes.
-    """
-
-    def __init__(self, group: Group, folder: Path, keep_latest: int, keep_best: int) -> None:
-        self._group = group
-        self._own = Checkpoints(folder, keep_latest, keep_best) if group.is_main else None
-
-    def latest_step(self) -> int | None:
-        """`Checkpoints.latest_step` in the main process; None in the others."""
-        return None if self._own is None else self._own.latest_step()
-
-    def restore(self, template: Any) -> Restored | None:
-        """`Checkpoints.restore`; outside the main process the state is `template` itself."""
-        found = None if self._own is None else self._own.restore(template)
-        about = {name: value for name, value in vars(found).items() if name != "state"} if found else {}
-        about = json.loads(self._group.broadcast(json.dumps(about)))
-        return Restored(state=found.state if found else template, **about) if about else None
-
-    def save(
-        self,
-        step: int,
-        state: Any,
-        position: Mapping[str, Any],
-        extra: Mapping[str, Any] | None = None,
-        val_dice: float | None = None,
-    ) -> None:
-        """`Checkpoints.save` in the main process; the others do not wait here, but at their next step."""
-        if self._own is not None:
-            self._own.save(step, state, position, extra, val_dice)
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

@@ -11,7 +11,7 @@ from pdrunet_jax.data import overlay
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.pipeline import TrainBatches, eval_batches, position_after
 from pdrunet_jax.model.layers import State
-from pdrunet_jax.runtime.checkpoint import GroupCheckpoints
+from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.files import writing
 from pdrunet_jax.runtime.malloc import trim_malloc
@@ -38,7 +38,7 @@ class Training:
     """The processes that train together. Only the main one writes to `run`."""
     place: Placement
     """The devices of all of them."""
-    checkpoints: GroupCheckpoints
+    checkpoints: Checkpoints
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     eval_step: Callable[[State, State, Batch], Metrics]
     batches: TrainBatches

@@ -19,7 +19,7 @@ from pdrunet_jax.data.pipeline import train_batches
 from pdrunet_jax.model.load import load_same, start_from
 from pdrunet_jax.model.network import foreground_classes
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.checkpoint import GroupCheckpoints
+from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.devices import Placement, describe_device, make_mesh, require_divisible
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
@@ -96,7 +96,7 @@ def prepare(
         UserError: the checkpoints are of other data or settings, or none of them is intact.
     """
     settings = config.train
-    checkpoints = GroupCheckpoints(group, folder.checkpoints, settings.keep_latest, settings.keep_best)
+    checkpoints = Checkpoints(folder.checkpoints, settings.keep_latest, settings.keep_best, group)
     model = build_model(config, outputs)
     if settings.weights is not None and group.is_main and checkpoints.latest_step() is None:
         start_from(model, settings.weights)
