@@ -1,4 +1,4 @@
-"""The session's settings, restored afterwards, and the error budget at its end."""
+"""Precision settings of the session, and the error budget printed at its end."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -29,21 +29,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--parity-report",
         type=Path,
         default=REPORT,
-        help=f"JSON file of the error budget, with a page of the same name beside it ({REPORT})",
+        help=f"write the error budget to this JSON file, and a page next to it with the suffix .html ({REPORT})",
     )
     parser.addoption(
         "--torch-process",
         action="store_true",
-        help="run PyTorch in a process of its own, on a GPU where it sees one; as is done where JAX runs on a GPU",
+        help="run PyTorch in a separate process, on a GPU if it finds one; the default when JAX runs on a GPU",
     )
 
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves a GPU's memory to the other processes
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave GPU memory to the other processes
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
-    if output is not None:  # one of several processes: the first one reports
+    if output is not None:  # a worker process: the main one reports
         output["parity"] = {
             "budget": session.config.stash[_BUDGET].as_dict(),
             "devices": session.config.stash.get(_DEVICES, {}),
@@ -66,7 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="package", autouse=True)
 def settings(pytestconfig: pytest.Config) -> Iterator[None]:
-    """Both frameworks in their most exact and deterministic mode."""
+    """Switch both frameworks to their most exact and deterministic mode."""
     cache = getattr(pytestconfig, "cache", None)  # absent under `-p no:cacheprovider`
     if jax.config.jax_compilation_cache_dir is None and cache is not None:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
@@ -80,8 +80,8 @@ def settings(pytestconfig: pytest.Config) -> Iterator[None]:
     torch_side.exact()
     theirs = "CPU"
     if jax.default_backend() != "cpu" or pytestconfig.getoption("--torch-process", False):
-        theirs = torch_side.own_process() + ", in a process of its own"
-    # Elsewhere the errors are others, and the standard itself is what they are held to.
+        theirs = torch_side.own_process() + ", in a separate process"
+    # Errors differ on other devices; there the standard's tolerances apply.
     Budget.measured_here = jax.default_backend() == "cpu" and theirs.startswith("CPU")
     pytestconfig.stash[_DEVICES] = {"JAX": jax.devices()[0].device_kind, "PyTorch": theirs}
     yield
@@ -95,13 +95,13 @@ def settings(pytestconfig: pytest.Config) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def budget(pytestconfig: pytest.Config) -> Budget:
-    """Holds a comparison to its tolerance and notes what was measured."""
+    """Checks comparisons against their tolerances and records the measured errors."""
     return pytestconfig.stash[_BUDGET]
 
 
 @pytest.fixture
 def caught(budget: Budget, request: pytest.FixtureRequest) -> Callable[..., str]:
-    """Run a comparison that must fail, with a budget of its own, and note which check caught it."""
+    """Run a comparison that must fail, with a budget of its own, and record which check failed."""
 
     def run(comparison: Callable[..., None], *arguments: Any) -> str:
         with pytest.raises(AssertionError) as failure:
@@ -124,6 +124,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
     path = config.getoption("--parity-report", REPORT)
     page = report.write(path, budget, devices)
-    if path == REPORT:  # generated where the tests are, so it says itself that it is not to be kept
+    if path == REPORT:  # generated in the source tree: keep it out of version control
         (path.parent / ".gitignore").write_text("*\n", encoding="utf-8")
     terminalreporter.write_line(f"written to {path} and {page}")

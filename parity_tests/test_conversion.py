@@ -1,4 +1,4 @@
-"""Level 1: the table of names is a bijection, and conversion changes no bit."""
+"""Level 1: the name table is a bijection, and conversion changes no bit."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,9 @@ from parity_tests.support.cases import DTYPES
 from parity_tests.support.compare import largest, same_names
 from parity_tests.support.jax_side import make_flax
 from parity_tests.support.torch_side import make_twin, state_arrays
+from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model.files import read_weights, write_pth, write_safetensors
+from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import dead_entries, from_public, name_table, to_public
 from pdrunet_torch_ref import PDRUNet as Twin
@@ -49,7 +51,7 @@ def test_table_is_a_bijection_between_the_two_networks(case: Case, budget: Budge
     assert {name: array.shape for name, array in state.items()} == {row.public: row.shape for row in rows} | dead
     assert [name for name in state if name not in dead] == [row.public for row in rows], "the order differs"
 
-    model = nnx.eval_shape(lambda: PDRUNet.from_options(**case.options, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: PDRUNet(ModelConfig(**case.options), rngs=nnx.Rngs(0)))
     for kind in (nnx.Param, nnx.BatchStat):
         paths = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
         wanted = {row.path: row.shape for row in rows if row.variable is kind}
@@ -79,8 +81,8 @@ def test_torch_to_jax_to_torch_is_bit_equal(case: Case, dtype: str, budget: Budg
 @pytest.mark.parametrize("case", CASES[3::10], ids=str)
 def test_jax_to_torch_to_jax_is_bit_equal(case: Case, dtype: str, budget: Budget) -> None:
     case = case.replace(dtype=dtype)
-    model = PDRUNet.from_options(**case.options, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(7))
-    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    model = PDRUNet(ModelConfig(**case.options), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(7))
+    _, params, stats = split_state(model)
     twin = Twin(**case.options).to(getattr(torch, dtype))
     arrays = to_public(params, stats)
     twin.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=True)
@@ -116,14 +118,14 @@ def test_parameter_counts_are_those_of_the_public_code() -> None:
     assert count(public) - count(live(public)) == 29_040
     assert count(live(state_arrays(Twin(outputs=2)))) == 363_562
     assert count(live(state_arrays(Twin(outputs=2, norm="none")))) == 361_482
-    model = nnx.eval_shape(lambda: PDRUNet.from_options(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: PDRUNet(ModelConfig(), rngs=nnx.Rngs(0)))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 363_521
 
 
 def test_the_count_of_batches_survives_the_change_of_its_type() -> None:
     model = make_flax(state_arrays(make_twin(Case())), Case())
     assert model.e1.bnorm1.num_batches_tracked[...].dtype == jnp.int32
-    _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    _, params, stats = split_state(model)
     count = to_public(params, stats)["e1.bnorm1.num_batches_tracked"]
     assert (count, count.dtype, count.shape) == (3, np.int64, ())
 

@@ -32,7 +32,7 @@ LOSSES = [
 
 
 def make_data(name: str, outputs: int, dtype: str, kind: str, weights: tuple[float, ...] = ()) -> Data:
-    """Logits (N, H, W, K) and the loss `name`: with `kind` "soft" grey targets, "ignored" or "empty" pixels."""
+    """Return logits (N, H, W, K) and the loss `name`. `kind`: soft targets, ignored pixels, or an empty image."""
     rng = np.random.default_rng(outputs)
     logits = (3 * rng.standard_normal((*SHAPE, outputs))).astype(dtype)
     logits.flat[::97] *= 30  # saturated probabilities
@@ -84,7 +84,7 @@ def test_losses_agree_on_soft_targets(name: str, dtype: str, budget: Budget) -> 
 def test_unweighted_entropies_are_one_call_of_pytorch(
     name: str, outputs: int, kind: str, dtype: str, budget: Budget
 ) -> None:
-    """Straight against torch.nn.functional, nothing of the twin's in between."""
+    """Compare with torch.nn.functional directly, without the twin."""
     logits, objective = make_data(name, outputs, dtype, kind)
     compare_loss(budget, dtype, objective, dataclasses.replace(objective, name=f"torch {name}"), logits, kind)
 
@@ -109,7 +109,7 @@ def test_metrics_agree_with_torchmetrics(classes: int, budget: Budget) -> None:
     errors = {}
     for image in range(shape[0]):
         for index in range(1, classes + 1):
-            # One class against the rest, with -1 for what is left out: the plainest form of every metric there.
+            # One class against the rest, with -1 for ignored pixels: the plainest form of each metric.
             truth = torch.where(theirs[image] < 0, -1, (theirs[image] == index).long())
             guess = torch.from_numpy((prediction[image] == index).astype(np.int64))
             stats = reference.binary_stat_scores(guess, truth, ignore_index=-1)[:4]
@@ -124,7 +124,7 @@ def test_metrics_agree_with_torchmetrics(classes: int, budget: Budget) -> None:
 
 
 class PassOn(nnx.Module):
-    """A network that returns what it is given."""
+    """A network that returns its input."""
 
     def __call__(self, images: jax.Array) -> jax.Array:
         return images

@@ -1,4 +1,4 @@
-"""Level 7: updates of every optimizer, learning rates of every schedule, and the optimizer's state both ways."""
+"""Level 7: updates of every optimizer, learning rates of every schedule, optimizer state in both directions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ SHAPES = {"kernel": (3, 3, 4, 4), "bias": (4,), "scale": (5,)}
 
 
 def gradients(dtype: str) -> list[Arrays]:
-    """Gradients of very different sizes, as training has them."""
+    """Gradients of very different magnitudes, as in training."""
     rng = np.random.default_rng(0)
     sizes = {name: 10.0 ** rng.uniform(-6, 1, shape) for name, shape in SHAPES.items()}
     return [
@@ -56,7 +56,7 @@ def parameters(dtype: str) -> Arrays:
 
 
 def updates_in_jax(optimizer: optax.GradientTransformation, dtype: str, others: Sequence[Arrays] = ()) -> list[Arrays]:
-    """The parameters after each update; each starts from those of `others` after the one before, where given."""
+    """Return the parameters after each update; with `others`, each update starts from the parameters there."""
 
     @jax.jit
     def update(gradient: Any, state: Any, current: Any) -> Any:
@@ -83,7 +83,7 @@ def updates_in_torch(config: OptimConfig, dtype: str) -> list[Arrays]:
 def test_a_hundred_updates_agree(name: str, dtype: str, budget: Budget) -> None:
     config = OPTIMIZERS[name]
     want = updates_in_torch(config, dtype)
-    # In float32 the rounding of the parameters themselves piles up, in either framework to another sum.
+    # In float32 the rounding errors of the parameters accumulate, differently in each framework.
     got = updates_in_jax(make_optimizer(config, UPDATES), dtype, want if dtype == "float32" else ())
     compare_updates(budget, dtype, got, want, name)
 
@@ -116,7 +116,7 @@ def test_learning_rates_are_those_of_pytorchs_schedulers(name: str, budget: Budg
 
 
 def trained(case: Case, config: OptimConfig) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The twin after three updates of a real optimizer."""
+    """Return the twin and its optimizer after three updates."""
     twin = make_twin(case)
     optimizer = make_torch_optimizer(twin, dataclasses.asdict(config))
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The command that walks a checkpoint through both networks names the first value that differs."""
+"""`python -m parity_tests.support.walk`: agreement, and the first value that differs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The error budget: what each comparison may differ by, and what it was measured to differ by."""
+"""The error budget: tolerance and measured error of every comparison."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 BIT_EQUAL = (0.0, 0.0)
 NOT_HELD = 0.0
-"""Stands in for a dtype in which there is no such comparison: one would fail."""
+"""Placeholder for a dtype without such a comparison; any comparison would fail."""
 
 STANDARD: dict[int, tuple[float, float]] = {
     1: BIT_EQUAL,
@@ -20,14 +20,14 @@ STANDARD: dict[int, tuple[float, float]] = {
     9: (1e-12, 1e-5),
     10: (1e-11, 1e-4),
 }
-"""Level: the loosest tolerance it may have in float64 and in float32."""
+"""Level: its loosest permitted tolerance in float64 and in float32."""
 
 EXCEPTIONS: dict[str, tuple[float, float]] = {
     "initial kernels": (5e-3, 5e-3),
     "initial biases": (1e-1, 1e-1),
     "loss of training steps": (1e-9, 1e-5),
-    # What Adam makes of the rounding noise that a bias before BatchNorm has for a gradient, and what follows it. In
-    # float32 each update may be of the size of the learning rate; see `compare_trajectories`.
+    # The gradient of a bias before BatchNorm is rounding noise, which Adam turns into updates. In float32 an update can
+    # be as large as the learning rate; see `compare_trajectories`.
     "biases before BatchNorm": (1e-6, 1e-1),
     "running mean after steps": (1e-6, 1e-1),
     "logits at the end, with BatchNorm": (1e-6, 1.0),
@@ -35,11 +35,11 @@ EXCEPTIONS: dict[str, tuple[float, float]] = {
     "bfloat16: gradients": (2e-2, 2e-2),
     "bfloat16: buffers": (2e-2, 2e-2),
 }
-"""Comparisons whose loosest tolerance is not their level's: statistics, chaos, half precision."""
+"""Comparisons with a limit of their own, for statistics, chaos or half precision."""
 
 
 def standard(level: int, comparison: str) -> tuple[float, float]:
-    """The loosest tolerance that a comparison may have in float64 and in float32."""
+    """Return the loosest permitted tolerance of a comparison in float64 and in float32."""
     return EXCEPTIONS.get(comparison, STANDARD[level])
 
 
@@ -106,28 +106,28 @@ TOLERANCES: dict[tuple[int, str], tuple[float, float]] = {
     (10, "sharding: gradients"): (5.5e-14, NOT_HELD),
     (10, "sharding: buffers"): (1.2e-15, NOT_HELD),
 }
-"""Level and comparison: tolerance in float64 and in float32, about twice what was measured on CPUs."""
+"""Level and comparison: tolerance in float64 and in float32, about twice the error measured on CPUs."""
 
 PICTURED = {(3, "activations, eval"), (3, "activations, train"), (5, "gradients")}
-"""Comparisons whose errors are kept by name, for the report's picture of error by layer."""
+"""Comparisons whose errors are kept by name, for the report's chart of error by layer."""
 
 
 @dataclasses.dataclass
 class Row:
-    """One line of the printed budget: the worst over all cases."""
+    """One line of the printed budget: the largest error over all cases."""
 
     level: int
     comparison: str
     dtype: str
     tolerance: float | None
-    """None: measured and noted only."""
+    """None: measured only."""
     measured: float = 0.0
     worst: str = ""
     cases: int = 0
 
 
 def tolerance_of(level: int, comparison: str, dtype: str) -> float:
-    """The tolerance of a comparison on the present device."""
+    """Return the tolerance of a comparison on the present device."""
     both = TOLERANCES[level, comparison] if Budget.measured_here else standard(level, comparison)
     if TOLERANCES[level, comparison] == BIT_EQUAL:
         both = BIT_EQUAL
@@ -135,10 +135,10 @@ def tolerance_of(level: int, comparison: str, dtype: str) -> float:
 
 
 class Budget:
-    """Holds comparisons to their tolerances and remembers what was measured.
+    """Check comparisons against their tolerances and record the measured errors.
 
     Attributes:
-        measured_here: the tolerances are those measured on CPUs; else, on another device, the standard's.
+        measured_here: use the tolerances measured on CPUs; False on other devices, where the standard's apply.
     """
 
     measured_here: ClassVar[bool] = True
@@ -149,9 +149,9 @@ class Budget:
         self.controls: dict[str, str] = {}
 
     def hold(self, level: int, comparison: str, dtype: str, errors: Mapping[str, float], where: str = "") -> None:
-        """Note `errors` (by name, in the order of computation) and assert that all are within the tolerance.
+        """Record `errors`, by name in the order of computation, and assert that all are within the tolerance.
 
-        The message names the first that is not: when a network differs, that is where to look.
+        The message names the first error above it, which is where the two networks begin to differ.
         """
         tolerance = tolerance_of(level, comparison, dtype)
         row = self.rows.setdefault((level, comparison, dtype), Row(level, comparison, dtype, tolerance))
@@ -171,11 +171,11 @@ class Budget:
         )
 
     def note(self, level: int, comparison: str, dtype: str, measured: float) -> None:
-        """Note a figure that is held to nothing."""
+        """Record a figure without a tolerance."""
         self.rows[level, comparison, dtype] = Row(level, comparison, dtype, None, measured, cases=1)
 
     def lines(self) -> list[str]:
-        """The budget as a table for the terminal."""
+        """Return the budget as a table for the terminal."""
         heading = f"{'level':5}  {'comparison':38} {'dtype':8} {'measured':>9} {'tolerance':>9} {'cases':>5}  worst"
         lines = [heading]
         for row in self.sorted_rows():
@@ -185,12 +185,12 @@ class Budget:
                 f"  {row.worst}"
             )
         if self.controls:
-            lines += ["", "negative control, and the check that it made fail"]
+            lines += ["", "negative control: the check that failed, as it must"]
             lines += [f"  {name}: {caught}" for name, caught in self.controls.items()]
         return lines
 
     def merge(self, other: Mapping[str, Any]) -> None:
-        """Take in what `as_dict` gave of a budget in another process."""
+        """Add the budget of another process, from its `as_dict`."""
         for values in other["budget"]:
             theirs = Row(**values)
             row = self.rows.setdefault((theirs.level, theirs.comparison, theirs.dtype), dataclasses.replace(theirs))
@@ -205,7 +205,7 @@ class Budget:
         self.controls |= other["controls"]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return the budget as plain values, for JSON."""
         return {
             "budget": [dataclasses.asdict(row) for row in self.sorted_rows()],
             "layers": [
@@ -216,5 +216,5 @@ class Budget:
         }
 
     def sorted_rows(self) -> list[Row]:
-        """By level, comparison and dtype."""
+        """Return the rows by level, comparison and dtype."""
         return sorted(self.rows.values(), key=lambda row: (row.level, row.comparison, row.dtype))

@@ -1,5 +1,5 @@
-"""A network with its input, and what one pass of it leaves: NumPy alone, so that either framework can do without the
-other."""
+"""Networks with their inputs, and the results of a pass or a training. NumPy only, so that each framework can run
+without the other."""
 
 import dataclasses
 from typing import Any
@@ -40,7 +40,7 @@ class Case:
 
 @dataclasses.dataclass
 class Pass:
-    """What one pass leaves, arrays in NHWC order under the public names."""
+    """Results of one pass: arrays in NHWC order by public name."""
 
     activations: Arrays
     logits: np.ndarray
@@ -51,36 +51,36 @@ class Pass:
 
 @dataclasses.dataclass
 class Trajectory:
-    """What training steps leave."""
+    """Results of training steps."""
 
     losses: list[float]
-    """Before each update."""
+    """Loss before each update."""
     arrays: Arrays
-    """Parameters and buffers after the last one, under the public names and in the public layout."""
+    """Parameters and buffers after the last update, by public name, in the public layout."""
     logits: np.ndarray
-    """Of the last images, in evaluation mode, NHWC."""
+    """Logits of the last images in evaluation mode, NHWC."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The input of one training step."""
+    """Input of one training step."""
 
     images: np.ndarray
     """(N, H, W, C), in [0, 1]."""
     target: np.ndarray
     valid: np.ndarray
     masks: list[np.ndarray]
-    """What the two dropouts keep, (N, H, W, filters), bool."""
+    """Keep masks of the two dropouts, (N, H, W, filters), bool."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss with all that it needs but the logits."""
+    """A loss with all its inputs except the logits."""
 
     name: str
     outputs: int
     target: np.ndarray
-    """(N, H, W), float for one output and class indices, int32, else."""
+    """(N, H, W): float for one output, int32 class indices otherwise."""
     valid: np.ndarray
     """Pixels that count, (N, H, W), bool."""
     class_weights: tuple[float, ...] = ()
@@ -98,7 +98,7 @@ def make_masks(case: Case, seed: int = 2) -> list[np.ndarray]:
 
 
 def make_objective(case: Case, seed: int = 3) -> Objective:
-    """The default loss with a random target, and nine of ten pixels valid."""
+    """The default loss with a random target; 90 % of the pixels are valid."""
     rng = np.random.default_rng(seed)
     classes = rng.integers(0, max(case.outputs, 2), case.shape)
     valid = rng.random(case.shape) < 0.9

@@ -1,4 +1,4 @@
-"""The networks that levels 3, 5 and 6 are held on, and their passes, computed once."""
+"""The networks of levels 3, 5 and 6 and their passes, each computed once."""
 
 import itertools
 from functools import cache
@@ -26,8 +26,11 @@ _COMPILED = (
     Case(path="fused", norm="none", shape=SMALL),
 )
 
-CASES = tuple(case.replace(dtype=dtype) for case in _COMPILED for dtype in DTYPES)
-"""Compiled as one program, as in use: a choice of the options, the public code's width, and each execution path."""
+# Float32 shows rounding only: the default network, the public width, no normalisation, and each path.
+_ROUNDED = (_COMPILED[0], _COMPILED[2], _COMPILED[6], _COMPILED[7], _COMPILED[8])
+
+CASES = (*_COMPILED, *(case.replace(dtype="float32") for case in _ROUNDED))
+"""Compiled as one program, as in production: a selection of options, the public code's width, and each path."""
 
 _COMBINATIONS = (
     Case(shortcut=shortcut, norm=norm, in_channels=channels, outputs=outputs, shape=shape)
@@ -37,18 +40,17 @@ _COMBINATIONS = (
 )
 
 SWEEP = tuple(case for case in _COMBINATIONS if case not in CASES)
-"""All other combinations of the options, on odd and on small sizes; operation by operation, each compiled once for all.
-"""
+"""All other combinations of the options, on odd and on small sizes, computed operation by operation."""
 
 
 def state_of(case: Case) -> Arrays:
-    """The twin's arrays for this case, under the public names."""
+    """The twin's arrays for this case, by public name."""
     return torch_side.state_arrays(torch_side.make_twin(case))
 
 
 @cache
 def eval_passes(case: Case) -> tuple[Pass, Pass]:
-    """A pass in evaluation mode in JAX and in PyTorch."""
+    """A pass in evaluation mode, in JAX and in PyTorch."""
     arrays, images = state_of(case), make_images(case)
     got = jax_side.jax_pass(jax_side.make_flax(arrays, case), images, train=False, how=_how(case))
     return got, on_torch(torch_side.network_pass, case, arrays, [(images, None)], False)
@@ -56,7 +58,7 @@ def eval_passes(case: Case) -> tuple[Pass, Pass]:
 
 @cache
 def train_passes(case: Case) -> tuple[Pass, Pass]:
-    """A pass in training mode with injected dropout masks, its default loss and all gradients, in both."""
+    """A pass in training mode with injected dropout masks, the default loss and all gradients, in both frameworks."""
     arrays, images, masks, objective = state_of(case), make_images(case), make_masks(case), make_objective(case)
     model = jax_side.make_flax(arrays, case)
     loss = jax_side.loss_of(objective)
@@ -67,6 +69,6 @@ def train_passes(case: Case) -> tuple[Pass, Pass]:
 def _how(case: Case) -> jax_side.How:
     if case in SWEEP:
         return "op by op"
-    # As in production where that is quick to compile, on each of the paths; see `jax_side.compiled`.
+    # As in production where that compiles fast, at least once a path; see `jax_side.compiled`.
     ordinary = case.dtype == "float32" and case.shape == Case.shape and case.outputs == 1
     return "optimised" if ordinary and case.path != "polyphase" else "compiled"

@@ -1,4 +1,4 @@
-"""The comparisons that the levels share, and that the negative controls must make fail."""
+"""Comparisons shared by the levels; the negative controls must make them fail."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from parity_tests.support.case import Arrays, Case, Pass, Trajectory
 
 
 def largest(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest absolute difference; infinite for another shape or dtype, NaN for NaN."""
+    """Largest absolute difference; infinite if shape or dtype differ, NaN for NaN."""
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
@@ -18,19 +18,19 @@ def largest(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference over the largest magnitude."""
+    """Largest difference divided by the largest magnitude."""
     return largest(got, want) / max(float(np.abs(want).max(initial=0.0)), np.finfo(np.float64).tiny)
 
 
 def of_norm(got: np.ndarray, want: np.ndarray) -> float:
-    """The norm of the difference over the norm."""
+    """Norm of the difference divided by the norm."""
     if got.shape != want.shape or got.dtype != want.dtype:
         return float("inf")
     return float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), np.finfo(np.float64).tiny))
 
 
 def same_names(got: Mapping[str, object], want: Mapping[str, object], what: str) -> None:
-    """Assert that neither side has a name that the other lacks."""
+    """Assert that both sides have the same names."""
     difference = sorted(got.keys() ^ want.keys())
     assert not difference, f"{what}: names on one side only: {', '.join(difference)}"
 
@@ -46,7 +46,7 @@ def compare_outputs(budget: Budget, case: Case, mode: str, got: Pass, want: Pass
         if name in got.activations  # the fused path has no values between convolution and normalisation
     }
     budget.hold(3, f"activations, {mode}", case.dtype, errors, str(case))
-    # Absolute for logits of ordinary size; these networks are untrained and reach hundreds.
+    # Absolute for logits of ordinary size; the logits of these untrained networks reach hundreds.
     error = largest(got.logits, want.logits) / max(1.0, float(np.abs(want.logits).max()))
     budget.hold(3, f"logits, {mode}", case.dtype, {"logits": error}, str(case))
 
@@ -54,8 +54,8 @@ def compare_outputs(budget: Budget, case: Case, mode: str, got: Pass, want: Pass
 def compare_gradients(budget: Budget, case: Case, got: Pass, want: Pass) -> None:
     """Level 5: the gradient of every parameter, as a share of its norm.
 
-    A bias before BatchNorm has no effect, hence a true gradient of zero; what either framework computes is rounding
-    noise, which is measured against the gradient of the kernel beside it.
+    A bias before BatchNorm has no effect, so its true gradient is zero. Both frameworks compute rounding noise, which
+    is compared relative to the gradient of the same layer's kernel.
     """
     assert got.gradients is not None
     assert want.gradients is not None
@@ -95,8 +95,8 @@ def compare_initialisation(
 ) -> None:
     """Level 2: initial kernels and biases come from one distribution.
 
-    All are brought to U(-1, 1) by torch.nn.Conv2d's bound, 1 / sqrt(fan_in), and pooled: 360,000 kernel entries, 1040
-    biases. Measured is Kolmogorov and Smirnov's distance, whose noise goes with the square root of the sample.
+    All are scaled to U(-1, 1) by torch.nn.Conv2d's bound, 1 / sqrt(fan_in), and pooled: 360,000 kernel entries and 1040
+    biases. The error is the Kolmogorov-Smirnov distance; its noise decreases with the square root of the sample size.
     """
     same_names(got, want, "parameters")
     for leaf, comparison in (("weight", "initial kernels"), ("bias", "initial biases")):
@@ -111,7 +111,7 @@ def compare_initialisation(
 
 
 def compare_updates(budget: Budget, dtype: str, got: Sequence[Arrays], want: Sequence[Arrays], where: str) -> None:
-    """Level 7: parameters after each update, relative to the largest."""
+    """Level 7: parameters after each update, relative to the largest parameter."""
     errors = {
         f"{name} after update {number + 1}": relative(ours[name], array)
         for number, (ours, theirs) in enumerate(zip(got, want, strict=True))
@@ -123,8 +123,8 @@ def compare_updates(budget: Budget, dtype: str, got: Sequence[Arrays], want: Seq
 def compare_trajectories(budget: Budget, level: int, case: Case, got: Trajectory, want: Trajectory, where: str) -> None:
     """Levels 8 and 9: every loss; every parameter and buffer after the last step; logits in evaluation mode.
 
-    A bias before BatchNorm has no effect on the loss, so its gradient is rounding noise, of which Adam makes steps. The
-    running mean follows it, and so do, in evaluation mode, the logits; those three have bounds of their own.
+    A bias before BatchNorm has no effect on the loss, so its gradient is rounding noise, which Adam turns into steps.
+    The running mean follows the bias, and in evaluation mode the logits do; these three have tolerances of their own.
     """
     same_names(got.arrays, want.arrays, "arrays")
     losses = {f"step {i + 1}": abs(a - b) for i, (a, b) in enumerate(zip(got.losses, want.losses, strict=True))}
@@ -156,11 +156,11 @@ def compare_trajectories(budget: Budget, level: int, case: Case, got: Trajectory
 
 
 def compare_paths(budget: Budget, what: str, dtype: str, case: Case, got: Arrays, want: Arrays, where: str) -> None:
-    """Level 10: logits relative to their largest, everything else as a share of its norm.
+    """Level 10: logits relative to the largest one, everything else as a share of its norm.
 
-    In single and half precision the gradients are held together, not one by one. There are some 800,000 ReLUs in a
-    case, and where one's input lies within the rounding of zero, two paths may come out on different sides of it: a
-    whole pixel's gradient then comes or goes, which is much of a small tensor and little of all of them.
+    In single and half precision, all gradients are compared as one vector. A case has about 800,000 ReLUs, and where an
+    input is within rounding error of zero, two paths may disagree about its sign. The gradient of a whole pixel then
+    appears or disappears: a large share of a small tensor, but a small share of all gradients.
     """
     same_names(got, want, "arrays")
     scale = max(1.0, float(np.abs(want["logits"]).max()))

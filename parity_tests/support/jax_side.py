@@ -1,4 +1,4 @@
-"""The Flax model on the twin's weights, and one pass of it, named as the twin's."""
+"""The Flax model with the twin's weights, and one pass of it, with the twin's names."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,34 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from parity_tests.support.case import Arrays, Case, Objective, Pass
-from pdrunet_jax.config import LossConfig
+from pdrunet_jax.config import LossConfig, ModelConfig
 from pdrunet_jax.model.execution import Execution
+from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.compile import compiler_options
 from pdrunet_jax.train.losses import make_loss
 
 How = Literal["optimised", "compiled", "op by op"]
-"""One program as in production; one program without the compiler's last optimisations; or no program, each operation
-compiled for all cases of one shape."""
+"""One program as in production; one program without the compiler's last optimisations; or each operation by itself,
+compiled once for all cases of one shape."""
 
 
-def make_flax(arrays: Arrays, case: Case) -> PDRUNet:
-    """The Flax model with the twin's arrays, by way of `weights.from_public`."""
+def make_flax(arrays: Arrays, case: Case, *, dtype: DTypeLike | None = None) -> PDRUNet:
+    """Build the Flax model with the twin's arrays, imported with `weights.from_public`; `dtype` as in `PDRUNet`."""
     imported = from_public(arrays, "the twin")
-    dtype = jnp.dtype(case.dtype)
+    config = ModelConfig(**case.options, conv=case.path)
 
     def build() -> PDRUNet:
-        return PDRUNet.from_options(**case.options, conv=case.path, param_dtype=dtype, rngs=nnx.Rngs(0))
+        return PDRUNet(config, dtype=dtype, param_dtype=jnp.dtype(case.dtype), rngs=nnx.Rngs(0))
 
     graph = nnx.graphdef(nnx.eval_shape(build))
     return nnx.merge(graph, *(jax.tree.map(jnp.asarray, state) for state in (imported.params, imported.stats)))
 
 
 def loss_of(objective: Objective) -> Callable[[jax.Array], jax.Array]:
-    """The loss as the training step has it."""
+    """The loss function of the training step."""
     config = LossConfig(name=objective.name, class_weights=objective.class_weights)
     loss = make_loss(config, objective.outputs)
     target, valid = jnp.asarray(objective.target), jnp.asarray(objective.valid)
@@ -51,20 +53,20 @@ def jax_pass(
     loss: Any = None,
     how: How = "compiled",
 ) -> Pass:
-    """One pass; the running statistics in `model` move on as the twin's do."""
+    """Run one pass, and update the running statistics in `model`."""
     return make_jax_pass(model, train=train, loss=loss, how=how)(images, masks)
 
 
 def make_jax_pass(
     model: PDRUNet, *, train: bool, loss: Any = None, how: How = "compiled"
 ) -> Callable[[np.ndarray, Sequence[np.ndarray] | None], Pass]:
-    """`jax_pass` to be repeated on images of one shape: it is compiled once."""
-    graph = nnx.graphdef(model)
+    """Return `jax_pass` for repeated use on images of one shape: it is compiled once."""
+    graph, how_computed = nnx.graphdef(model), Execution.of(model.config.conv)
 
     def forward(params: Any, stats: Any, images: jax.Array, keep: Any) -> Any:
         inner = nnx.merge(graph, params, stats, copy=True)
         activations: dict[str, jax.Array] = {}
-        execution = dataclasses.replace(Execution.of(inner.config.conv), tap=activations.__setitem__)
+        execution = dataclasses.replace(how_computed, tap=activations.__setitem__)
         logits = inner(images, train=train, dropout_masks=keep, execution=execution)
         value = jnp.zeros(()) if loss is None else loss(logits)
         return value, (logits, activations, nnx.state(inner, nnx.BatchStat))
@@ -76,7 +78,7 @@ def make_jax_pass(
     program = function if how == "op by op" else compiled(function, optimised=how == "optimised")
 
     def run(images: np.ndarray, masks: Sequence[np.ndarray] | None = None) -> Pass:
-        params, stats = nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat)
+        _, params, stats = split_state(model)
         (value, (logits, activations, stats)), gradients = program(params, stats, jnp.asarray(images), masks)
         nnx.update(model, stats)
         named = to_public(gradients, stats, dead_block=False)
@@ -93,8 +95,8 @@ def make_jax_pass(
 def compiled(function: Callable[..., Any], *, optimised: bool = False) -> Any:
     """`jax.jit`, as in production or without the compiler's last optimisations.
 
-    On CPUs, XLA spends up to 40 s on a float64 network and 6 s on a float32 one, nearly all of it on code generation;
-    left out, the program is the same and takes a second or two.
+    On CPUs, XLA spends up to 40 s on a float64 network and 6 s on a float32 one, nearly all of it on code generation.
+    Without that the program is the same and compiles in a second or two.
     """
     quick = not optimised and jax.default_backend() == "cpu"
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if quick else compiler_options())

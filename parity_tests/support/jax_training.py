@@ -1,7 +1,6 @@
-"""Training in JAX with the package's own training step, from and to the public names."""
+"""Training in JAX with the package's own training step; arrays go in and out by public name."""
 
 import dataclasses
-from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from pdrunet_jax.train.step import TrainState, build_model, create_state, dropou
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A network, its optimizer and loss, and how many steps."""
+    """A network, its optimizer and loss, and the number of steps."""
 
     case: Case
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -52,7 +51,7 @@ class Training:
 
 
 def batches(training: Training) -> list[dict[str, np.ndarray]]:
-    """Random batches as the data pipeline hands them out, one a step."""
+    """Return random batches in the form of the data pipeline, one a step."""
     case, rng = training.case, np.random.default_rng(5)
     classes = max(case.outputs, 2)
     return [
@@ -67,7 +66,7 @@ def batches(training: Training) -> list[dict[str, np.ndarray]]:
 
 
 def as_steps(training: Training) -> list[Step]:
-    """The same batches for PyTorch, with the dropout masks that JAX's keys give."""
+    """Return the same batches for PyTorch, with the dropout masks that JAX draws."""
     case, dtype = training.case, jnp.dtype(training.case.dtype)
     result = []
     for number, batch in enumerate(batches(training)):
@@ -91,7 +90,7 @@ def _programs(training: Training) -> tuple[Any, Any]:
 
 
 def start(training: Training, arrays: Arrays) -> TrainState:
-    """The state before the first step, with the twin's arrays."""
+    """Return the state before the first step, with the twin's arrays."""
     config, imported = training.config, from_public(arrays, "the twin")
     state = create_state(config, build_model(config, training.case.outputs))[1]
     params, stats = (jax.tree.map(jnp.asarray, part) for part in (imported.params, imported.stats))
@@ -99,7 +98,7 @@ def start(training: Training, arrays: Arrays) -> TrainState:
 
 
 def train(training: Training, state: TrainState, chosen: slice) -> tuple[TrainState, Trajectory]:
-    """The `chosen` ones of the training's steps from `state`."""
+    """Run the `chosen` steps of the training from `state`."""
     step, evaluate = _programs(training)
     losses = []
     some = batches(training)[chosen]
@@ -113,21 +112,16 @@ def train(training: Training, state: TrainState, chosen: slice) -> tuple[TrainSt
 
 
 def save(training: Training, state: TrainState, folder: Path) -> None:
-    """Make `folder` a run folder with one checkpoint, as `pdrunet_jax.train` does."""
+    """Make `folder` a run folder with one checkpoint, as written by `pdrunet_jax.train`."""
     run, step = open_run(folder, training.config), int(state.step)
     Checkpoints(run.checkpoints, 1, 1).save(step, state, position_after(step), Progress(data="").to_dict())
 
 
 def restore(training: Training, folder: Path) -> TrainState:
-    """The state of the newest checkpoint in the run folder, as `pdrunet_jax.train` takes it up."""
+    """Read the state of the newest checkpoint in a run folder, as `pdrunet_jax.train` does on resume."""
     config = training.config
     template = create_state(config, build_model(config, training.case.outputs))[1]
     restored = Checkpoints(folder / "checkpoints", 1, 1).restore(template)
     assert restored is not None
     state: TrainState = restored.state
     return state
-
-
-def steps_of(training: Training, chosen: slice) -> Sequence[Step]:
-    """The `chosen` ones of the training's steps, for PyTorch."""
-    return as_steps(training)[chosen]

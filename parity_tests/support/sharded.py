@@ -15,7 +15,7 @@ import numpy as np
 
 from parity_tests.conftest import SETTINGS
 from parity_tests.support.case import Case
-from parity_tests.test_execution_paths import outcome
+from parity_tests.test_execution_paths import compute_outcome
 from pdrunet_jax.model.fast import block, convolution
 from pdrunet_jax.runtime.devices import make_mesh
 
@@ -60,10 +60,10 @@ def main(folder: Path) -> None:
     for name, split in SPLITS.items():
         mesh = make_mesh(jax.devices()[: split.devices])
         if split.broken is None:
-            arrays = outcome.__wrapped__(split.case, remat=split.remat, mesh=mesh)
+            arrays = compute_outcome(split.case, remat=split.remat, mesh=mesh)
         else:
             with patch.object(*split.broken):
-                arrays = outcome.__wrapped__(split.case, remat=split.remat, mesh=mesh)
+                arrays = compute_outcome(split.case, remat=split.remat, mesh=mesh)
         np.savez(folder / f"{name}.npz", **arrays)
 
 

@@ -1,7 +1,7 @@
-"""Everything that PyTorch computes here: NumPy in, NumPy out, in NHWC order.
+"""The PyTorch side: NumPy in, NumPy out, in NHWC order.
 
-On a GPU both frameworks take all memory that they can get, and each brings CUDA libraries of its own, so PyTorch then
-runs in a process of its own: `on_torch(function, ...)` calls a function of this file there, or here on a CPU.
+On a GPU each framework reserves most of the memory and loads its own CUDA libraries, so PyTorch runs in a separate
+process. `on_torch(function, ...)` calls a function of this file there, or in this process on a CPU.
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ _pool: ProcessPoolExecutor | None = None
 
 
 def own_process() -> str:
-    """From now on compute in another process, on a GPU where PyTorch sees one; returns the device's name."""
+    """Move PyTorch to another process, on a GPU if it finds one, and return the device's name."""
     global _pool
     if _pool is None:
         _pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
@@ -35,12 +35,12 @@ def own_process() -> str:
 
 
 def device() -> torch.device:
-    """Where this process computes."""
+    """The device that this process computes on."""
     return _device
 
 
 def end_process() -> None:
-    """Let the other process go; what follows is computed here."""
+    """End the other process; later calls compute in this one."""
     global _pool
     if _pool is not None:
         _pool.shutdown()
@@ -48,12 +48,12 @@ def end_process() -> None:
 
 
 def on_torch(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, with a function of this file, where PyTorch runs."""
+    """Call `function(*arguments)`, with a function of this file, in the process where PyTorch runs."""
     return function(*arguments) if _pool is None else _pool.submit(function, *arguments).result()
 
 
 def exact() -> None:
-    """PyTorch's most exact and repeatable mode: no TF32, and sums whose order does not depend on the machine."""
+    """Switch PyTorch to its most exact mode: no TF32, and sums in an order that does not depend on the machine."""
     torch.use_deterministic_algorithms(True, warn_only=_device.type != "cpu")
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -62,7 +62,7 @@ def exact() -> None:
 
 def _start() -> None:
     global _device
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by PyTorch's deterministic mode
     _device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     exact()
 
@@ -72,9 +72,9 @@ def _device_name() -> str:
 
 
 def make_twin(case: Case, seed: int = 0) -> Twin:
-    """The twin with random weights, and affine parameters and statistics that are far from their initial ones."""
+    """Build the twin with random weights, affine parameters and statistics, none at its initial value."""
     torch.manual_seed(seed)
-    twin = Twin(**case.options).double()  # drawn in float64 for every dtype, so that all have the same weights
+    twin = Twin(**case.options).double()  # float64 for every dtype, so that all draw the same weights
     for module in twin.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -86,40 +86,40 @@ def make_twin(case: Case, seed: int = 0) -> Twin:
 
 
 def twin_of(case: Case, arrays: Arrays) -> Twin:
-    """The twin with these arrays, on the device."""
+    """Build the twin with these arrays, on the device."""
     twin = Twin(**case.options).to(getattr(torch, case.dtype))
     twin.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
     return twin.to(_device)
 
 
 def state_arrays(twin: torch.nn.Module) -> Arrays:
-    """The twin's state dict as NumPy arrays, copied."""
+    """Copy the twin's state dict to NumPy arrays."""
     return {name: numpy(value) for name, value in twin.state_dict().items()}
 
 
 def numpy(tensor: Tensor) -> np.ndarray:
-    """A copy of a tensor on the host."""
+    """Copy a tensor to the host."""
     return tensor.detach().cpu().numpy().copy()
 
 
 def nchw(array: np.ndarray) -> Tensor:
-    """A tensor in PyTorch's order of axes."""
+    """Convert an array (N, H, W, C) to a tensor (N, C, H, W)."""
     return torch.from_numpy(np.array(np.moveaxis(array, -1, 1), order="C")).to(_device)
 
 
 def nhwc(tensor: Tensor) -> np.ndarray:
-    """An array in Flax's order of axes."""
+    """Convert a tensor (N, C, H, W) to an array (N, H, W, C)."""
     return np.moveaxis(numpy(tensor), 1, -1).copy()
 
 
 def place(array: np.ndarray) -> Tensor:
-    """A target, or its valid pixels, as PyTorch's losses take them."""
+    """Convert a target, or its valid pixels, to a tensor for PyTorch's losses."""
     copy = array.astype(np.int64) if array.dtype.kind == "i" else np.array(array, order="C")
     return torch.from_numpy(copy).to(_device)
 
 
 def loss_of(objective: Objective) -> Callable[[Tensor], Tensor]:
-    """The twin's loss; "torch bce" and "torch ce" are straight calls of PyTorch."""
+    """The twin's loss; "torch bce" and "torch ce" call torch.nn.functional directly."""
     target, valid = place(objective.target), place(objective.valid)
     if objective.name == "torch bce":
         return lambda logits: F.binary_cross_entropy_with_logits(logits[:, 0], target)
@@ -137,7 +137,7 @@ def twin_pass(
     masks: Sequence[np.ndarray] | None = None,
     loss: Callable[[Tensor], Tensor] | None = None,
 ) -> Pass:
-    """One pass of the twin; `loss(logits)` adds its value and the gradient of every parameter."""
+    """Run one pass of the twin; with `loss`, also compute its value and the gradient of every parameter."""
     activations: Arrays = {}
     twin.train(train)
     twin.zero_grad(set_to_none=True)
@@ -161,7 +161,7 @@ def network_pass(
     train: bool,
     objective: Objective | None = None,
 ) -> Pass:
-    """Passes of the twin with `arrays` on images and dropout masks, one after the other; returns the last."""
+    """Run passes of the twin with `arrays` on images and dropout masks, one after the other; return the last."""
     twin = twin_of(case, arrays)
     loss = None if objective is None else loss_of(objective)
     return [twin_pass(twin, images, train=train, masks=masks, loss=loss) for images, masks in inputs][-1]

@@ -1,4 +1,4 @@
-"""Training in PyTorch: updates of its optimizers, learning rates of its schedulers, steps of the twin."""
+"""Training in PyTorch: optimizer updates, scheduler learning rates, training steps of the twin."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ Settings = Mapping[str, Any]
 
 
 def updates(settings: Settings, parameters: Arrays, gradients: Sequence[Arrays], clip: float = 0.0) -> list[Arrays]:
-    """The parameters after each update with the given gradients."""
+    """Return the parameters after each update with the given gradients."""
     tensors = {name: torch.nn.Parameter(place(array)) for name, array in parameters.items()}
     optimizer = training_state.make_optimizer(_Holder(tensors), settings)  # type: ignore[arg-type]
     result = []
@@ -31,7 +31,7 @@ def updates(settings: Settings, parameters: Arrays, gradients: Sequence[Arrays],
 
 
 def learning_rates(schedule: str, steps: int, warmup: int, final: float, power: float) -> list[float]:
-    """The rates of PyTorch's own schedulers for a peak of 1, before each of `steps` updates."""
+    """Return the rates of PyTorch's own schedulers for a peak of 1, before each of `steps` updates."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     lr = torch.optim.lr_scheduler
     rest = steps - warmup
@@ -54,7 +54,7 @@ def learning_rates(schedule: str, steps: int, warmup: int, final: float, power: 
 
 
 def train(case: Case, arrays: Arrays, settings: Settings, loss: str, steps: Sequence[Step]) -> Trajectory:
-    """Training steps of the twin from `arrays`, with the optimizer that `settings` describe."""
+    """Train the twin from `arrays` with the optimizer of `settings`."""
     twin = torch_side.twin_of(case, arrays)
     state = training_state.TrainingState(twin, training_state.make_optimizer(twin, settings))
     return _run(state, loss, steps)
@@ -63,7 +63,7 @@ def train(case: Case, arrays: Arrays, settings: Settings, loss: str, steps: Sequ
 def train_and_save(
     case: Case, arrays: Arrays, config: Mapping[str, Any], loss: str, steps: Sequence[Step], path: Path
 ) -> Trajectory:
-    """The same, and the whole training state written to `path` afterwards."""
+    """Train the twin, then write the whole training state to `path`."""
     twin = torch_side.twin_of(case, arrays)
     optimizer = training_state.make_optimizer(twin, config["optim"])
     state = training_state.TrainingState(twin, optimizer, header={"config": config})
@@ -73,10 +73,10 @@ def train_and_save(
 
 
 def load_and_train(path: Path, loss: str, steps: Sequence[Step]) -> Trajectory:
-    """Go on from the training state in the file `path`."""
+    """Continue from the training state in the file `path`."""
     state = training_state.load(path)
     state.model.to(torch_side.device())
-    # Moved, the optimizer's arrays have to follow their parameters.
+    # Loading the optimizer's state again moves it to the device of its parameters.
     state.optimizer.load_state_dict(state.optimizer.state_dict())
     return _run(state, loss, steps)
 
@@ -96,7 +96,7 @@ def _run(state: training_state.TrainingState, loss: str, steps: Sequence[Step]) 
 
 
 class _Holder:
-    """What an optimizer asks of a network."""
+    """Parameters in the form that an optimizer takes from a network."""
 
     def __init__(self, tensors: Mapping[str, torch.nn.Parameter]) -> None:
         self._tensors = tensors

@@ -1,7 +1,7 @@
-"""python -m parity_tests.support.walk WEIGHTS: one image through both networks, and where they first differ.
+"""Compare both networks on a checkpoint, value by value: `python -m parity_tests.support.walk WEIGHTS`.
 
-For a checkpoint of one's own: every block, convolution and normalisation by its public name, in the order of the
-forward pass, with the difference between JAX and PyTorch relative to the largest value.
+Prints every block, convolution and normalisation by its public name, in the order of the forward pass, with the
+difference between JAX and PyTorch relative to the largest value.
 """
 
 import dataclasses
@@ -26,29 +26,29 @@ from pdrunet_jax.runtime.errors import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Run one image through the Flax network and the PyTorch twin, and compare every value on the way."""
+    """Run one image through the Flax network and the PyTorch twin and compare every intermediate value."""
 
     weights: Annotated[Path, tyro.conf.Positional]
-    """Run folder, checkpoint in one, .safetensors, or .pth of the public code."""
+    """Run folder, checkpoint folder, .safetensors file, or .pth file of the public code."""
     image: Path | None = None
-    """Radiograph; random pixels when left out."""
+    """Radiograph; random pixels by default."""
     size: int = 64
     """Height and width, in pixels."""
     dtype: Literal["float64", "float32"] = "float64"
-    """Arithmetic of both."""
+    """Precision of both networks."""
     shortcut: Literal["input", "conv1"] | None = None
-    """Wiring of a .pth, which cannot state it."""
+    """Shortcut wiring of a .pth file, which does not record it."""
 
 
 def walk(arrays: Arrays, case: Case, images: np.ndarray) -> dict[str, float]:
-    """The relative difference of every named activation in evaluation mode, in the order of the forward pass."""
+    """Return the relative difference of every named activation in evaluation mode, in the order of the forward pass."""
     got = jax_side.jax_pass(jax_side.make_flax(arrays, case), images, train=False)
     want = torch_side.on_torch(torch_side.network_pass, case, arrays, [(images, None)], False)
     return {name: relative(got.activations[name], array) for name, array in want.activations.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command; raises `RunError` where the two differ by more than the standard allows."""
+    """Run the command; raise `RunError` if the two differ by more than the standard allows."""
     options = tyro.cli(Options, args=arguments, prog="python -m parity_tests.support.walk")
     loaded = load_weights(options.weights, shortcut=options.shortcut)
     names = ("shortcut", "norm", "in_channels", "outputs", "filters")
