@@ -197,12 +197,12 @@ class WandbRun:
 
     def _attempt(self, action: str, seconds: float, function: Callable[[], Any]) -> Any:
         """Return what `function` does; None, with a warning the first time, if it raises or takes too long."""
-        outcome: list[tuple[Any, Exception | None]] = []
+        outcome: list[tuple[Any, BaseException | None]] = []
 
         def target() -> None:
             try:
                 outcome.append((function(), None))
-            except Exception as error:
+            except (Exception, SystemExit) as error:  # W&B exits with the code of its service
                 outcome.append((None, error))
 
         thread = threading.Thread(target=target, daemon=True)

@@ -1,7 +1,8 @@
-"""Reader of the files that W&B writes for an offline run."""
+"""Reader of the files that W&B writes for an offline run, and its service process."""
 
 import importlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,16 @@ def summary(found: list[Any]) -> dict[str, Any]:
             for item in record.summary.update:
                 values["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
     return values
+
+
+def wandb_service() -> int:
+    """Process id of the W&B service that this process has started."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, fields = stat.read_text().rsplit(")", 1)
+        except OSError:  # it ended meanwhile
+            continue
+        state, parent = fields.split()[:2]
+        if name.endswith("(wandb-core") and state != "Z" and int(parent) == os.getpid():
+            return int(stat.parent.name)
+    raise AssertionError("no W&B service")

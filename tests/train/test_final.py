@@ -1,4 +1,4 @@
-"""The end of a run: the threshold of the validation images, scores, report, and what W&B is told of them."""
+"""Final evaluation: threshold from the validation set, test scores, report, and their record in W&B."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from tests.support.wandb_files import history, records, summary
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """Arguments of `final_evaluation`, of a run whose last step is done, with W&B offline."""
+    """Arguments of `final_evaluation` after the last step of a run, with W&B offline."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -41,13 +41,14 @@ def trained(tmp_path, monkeypatch):
     return config, run, dataset, tracker, StopFlag()
 
 
-def test_scores_and_report_are_written_and_wandb_has_table_summary_pictures_and_artifact(trained, capsys):
-    run = trained[1]
-    final_evaluation(*trained)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("test dice 0.963 (95% ")
+def test_scores_and_report_are_written_and_wandb_has_table_summary_pictures_and_artifact(trained):
+    run, tracker = trained[1], trained[3]
+    with tracker:
+        line = final_evaluation(*trained)
+    assert line is not None
+    assert line.startswith("test dice 0.963 (95% ")
     assert load_options(run.best)["threshold"] == 0.5  # all are as good
-    assert "chose the threshold 0.5" in run.report.read_text()
+    assert "Best threshold on the validation images: 0.5" in run.report.read_text()
 
     (found,) = records(run.path)
     last = summary(found)
@@ -73,21 +74,11 @@ def test_scores_and_report_are_written_and_wandb_has_table_summary_pictures_and_
     assert "model" in {artifact.type for artifact in artifacts}
 
 
-def test_wandb_that_dies_takes_nothing_with_it(trained, capsys):
-    run, tracker = trained[1], trained[3]
-    tracker._wandb._service.kill()
-    tracker._wandb._service.wait()
-    final_evaluation(*trained)
-    out, err = capsys.readouterr()
-    assert out.splitlines()[-1].startswith("test dice 0.963")
-    assert err.count("warning: W&B") == 1
-    assert run.report.is_file()
-
-
-def test_asked_to_stop_it_leaves_the_rest_to_the_next_start(trained, capsys):
-    run, stop = trained[1], trained[4]
+def test_a_stopped_evaluation_is_left_to_the_next_start(trained, capsys):
+    run, tracker, stop = trained[1], trained[3], trained[4]
     stop.request()
-    final_evaluation(*trained)
+    with tracker:
+        assert final_evaluation(*trained) is None
     assert "dice" not in capsys.readouterr().out
     assert not run.report.exists()
     assert "threshold" not in load_options(run.best)
@@ -95,10 +86,10 @@ def test_asked_to_stop_it_leaves_the_rest_to_the_next_start(trained, capsys):
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
 
 
-def test_a_failure_is_told_to_wandb_and_passed_on(trained):
-    run = trained[1]
+def test_a_failure_is_reported_to_wandb_and_raised(trained):
+    run, tracker = trained[1], trained[3]
     (run.path / "evaluation").write_text("a file where a folder should be")
-    with pytest.raises(RunError, match="evaluation"):
+    with pytest.raises(RunError, match="evaluation"), tracker:
         final_evaluation(*trained)
     (found,) = records(run.path)
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [1]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import signal
 import socket
 import struct
 import subprocess
@@ -24,6 +25,7 @@ from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.run_folder import RunFolder, read_entries
 from pdrunet_jax.train.tracking import MetricsLog, Tracker
 from pdrunet_jax.train.wandb_run import Picture, WandbRun, logged_in
+from tests.support import ROOT
 from tests.support.fake_wandb import serve
 from tests.support.wandb_files import history, records
 
@@ -255,6 +257,38 @@ def test_a_server_that_fails_costs_a_warning_and_a_bounded_wait_and_the_run_is_k
     assert "W&B: offline" in result.stdout
     assert [entry["step"] for entry in read_entries(run.metrics) if entry] == [10]
     assert history(records(run.path)[0], "train/loss") == [0.5]
+
+
+BROKEN_SERVICE = """
+import os, sys
+from pdrunet_jax.config import from_dict
+from pdrunet_jax.runtime.run_folder import RunFolder
+from pdrunet_jax.train import wandb_run
+from pdrunet_jax.train.tracking import Tracker
+from tests.support.wandb_files import wandb_service
+wandb_run.CALL_TIMEOUT, wandb_run.GRACE = 2, 1
+with Tracker(RunFolder(sys.argv[1]), from_dict({"tracking": {"wandb": "offline"}}, "the test")) as tracker:
+    print(service := wandb_service())
+    os.kill(service, int(sys.argv[2]))
+    tracker.log(10, {"train/loss": 0.5})
+    tracker.scores("test", {"dice": 0.5}, (["dice"], [[0.5]]), [])
+"""
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_wandb_service_that_dies_or_hangs_does_not_keep_the_process(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: signal.Signals
+) -> None:
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+    command = [sys.executable, "-c", BROKEN_SERVICE, str(run.path), str(int(fault))]
+    out, err = tmp_path / "out", tmp_path / "err"  # files: a stopped service keeps pipes open
+    with out.open("w") as stdout, err.open("w") as stderr:
+        subprocess.run(command, stdout=stdout, stderr=stderr, check=True, timeout=60, cwd=ROOT)
+    if fault == signal.SIGSTOP:
+        os.kill(int(out.read_text().splitlines()[1]), signal.SIGKILL)
+    assert err.read_text().count("warning: W&B could not") == 1
+    assert "Traceback" not in err.read_text()
+    assert [entry["step"] for entry in read_entries(run.metrics) if entry] == [10]
 
 
 def test_any_failure_inside_wandb_is_one_warning(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
