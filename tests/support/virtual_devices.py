@@ -41,16 +41,13 @@ class Run:
 
 
 ACCUMULATED = Run(accumulate=2, steps=3)
+HALF = Run(steps=3, precision="bfloat16")
 
-RUNS = {
-    "fused": Run(),
-    "fused on 8": Run(devices=8),
-    "accumulated": ACCUMULATED,
-    "accumulated, rematerialised on 4": dataclasses.replace(ACCUMULATED, remat=True, devices=4),
-}
+RUNS = {"fused": Run(), "fused on 8": Run(devices=8)}
 if LONG:
-    HALF = Run(steps=3, precision="bfloat16")
     RUNS |= {
+        "accumulated": ACCUMULATED,
+        "accumulated, rematerialised on 4": dataclasses.replace(ACCUMULATED, remat=True, devices=4),
         "plain": Run("plain"),
         "plain on 8": Run("plain", devices=8),
         "bfloat16": HALF,
