@@ -1,6 +1,5 @@
 """Runs that must be bit-equal: another number of reading threads, a restart, an older version's files."""
 
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from PIL import Image
 from pdrunet_jax.runtime.run_folder import RunFolder
 from tests.support.live import (
     EVAL_EVERY,
+    SAVE_EVERY,
     STEPS,
     Place,
     assert_same_run,
@@ -101,15 +101,18 @@ def test_two_trainers_started_at_once_make_one_run(place: Place) -> None:
     assert_same_run(run, place.undisturbed)
 
 
-def test_what_another_version_wrote_is_taken_up(place: Place) -> None:
-    """A run folder whose configuration has no spike settings."""
+def test_a_run_of_version_0_1_resumes(place: Place) -> None:
+    """Its config.toml has settings that were removed since."""
     run = Path(shutil.copytree(place.undisturbed, place.path / "older"))
     text = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(re.sub(r"(?m)^spike.*\n", "", text))
-    meta = json.loads((run / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())
-    assert set(meta["extra"]) >= {"data", "sequence", "best_dice", "best_step", "validated"}
+    removed = '[train]\nspike = "off"\nspike_factor = 3.0\nspike_window = 100\n'
+    assert "[train]\n" in text
+    (run / "config.toml").write_text(text.replace("[train]\n", removed))
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
     result = place.train(workdir=run)
     assert (result.returncode, result.stderr) == (0, "")
+    assert resumed_at(result.stdout) == STEPS - SAVE_EVERY
+    assert_same_run(run, place.undisturbed)
 
 
 def test_a_run_starts_from_trained_weights_and_resumes_without_them(place: Place) -> None:
