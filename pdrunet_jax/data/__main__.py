@@ -11,6 +11,7 @@ import tyro
 
 from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.config import check as check_config
+from pdrunet_jax.data.contact_sheet import write_check
 from pdrunet_jax.data.dataset import continue_split, inspect_dataset, report_lines
 from pdrunet_jax.data.folder import MANIFEST, normal_path, read_manifest, write_manifest
 from pdrunet_jax.data.importers import labelme, mura
@@ -76,8 +77,6 @@ def check(options: Check) -> None:
     if options.output is None:
         print("pictures  add --output FOLDER to see masks over images")
         return
-    from pdrunet_jax.data.contact_sheet import write_check
-
     print(f"pictures  {write_check(options.output, inspection, lines, options.pictures)}")
 
 

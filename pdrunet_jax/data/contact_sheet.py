@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pdrunet_jax.data.dataset import Dataset, Inspection
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.masks import IGNORE, read_mask
-from pdrunet_jax.data.overlay import colour_of, fitted, panels, png
+from pdrunet_jax.data.overlay import GROUND, TEXT, colour_of, fitted, panels, png
 from pdrunet_jax.data.scan import class_shares, foreground_share
 from pdrunet_jax.data.split import Sample
 from pdrunet_jax.runtime.files import atomic_write, writing
@@ -21,7 +21,6 @@ SIDE = 180
 """Longest side of an image on the sheet, in pixels."""
 
 _GAP, _LINE = 6, 18
-_GROUND, _TEXT = (18, 18, 18), (225, 225, 225)
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -72,7 +71,7 @@ def contact_sheet(inspection: Inspection, most: int) -> Image.Image:
     cells = [_cell(dataset, dataset.samples[index], inspection.scanned[index].codes) for index in chosen]
     columns = min(SHEET_COLUMNS, count)
     width, height = 2 * SIDE + _GAP, SIDE + 2 * _LINE + _GAP
-    sheet = Image.new("RGB", (columns * width + _GAP, -(-count // columns) * height + _GAP), _GROUND)
+    sheet = Image.new("RGB", (columns * width + _GAP, -(-count // columns) * height + _GAP), GROUND)
     for place, cell in enumerate(cells):
         sheet.paste(cell, (_GAP + place % columns * width, _GAP + place // columns * height))
     return sheet
@@ -80,7 +79,7 @@ def contact_sheet(inspection: Inspection, most: int) -> Image.Image:
 
 def _cell(dataset: Dataset, sample: Sample, codes: dict[int, int]) -> Image.Image:
     """The image without and with its mask, and two lines: its name; its split and class shares."""
-    cell = Image.new("RGB", (2 * SIDE, SIDE + 2 * _LINE), _GROUND)
+    cell = Image.new("RGB", (2 * SIDE, SIDE + 2 * _LINE), GROUND)
     image, mask = read_image(sample.image), read_mask(sample.mask, dataset.coding)
     for place, panel in enumerate(panels(image, mask, mask, SIDE)[:2]):
         cell.paste(panel, (place * SIDE, 0))
@@ -90,7 +89,7 @@ def _cell(dataset: Dataset, sample: Sample, codes: dict[int, int]) -> Image.Imag
     draw = ImageDraw.Draw(cell)
     font = ImageFont.load_default(12)
     for line, text in enumerate((sample.id, words)):
-        draw.text((0, SIDE + 2 + line * _LINE), fitted(text, 2 * SIDE, font), _TEXT, font)
+        draw.text((0, SIDE + 2 + line * _LINE), fitted(text, 2 * SIDE, font), TEXT, font)
     return cell
 
 

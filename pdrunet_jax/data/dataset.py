@@ -141,6 +141,7 @@ def ensure_phantoms(config: DataConfig) -> None:
     """Draw `config.phantoms` synthetic X-rays into `config.root` if that is missing or empty. Raises `UserError`."""
     root = Path(config.root)
     if config.phantoms and is_vacant(root):
+        # Only here: SciPy, which draws them, takes about a second to import.
         from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 
         write_phantoms(root, PhantomOptions(config.phantoms, config.split_seed, max(config.height_width)))

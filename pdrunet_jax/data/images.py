@@ -142,7 +142,7 @@ def decode_plain_png(data: bytes) -> np.ndarray | None:
     if any(chunk in data for chunk in _PNG_METADATA):
         return None
     try:
-        import tensorstore
+        import tensorstore  # starts threads
 
         context = tensorstore.Context()
         tensorstore.KvStore.open({"driver": "memory"}, context=context).result().write("x", data).result()

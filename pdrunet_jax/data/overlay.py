@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.data.masks import IGNORE, resize_mask
 from pdrunet_jax.runtime.files import atomic_write
 
 COLOURS = (
@@ -32,8 +32,9 @@ IGNORED = (120, 120, 120)
 PANELS = ("image", "truth", "prediction", "difference")
 LEGEND = (("missed", MISSED), ("extra", EXTRA), ("wrong class", CONFUSED))
 
-_BACKGROUND = (18, 18, 18)
-_TEXT = (225, 225, 225)
+GROUND = (18, 18, 18)
+TEXT = (225, 225, 225)
+"""Colours of a sheet and its lettering."""
 _GAP = 6
 _LINE = 22
 
@@ -97,10 +98,7 @@ def panels(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray, side: 
     scale = side / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = np.asarray(Image.fromarray(grey_or_rgb(pixels)).resize(size, Image.Resampling.BILINEAR))
-    true, predicted = (
-        np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST))
-        for mask in (truth, prediction)
-    )
+    true, predicted = (resize_mask(mask.astype(np.uint8), size[::-1]) for mask in (truth, prediction))
     drawn = (image, overlay(image, true), overlay(image, predicted), difference(image, true, predicted))
     return [Image.fromarray(picture) for picture in drawn]
 
@@ -127,26 +125,29 @@ def sample_sheet(
     cases = list(zip(images, truths, predictions, captions, strict=True))
     if not cases:
         raise ValueError("a sheet needs at least one case")
+    # The widest panel and the heights of all rows give the size.
     rows = [(caption, panels(image, truth, prediction, side)) for image, truth, prediction, caption in cases]
     column = max(row[0].width for _, row in rows)
     width = _GAP + len(PANELS) * (column + _GAP)
     height = 2 * _LINE + sum(_LINE + row[0].height + _GAP for _, row in rows)
-    sheet = Image.new("RGB", (width, height), _BACKGROUND)
+    sheet = Image.new("RGB", (width, height), GROUND)
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(14)
+    # Column titles, then the cases.
     for number, name in enumerate(PANELS):
-        draw.text((_GAP + number * (column + _GAP), 3), name, _TEXT, font)
+        draw.text((_GAP + number * (column + _GAP), 3), name, TEXT, font)
     top = _LINE
     for caption, row in rows:
-        draw.text((_GAP, top + 3), fitted(caption, width - 2 * _GAP, font), _TEXT, font)
+        draw.text((_GAP, top + 3), fitted(caption, width - 2 * _GAP, font), TEXT, font)
         top += _LINE
         for number, panel in enumerate(row):
             sheet.paste(panel, (_GAP + number * (column + _GAP), top))
         top += row[0].height + _GAP
+    # Legend.
     left = _GAP
     for name, colour in LEGEND:
         draw.rectangle((left, top + 4, left + 12, top + 16), fill=colour)
-        draw.text((left + 18, top + 2), name, _TEXT, font)
+        draw.text((left + 18, top + 2), name, TEXT, font)
         left += 34 + int(font.getlength(name))
     return sheet
 

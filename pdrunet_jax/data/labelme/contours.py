@@ -23,7 +23,7 @@ def outlines(region: NDArray[np.bool_], tolerance: float) -> list[Ring]:
     too. Filled by `ImageDraw.polygon`, polygons of tolerance 0 reproduce the region, except for a few pixels where a
     cut meets another hole; larger tolerances cut off about as much as they add.
     """
-    import scipy.ndimage
+    import scipy.ndimage  # takes about a second; most predictions need no contours
 
     parts, _ = scipy.ndimage.label(region, structure=np.ones((3, 3), np.int8))
     outer: dict[int, Ring] = {}

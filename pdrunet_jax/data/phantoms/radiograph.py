@@ -83,7 +83,7 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = S
         metal = _implant(limb.bones[int(rng.integers(len(limb.bones)))], u, v, rng, 1 / size)
         attenuation += metal
         bare = mask & (metal == 0)
-    # Exposure, and what lies over the picture.
+    # Exposure, then wires, collimator and marker.
     brightness = _expose(attenuation, bare, under_skin > 0, x, y, haze, rng, grain, level)
     if level.wires:
         brightness = _draw_wires(brightness, x, y, rng.spawn(1)[0], level.wires, 1 / size)
