@@ -1,5 +1,6 @@
 """Hostile files: each function writes one into a folder and returns an action of a user that opens it."""
 
+import hashlib
 import io
 import json
 import os
@@ -16,13 +17,13 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file, save
 
-from pdrunet_jax import config as config_io
+from pdrunet_jax import config
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.evaluate.report.page import write_report
 from pdrunet_jax.model.load import load_model
-from pdrunet_jax.predict import __main__ as predict
+from pdrunet_jax.predict.inference import segment
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.digest import DIGEST
 from pdrunet_jax.train.tracking import MetricsLog
@@ -155,12 +156,12 @@ def embedded_bomb(folder: Path, canary: Path) -> Action:
 
 def nested_toml(folder: Path, canary: Path) -> Action:
     (folder / "c.toml").write_text("a = " + "[" * DEEP + "]" * DEEP)
-    return lambda: config_io.load(folder / "c.toml")
+    return lambda: config.load(folder / "c.toml")
 
 
 def binary_toml(folder: Path, canary: Path) -> Action:
     (folder / "c.toml").write_bytes(bytes(range(256)))
-    return lambda: config_io.load(folder / "c.toml")
+    return lambda: config.load(folder / "c.toml")
 
 
 def nested_dataset_toml(folder: Path, canary: Path) -> Action:
@@ -228,7 +229,7 @@ def digest_of_elsewhere(run: Path, folder: Path, name: str) -> Action:
     run = copied_run(run, folder)
     for checkpoint in (run / "checkpoints").iterdir():
         text = f"{'0' * 64}  {name}\n"
-        guard = __import__("hashlib").sha256(text.encode()).hexdigest()
+        guard = hashlib.sha256(text.encode()).hexdigest()
         (checkpoint / DIGEST).write_text(f"{text}# sha256 of the lines above: {guard}\n")
     return lambda: Checkpoints(run / "checkpoints", 1, 1).restore({})
 
@@ -245,7 +246,7 @@ def linked_checkpoint(run: Path, folder: Path, outside: Path) -> Action:
 def predicted(folder: Path, data: bytes, run: Path) -> Action:
     (folder / "x.png").write_bytes(data)
     model = load_model(run)
-    return lambda: predict(model, folder / "x.png")
+    return lambda: segment(model, folder / "x.png")
 
 
 def half_png(run: Path, folder: Path) -> Action:
