@@ -232,7 +232,7 @@ def test_verify_names_every_damaged_file_and_changes_nothing(place: Place, capsy
         assert part in str(caught.value)
     assert f"metrics.jsonl: no JSON object with a step in line {len(lines_of_text(run))}" in str(caught.value)
     assert "config.toml is not valid TOML" in str(caught.value)
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         verify(run / "samples")
 
 

@@ -99,7 +99,7 @@ def leaks(folder: Path) -> list[str]:
 
 def test_no_secret_and_no_patient_is_in_anything_that_is_written(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     data = radiographs(place.path / "radiographs")
-    assert leaks(data)  # the search finds what is there
+    assert leaks(data)  # the search works
     run = place.path / "private"
     options = ("--data.root", str(data), "--data.phantoms", "0", "--train.steps", "6", "--train.eval-every", "3")
     options += ("--train.samples", "1", "--tracking.wandb", "offline", "--optim.ema", "0.5")
@@ -121,7 +121,7 @@ def test_no_secret_and_no_patient_is_in_anything_that_is_written(place: Place, m
     for folder in (run, place.path / "scores", place.path / "masks", place.path / "private-cache"):
         assert len([path for path in folder.rglob("*") if path.is_file()]) > 3
         assert leaks(folder) == []
-    for checkpoint in (run / "checkpoints").iterdir():  # packed in a way that only Orbax unpacks; all of it numbers
+    for checkpoint in (run / "checkpoints").iterdir():  # in a format that only Orbax reads; numbers only
         with ocp.PyTreeCheckpointer() as checkpointer:
             state = checkpointer.restore(checkpoint / "state")
         assert set(state) <= {"params", "stats", "opt_state", "ema", "step", "diverged"}
