@@ -1,1 +1,1 @@
-"""JAX against PyTorch: the same weights and inputs on both sides, level by level (docs/parity.md)."""
+"""Parity tests: JAX and PyTorch with the same weights and inputs, level by level (docs/parity.md)."""

@@ -1,1 +1,1 @@
-"""What the parity tests share: cases, both sides of a comparison, the error budget."""
+"""Shared parts of the parity tests: cases, both sides of a comparison, the error budget."""

@@ -23,7 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     place = Place(path, environment)
-    # The first worker trains and compiles, the others wait for it. A folder without the mark is of a failed attempt.
+    # The first worker compiles and trains while the others wait. A folder without the file `ready` is a failed attempt.
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (path / "ready").exists():
