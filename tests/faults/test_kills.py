@@ -1,7 +1,5 @@
 """SIGKILL at any moment: during start, compilation, training, validation, saving, restoring and reporting."""
 
-import os
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,13 +75,3 @@ def test_runs_killed_at_any_moment_end_bit_equal_to_one_that_was_left_alone(plac
     assert total["kills"] == KILLS
     assert total["most_steps_repeated"] <= SAVE_EVERY
     record("kills", save_every=SAVE_EVERY, seconds=round(time.monotonic() - began), **total)
-
-
-def test_a_half_stored_compiled_program_costs_a_warning_and_a_compilation(place: Place) -> None:
-    cache = shutil.copytree(place.path / "cache", place.path / "half-cache")  # other processes use the original
-    program = min(cache.glob("jit_train_step-*-cache"), key=lambda path: path.stat().st_mtime)  # of the undisturbed run
-    os.truncate(program, program.stat().st_size // 2)
-    result = place.train(workdir=place.path / "half", JAX_COMPILATION_CACHE_DIR=str(cache))
-    assert result.returncode == 0, result.stderr
-    assert "Error reading persistent compilation cache entry for 'jit_train_step'" in result.stderr
-    assert_same_run(place.path / "half", place.undisturbed)

@@ -1,0 +1,36 @@
+"""The cache of compiled programs: filled by one process, used by the next, harmless when damaged."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import jax.numpy as jnp
+from pdrunet_jax.runtime import compile
+print(compile.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((8, 8)))[0, 0])
+"""
+
+
+def run(cache: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu", "JAX_LOGGING_LEVEL": "WARNING"}
+    environment |= {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
+
+
+def test_a_half_written_program_costs_a_warning_and_a_compilation(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "pdrunet_jax").glob("*-cache")}
+    assert stored
+    cached = run(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "pdrunet_jax").glob("*-cache")} == stored
+    for path in stored:
+        os.truncate(path, path.stat().st_size // 2)
+    damaged = run(tmp_path)
+    assert (cached.stdout, cached.stderr) == (first.stdout, "")
+    assert damaged.stdout == first.stdout
+    assert "Error reading persistent compilation cache entry" in damaged.stderr
