@@ -177,7 +177,7 @@ def join(options: Distributed, detect: bool, stop: StopFlag | None = None) -> It
 
     disable_async_dispatch()
     _connect(options, stop)
-    group = Group(jax.process_index(), jax.process_count())
+    group = Group(*_start_devices())
     linger = LINGER if group.is_main else 0
     try:
         yield group
@@ -206,7 +206,7 @@ def place_among(options: Distributed, detect: bool, stop: StopFlag | None = None
     import jax
     from jax.extend.backend import clear_backends
 
-    place = jax.process_index(), jax.process_count()
+    place = _start_devices()
     jax.distributed.shutdown()
     clear_backends()  # the next use of JAX finds the devices of this process only
     return place
@@ -231,15 +231,17 @@ def _connect(options: Distributed, stop: StopFlag | None) -> None:
         shutdown_timeout_seconds=WEEK,
     )
     end = time.monotonic() + options.timeout
-    while not wait([connected], timeout=0.05).done:
-        if stop:
-            _leave(cli.STOPPED)
-        if time.monotonic() > end:
-            reach = "they can reach the first one" if options.coordinator is None else f"they can reach {where}"
-            message = f"the processes did not find each other within {options.timeout} s: start all, and check that"
-            _leave(UserError.exit_code, f"{who}{message} {reach}")
     try:
+        while not wait([connected], timeout=0.05).done:
+            if stop:
+                _leave(cli.STOPPED)
+            if time.monotonic() > end:
+                first = "the first one" if options.coordinator is None else where
+                message = f"the processes did not find each other within {options.timeout} s"
+                _leave(UserError.exit_code, f"{who}{message}: start all, and check that they can reach {first}")
         connected.result()
+    except KeyboardInterrupt:
+        _leave(cli.STOPPED)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         if options.coordinator is None:
@@ -249,6 +251,16 @@ def _connect(options: Distributed, stop: StopFlag | None) -> None:
             ) from None
         raise UserError(f"{who}cannot listen at {where} ({reason}); choose a free port") from None
     thread.shutdown()
+
+
+def _start_devices() -> tuple[int, int]:
+    """Start JAX's devices and return the index and the number of processes."""
+    import jax
+
+    try:
+        return jax.process_index(), jax.process_count()
+    except RuntimeError as error:
+        _leave(UserError.exit_code, f"JAX finds no device: {error}; set JAX_PLATFORMS=cpu to run on the CPU", LINGER)
 
 
 def _leave(code: int, message: str = "", linger: float = 0) -> NoReturn:
