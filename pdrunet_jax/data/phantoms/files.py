@@ -18,11 +18,9 @@ from pdrunet_jax.runtime.files import new_folder
 
 SMALLEST = 32
 """Smallest side in pixels at which a bone is still recognisable."""
-FIELD_MM = 300.0
-"""Side of a phantom in mm, for the pixel spacing in DICOM files."""
-BITS = 12
-"""Bits stored in DICOM files."""
 
+_FIELD_MM = 300.0  # side of a phantom, for the pixel spacing in DICOM files
+_BITS = 12  # stored in DICOM files
 _SPLIT = 2  # stream of random numbers; phantom.py has the others
 
 
@@ -56,52 +54,39 @@ def write_phantoms(root: Path, drawing: PhantomOptions) -> None:
         raise UserError(f"--count {drawing.count}: ask for at least one phantom")
     if drawing.size < SMALLEST:
         raise UserError(f"--size {drawing.size}: phantoms need at least {SMALLEST} pixels to show bones")
+    labelme = drawing.annotations == "labelme"
     with new_folder(root, "phantoms") as folder:
-        (folder / "images").mkdir()
-        if drawing.annotations == "labelme":
-            _write_labelme(folder, drawing)
-        else:
-            _write_dataset(folder, drawing)
+        for name in ("images", "annotations" if labelme else "masks"):
+            (folder / name).mkdir()
+        rows = [_write_phantom(index, folder, drawing) for index in range(drawing.count)]
+        if labelme:
+            return
+        splits = _splits(sorted({row["patient"] for row in rows}), drawing.seed)
+        write_manifest(folder, [{**row, "split": splits[row["patient"]]} for row in rows])
+        # Long bones only: ribs, wrist and ankle bones, metal and markers are background.
+        classes = {name: value for value, name in enumerate(BONES, start=1)} if drawing.by_bone else {"bone": 255}
+        licence = f"Synthetic: drawn by pdrunet_jax (seed {drawing.seed}); no rights reserved, no patients"
+        write_description(folder, "phantoms", classes, ignore=False, licence=licence)
 
 
-def _write_dataset(folder: Path, drawing: PhantomOptions) -> None:
-    (folder / "masks").mkdir()
-    rows = []
-    for index in range(drawing.count):
-        phantom = draw(index, seed=drawing.seed, size=drawing.size, difficulty=drawing.difficulty)
-        mask = f"masks/phantom_{index:05d}.png"
-        if drawing.by_bone:
-            save_index_mask(phantom.bones, folder / mask)
-        else:
-            Image.fromarray(phantom.mask * np.uint8(255)).save(folder / mask)
-        image = _save_image(phantom, index, folder, drawing)
-        rows.append({"image": image, "mask": mask, "patient": phantom.patient})
-    splits = _splits(sorted({row["patient"] for row in rows}), drawing.seed)
-    write_manifest(folder, [{**row, "split": splits[row["patient"]]} for row in rows])
-    # Long bones only: ribs, wrist and ankle bones, metal and markers are background.
-    classes = {name: value for value, name in enumerate(BONES, start=1)} if drawing.by_bone else {"bone": 255}
-    licence = f"Synthetic: drawn by pdrunet_jax (seed {drawing.seed}); no rights reserved, no patients"
-    write_description(folder, "phantoms", classes, ignore=False, licence=licence)
-
-
-def _write_labelme(folder: Path, drawing: PhantomOptions) -> None:
-    (folder / "annotations").mkdir()
-    for index in range(drawing.count):
-        phantom = draw(index, seed=drawing.seed, size=drawing.size, difficulty=drawing.difficulty)
-        image = _save_image(phantom, index, folder, drawing)
-        mask, names = (phantom.bones, BONES) if drawing.by_bone else (phantom.mask, ("bone",))
-        write_labelme(folder / f"annotations/phantom_{index:05d}.json", mask, names, f"../{image}")
-
-
-def _save_image(phantom: Phantom, index: int, folder: Path, drawing: PhantomOptions) -> str:
-    """Write the image; returns its path in `folder`."""
-    name = f"images/phantom_{index:05d}"
+def _write_phantom(index: int, folder: Path, drawing: PhantomOptions) -> dict[str, str]:
+    """Write the image of a phantom with its mask or LabelMe file; returns the manifest's row without the split."""
+    phantom = draw(index, seed=drawing.seed, size=drawing.size, difficulty=drawing.difficulty)
+    stem = f"phantom_{index:05d}"
+    image, mask = f"images/{stem}.{'dcm' if drawing.images == 'dicom' else 'png'}", f"masks/{stem}.png"
     if drawing.images == "dicom":
         identity = f"{drawing.seed} {index} {drawing.size} {drawing.difficulty}"
-        save_dicom(phantom, index, FIELD_MM / drawing.size, identity, folder / f"{name}.dcm")
-        return f"{name}.dcm"
-    Image.fromarray(phantom.image).save(folder / f"{name}.png")
-    return f"{name}.png"
+        save_dicom(phantom, index, _FIELD_MM / drawing.size, identity, folder / image)
+    else:
+        Image.fromarray(phantom.image).save(folder / image)
+    if drawing.annotations == "labelme":
+        classes, names = (phantom.bones, BONES) if drawing.by_bone else (phantom.mask, ("bone",))
+        write_labelme(folder / f"annotations/{stem}.json", classes, names, f"../{image}")
+    elif drawing.by_bone:
+        save_index_mask(phantom.bones, folder / mask)
+    else:
+        Image.fromarray(phantom.mask * np.uint8(255)).save(folder / mask)
+    return {"image": image, "mask": mask, "patient": phantom.patient}
 
 
 def _splits(patients: Sequence[str], seed: int) -> dict[str, str]:
@@ -126,7 +111,7 @@ def save_dicom(phantom: Phantom, index: int, spacing: float, identity: str, path
         from pydicom.dataset import FileDataset, FileMetaDataset
     except ImportError:
         raise UserError("DICOM needs pydicom: pip install 'pdrunet-jax[dicom]'") from None
-    most = 2**BITS - 1
+    most = 2**_BITS - 1
     stored = np.floor(phantom.brightness * most + 0.5).astype("<u2")
     inverted = index % 2 == 1
     meta = FileMetaDataset()
@@ -139,10 +124,10 @@ def save_dicom(phantom: Phantom, index: int, spacing: float, identity: str, path
     dataset.PatientName, dataset.PatientID = f"Phantom^{phantom.patient}", phantom.patient
     dataset.Rows, dataset.Columns = stored.shape
     dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME1" if inverted else "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, BITS, BITS - 1, 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 16, _BITS, _BITS - 1, 0
     dataset.PixelSpacing = [f"{spacing:.6g}"] * 2
     if index % 5 != 4:
-        dataset.WindowCenter, dataset.WindowWidth = 2 ** (BITS - 1), 2**BITS
+        dataset.WindowCenter, dataset.WindowWidth = 2 ** (_BITS - 1), 2**_BITS
     dataset.PixelData = (most - stored if inverted else stored).tobytes()
     dataset["PixelData"].VR = "OW"
     if index % 3 == 2:

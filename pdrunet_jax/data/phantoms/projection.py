@@ -1,7 +1,5 @@
 """Path lengths of parallel rays through bones, soft tissue and ribs, in units of the image's side."""
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,21 +8,12 @@ from pdrunet_jax.data.phantoms.anatomy import Blob, Bone, EndShape, Limb
 Array = NDArray[np.floating]
 
 
-@dataclass(frozen=True)
-class BoneProjection:
-    """Path lengths through one bone at the pixels near it."""
+def project_bone(bone: Bone, u: Array, v: Array) -> tuple[NDArray[np.intp], NDArray[np.bool_], Array, Array]:
+    """Path lengths through `bone` at the points (`u`, `v`).
 
-    at: NDArray[np.intp]
-    """Flat indices of these pixels."""
-    inside: NDArray[np.bool_]
-    cortical: Array
-    trabecular: Array
-    across: Array
-    """Position across the bone: -1 and 1 at its edges."""
-
-
-def project_bone(bone: Bone, u: Array, v: Array) -> BoneProjection:
-    """Path lengths through `bone` at the points (`u`, `v`)."""
+    Returns flat indices of the points near it and, for each, whether it is inside, and the path lengths through
+    cortical and trabecular bone.
+    """
     widest = bone.radius * (1.3 + max(bone.first.left, bone.first.right, bone.last.left, bone.last.right))
     off_axis = v - np.float32(bone.tilt) * u - np.float32(bone.offset)
     near = (np.abs(off_axis) < widest + abs(bone.bow)) & (u > bone.start - widest) & (u < bone.stop + widest)
@@ -52,21 +41,19 @@ def project_bone(bone: Bone, u: Array, v: Array) -> BoneProjection:
     wall = bone.radius * bone.cortex * (1 - 0.8 * spongy)
     outer = _chord(inward, radius)
     inner = _chord(inward - wall, radius - wall)
-    trabecular = inner * bone.spongy * (0.12 + 0.88 * spongy)
-    return BoneProjection(at, inward > 0, outer - inner, trabecular, across)
+    return at, inward > 0, outer - inner, inner * bone.spongy * (0.12 + 0.88 * spongy)
 
 
 def project_soft_tissue(limb: Limb, u: Array, v: Array) -> tuple[Array, Array]:
     """Path length through soft tissue, and depth below the skin, at the points (`u`, `v`)."""
     knots = np.linspace(-1, 1, 201)
-    left = _lookup(u, knots, _smooth(np.interp(knots, np.linspace(-1, 1, len(limb.left)), limb.left)))
-    right = _lookup(u, knots, _smooth(np.interp(knots, np.linspace(-1, 1, len(limb.right)), limb.right)))
+    left, right = _lookup(u, knots, _smooth(limb.left, knots)), _lookup(u, knots, _smooth(limb.right, knots))
     half = (left + right) / 2
     inward = half - np.abs(v - (right - left) / 2)
     share = np.clip(inward / half, 0, 1)
-    planes = _smooth(np.interp(knots, np.linspace(-1, 1, len(limb.planes)), limb.planes))
     fat = 1 - 0.2 * np.exp(-np.maximum(inward, 0) / np.float32(0.015))
-    density = fat * (1 + 0.06 * _lookup(v + np.float32(0.03) * np.sin(4 * u), knots, planes))
+    planes = _lookup(v + np.float32(0.03) * np.sin(4 * u), knots, _smooth(limb.planes, knots))
+    density = fat * (1 + 0.06 * planes)
     return 2 * np.float32(limb.depth) * (share * (2 - share)) ** np.float32(0.42) * density, inward
 
 
@@ -130,6 +117,7 @@ def _rounded_minimum(first: Array, second: Array, rounding: float) -> Array:
     return second + (first - second) * blend - np.float32(rounding) * blend * (1 - blend)
 
 
-def _smooth(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    kernel = np.hanning(27)
+def _smooth(values: tuple[float, ...], knots: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Smooth curve through `values`, at equal steps in [-1, 1]."""
+    table, kernel = np.interp(knots, np.linspace(-1, 1, len(values)), values), np.hanning(27)
     return np.convolve(np.pad(table, 13, mode="edge"), kernel / kernel.sum(), mode="valid")

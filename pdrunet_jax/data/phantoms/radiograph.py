@@ -1,7 +1,6 @@
 """From a phantom limb to an 8-bit radiograph: view, attenuation, metal, exposure, noise, collimator, markers."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,26 +36,21 @@ class Level:
     """Maximum number of cables and tubes."""
 
 
-STANDARD = Level()
 LEVELS = {
     "easy": Level(1.3, 0.5, 0.5, cast=0.0, metal=0.0, uncollimated=0.6, unmarked=0.8),
-    "standard": STANDARD,
+    "standard": Level(),
     "hard": Level(0.6, 2.0, 2.0, cast=0.3, metal=0.3, wires=3),
 }
 
 
-class Radiograph(NamedTuple):
-    """A radiograph and its bones, each (size, size)."""
+def radiograph(
+    limb: Limb, rng: np.random.Generator, size: int, level: Level
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Array]:
+    """Take a radiograph of `limb`; only the grain depends on the size, not the scene.
 
-    grey: NDArray[np.uint8]
-    bones: NDArray[np.uint8]
-    """0, or 1 + the bone's place in `BONES`; where two overlap, the one nearer to the film."""
-    brightness: Array
-    """float32 in [0, 1], before quantization to 8 bits."""
-
-
-def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = STANDARD) -> Radiograph:
-    """Take a radiograph of `limb` with (size, size) pixels; only the grain depends on the size, not the scene."""
+    Returns, each (size, size): grey values; bones, 0 or 1 + the bone's place in `BONES`, where two overlap the one
+    nearer to the film; brightness, float32 in [0, 1] before quantization to 8 bits.
+    """
     # Attenuation of soft tissue, short bones, ribs and cast.
     grain = rng.spawn(1)[0]
     y, x = np.meshgrid(*[(np.arange(size, dtype=np.float32) + 0.5) / size - 0.5] * 2, indexing="ij")
@@ -73,9 +67,9 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = S
     flat, texture = attenuation.ravel(), trabeculae.ravel()  # views
     found = np.zeros(size * size, np.uint8)
     for bone in limb.bones:
-        part = project_bone(bone, u, v)
-        flat[part.at] += 6.5 * level.density * (part.cortical + part.trabecular * (1 + 0.16 * texture[part.at]))
-        found[part.at[part.inside]] = 1 + BONES.index(bone.name)
+        at, inside, cortical, trabecular = project_bone(bone, u, v)
+        flat[at] += 6.5 * level.density * (cortical + trabecular * (1 + 0.16 * texture[at]))
+        found[at[inside]] = 1 + BONES.index(bone.name)
     bones = found.reshape(size, size)
     mask = bones > 0
     bare = mask
@@ -91,7 +85,7 @@ def radiograph(limb: Limb, rng: np.random.Generator, size: int, level: Level = S
     mask &= field
     brightness = _mark(brightness, mask, x, y, rng, level.unmarked)
     grey = np.clip(brightness * 255 + grain.random((size, size), np.float32), 0, 255)
-    return Radiograph(grey.astype(np.uint8), bones * mask, brightness)
+    return grey.astype(np.uint8), bones * mask, brightness
 
 
 def _draw_wires(brightness: Array, x: Array, y: Array, rng: np.random.Generator, most: int, pixel: float) -> Array:
