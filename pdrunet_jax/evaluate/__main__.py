@@ -145,14 +145,13 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
     }
     folder = options.output or Path("evaluation")
     write_evaluation(evaluation, folder, about, environment(jax.devices()[0].device_kind))
-    print(scores.text_table(evaluation.summary))
-    print(*evaluation.remarks(), sep="\n")
+    print(evaluation.text())
     if other:
         comparison = compare.compare(evaluation.rows, other, evaluation.summary.rules)
         compare.write_comparison(comparison, evaluation.rows, other, folder)
         print(compare.comparison_text(comparison))
     print(f"results: {folder}, report: {write_evaluation_report(folder)}")
-    print(evaluation.line)
+    print(scores.dice_line(options.split, evaluation.summary))
 
 
 def _opponent(options: EvaluateOptions, dataset: Dataset) -> tuple[compare.Other | None, _Candidate | None]:

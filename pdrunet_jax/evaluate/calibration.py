@@ -16,8 +16,7 @@ from pdrunet_jax.data.masks import IGNORE
 THRESHOLDS = tuple(number / 100 for number in range(1, 100))
 """Thresholds of the Dice curve, 0.01 to 0.99; the decisions equal `predict.threshold.apply_threshold`'s."""
 _COLUMNS = len(THRESHOLDS) + 1
-_PER_BIN = 10
-"""Histogram columns in one bin of the reliability curve."""
+_PER_BIN = 10  # histogram columns in one bin of the reliability curve
 
 
 @dataclass(frozen=True)
@@ -91,23 +90,20 @@ class Histograms:
             truth: Class indices (H, W); `IGNORE` is excluded.
         """
         counted = truth != IGNORE
-        true = truth[counted]
+        classes = truth[counted]
         for index, counts in enumerate(self.counts, 1):
-            of_class = probability if probability.ndim == 2 else probability[..., index]
-            self._add(counts, of_class[counted], true == index)
-
-    def _add(self, counts: np.ndarray, probability: np.ndarray, truth: np.ndarray) -> None:
-        # Column = number of thresholds that the pixel exceeds, in float32 as `apply_threshold` compares them.
-        columns = np.searchsorted(np.asarray(THRESHOLDS, np.float32), probability, side="left")
-        pixels, true = (np.bincount(part, minlength=_COLUMNS) for part in (columns, columns[truth]))
-        predicted, hits = (part[::-1].cumsum()[::-1][1:] for part in (pixels, true))
-        both = predicted + true.sum()
-        dice = np.where(both > 0, 2 * hits / np.maximum(both, 1), self._empty)
-        counts[0] += pixels
-        counts[1] += true
-        counts[2] += np.bincount(columns, weights=probability, minlength=_COLUMNS)
-        counts[3, 1:] += np.nan_to_num(dice)
-        counts[4, 1:] += ~np.isnan(dice)
+            of_class = (probability if probability.ndim == 2 else probability[..., index])[counted]
+            # Column = number of thresholds that the pixel exceeds, in float32 as `apply_threshold` compares them.
+            columns = np.searchsorted(np.asarray(THRESHOLDS, np.float32), of_class, side="left")
+            pixels, true = (np.bincount(part, minlength=_COLUMNS) for part in (columns, columns[classes == index]))
+            predicted, hits = (part[::-1].cumsum()[::-1][1:] for part in (pixels, true))
+            both = predicted + true.sum()
+            dice = np.where(both > 0, 2 * hits / np.maximum(both, 1), self._empty)
+            counts[0] += pixels
+            counts[1] += true
+            counts[2] += np.bincount(columns, weights=of_class, minlength=_COLUMNS)
+            counts[3, 1:] += np.nan_to_num(dice)
+            counts[4, 1:] += ~np.isnan(dice)
 
     def curves(self) -> dict[str, Curves]:
         """Curves of each class over the images added so far."""

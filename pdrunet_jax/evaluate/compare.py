@@ -4,12 +4,11 @@ Scores are paired by image and class, and patients stay whole in intervals and t
 this evaluation minus the other.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,14 @@ from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.intervals import interval
 from pdrunet_jax.evaluate.scores import METRICS, ImageScores, ScoringOptions, format_score
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
 
 FILES = ("comparison.json", "comparison.csv")
 LOWER_IS_BETTER = ("hd95", "assd", "area_error")
-EXACT = 16
-"""Largest number of patients for which every sign flip is evaluated."""
-FLIPS = 20_000
-"""Random sign flips for more patients."""
-MOST_LISTED = 6
-"""Images listed as most changed, or as missing."""
-DIGITS = 6
-"""Decimals that scores are rounded to before comparison, those of per_image.csv."""
+EXACT = 16  # largest number of patients for which every sign flip is evaluated
+FLIPS = 20_000  # random sign flips for more patients
+MOST_LISTED = 6  # images listed as most changed, or as missing
+DIGITS = 6  # decimals that scores are rounded to before comparison, the same as in per_image.csv
 
 Pairs = Mapping[str, tuple[float, float]]
 """Image to the scores of this evaluation and the other, both defined."""
@@ -75,16 +70,14 @@ class Comparison:
     tolerance: float
     classes: dict[str, dict[str, Difference]]
     macro: dict[str, Difference]
-    changed: tuple[tuple[str, float, float], ...]
-    """Image, Dice (mean of classes) here and Dice there, largest change first."""
+    changed: tuple[dict[str, Any], ...]
+    """"image", and its Dice (mean of classes) as "this" and "other", largest change first."""
     images: int
     patients: int
 
     def to_dict(self) -> dict[str, Any]:
         """Content of comparison.json, with None for NaN."""
-        values: dict[str, Any] = scores.without_nan(asdict(self))
-        values["changed"] = [dict(zip(("image", "this", "other"), case, strict=True)) for case in self.changed]
-        return values
+        return scores.without_nan(asdict(self))
 
 
 def read_other(folder: Path) -> Other | None:
@@ -149,6 +142,7 @@ def compare(rows: Sequence[ImageScores], other: Other, rules: ScoringOptions, se
     pairs = {metric: {name: _pairs(rows, other, metric, name) for name in names} for metric in METRICS}
     means = {metric: _means(list(of_class.values())) for metric, of_class in pairs.items()}
     changes = sorted(means["dice"].items(), key=lambda case: -abs(case[1][0] - case[1][1]))
+    changed = ({"image": image, "this": here, "other": there} for image, (here, there) in changes if here != there)
     classes = {
         name: {metric: difference(metric, pairs[metric][name], patient_of, seed) for metric in METRICS}
         for name in names
@@ -160,7 +154,7 @@ def compare(rows: Sequence[ImageScores], other: Other, rules: ScoringOptions, se
         tolerance=rules.tolerance,
         classes=classes,
         macro=classes[names[0]] if one else {name: difference(name, means[name], patient_of, seed) for name in METRICS},
-        changed=tuple((image, here, there) for image, (here, there) in changes[:MOST_LISTED] if here != there),
+        changed=tuple(islice(changed, MOST_LISTED)),
         images=len(patient_of),
         patients=len(set(patient_of.values())),
     )
@@ -260,21 +254,19 @@ def write_comparison(comparison: Comparison, rows: Sequence[ImageScores], other:
     Raises `RunError` if `folder` cannot be written.
     """
     theirs = {(row.image, row.class_name): row for row in other.rows}
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
     kinds = ("this", "other", "difference")
-    writer.writerow(["image", "patient", "class", *(f"{metric}_{kind}" for metric in METRICS for kind in kinds)])
+    lines = [["image", "patient", "class", *(f"{metric}_{kind}" for metric in METRICS for kind in kinds)]]
     for row in rows:
-        cells: list[str] = [row.image, row.patient, row.class_name]
+        cells = [row.image, row.patient, row.class_name]
         pair = row, theirs[row.image, row.class_name]
         for metric in METRICS:
             change = _value(pair[0], metric) - _value(pair[1], metric)
             cells += [f"{value:.{DIGITS}f}" for value in (*(getattr(side, metric) for side in pair), change)]
-        writer.writerow(cells)
+        lines.append(cells)
     with_json, with_csv = (folder / name for name in FILES)
     with writing(folder):
         atomic_write(with_json, json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        atomic_write(with_csv, file.getvalue())
+        atomic_write(with_csv, csv_text(lines))
 
 
 def _value(row: ImageScores, metric: str) -> float:

@@ -5,7 +5,6 @@ applied, and compared with the mask as drawn. (Validation during training compar
 faster; the scores differ slightly.) Ignored pixels are excluded.
 """
 
-import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
-from PIL import Image
+from flax.serialization import msgpack_restore, msgpack_serialize
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data import overlay
@@ -37,10 +36,8 @@ from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.processes import Group
 
-WORST = 6
-"""Cases on worst.png."""
-CASES = (("best", 2), ("median", 2), ("worst", 3))
-"""Cases shown in the report."""
+WORST = 6  # on worst.png
+CASES = (("best", 2), ("median", 2), ("worst", 3))  # in the report
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,12 @@ class EvaluationOptions:
 
 
 class Case(NamedTuple):
-    """An image shown in the report."""
+    """An image shown in the report: the `rank`-th (from 1) "best", "median" or "worst", by the mean Dice of classes."""
 
     kind: str
-    """One of "best", "median" and "worst"."""
     rank: int
-    """From 1."""
     sample: Sample
     dice: float
-    """Mean over the classes."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,6 @@ class Evaluation:
 
     dataset: Dataset
     split: str
-    samples: tuple[Sample, ...]
     rows: tuple[ImageScores, ...]
     """One per image and class, in the dataset's order."""
     summary: scores.Summary
@@ -86,19 +79,17 @@ class Evaluation:
     curves: dict[str, Curves]
     """Calibration and threshold curve of each class, before cleaning."""
 
-    @property
-    def line(self) -> str:
-        """`test dice 0.934 (95% 0.921-0.945, 24 images, 24 patients)`."""
-        return scores.dice_line(self.split, self.summary)
-
-    def remarks(self) -> list[str]:
-        """Lines to print below the table of scores: empty masks, the unit of distances."""
-        return [*scores.remarks(self.summary.to_dict()), self.unit_note]
+    def text(self) -> str:
+        """The scores as printed: an aligned table, then remarks on empty masks and the unit of distances."""
+        values = self.summary.to_dict()
+        table = scores.aligned(scores.score_table(values), words=2)
+        return "\n".join([table, *scores.remarks(values), self.unit_note])
 
     def ranked(self) -> list[tuple[Sample, float]]:
         """Samples with their Dice (mean of the classes), best first, without those whose Dice is undefined."""
         values = scores.image_means(self.rows)
-        scored = [(sample, values[sample.id]) for sample in self.samples if not np.isnan(values[sample.id])]
+        samples = self.dataset.of(self.split)
+        scored = [(sample, values[sample.id]) for sample in samples if not np.isnan(values[sample.id])]
         return sorted(scored, key=lambda case: -case[1])
 
     def worst(self) -> list[tuple[Sample, float]]:
@@ -171,7 +162,7 @@ def evaluate_split(
     # Merge the processes: first scores and histograms, which select the cases, then only the masks of those cases.
     rows = _gather_scores(group, samples, rows, histograms)
     summary, curves = scores.summarise(rows, rules), histograms.curves()
-    evaluation = Evaluation(dataset, split, samples, tuple(rows), summary, {}, unit_note, curves)
+    evaluation = Evaluation(dataset, split, tuple(rows), summary, {}, unit_note, curves)
     return replace(evaluation, masks=_gather_masks(group, masks, evaluation))
 
 
@@ -200,12 +191,7 @@ def predicted_probabilities(
         raise UserError(f"{dataset.root} has no images in the split {split}; use --split {', '.join(filled)} or all")
     place = Placement.here()
     batches = eval_batches(
-        dataset,
-        split,
-        config,
-        batch_size=place.eval_batch_size(batch_size),
-        channels=model.in_channels,
-        stride=stride,
+        dataset, split, config, batch_size=place.eval_batch_size(batch_size), channels=model.in_channels, stride=stride
     )
     for batch, logits in predict_batches(model, batches, place):
         probability = probabilities(np.asarray(logits))
@@ -246,9 +232,12 @@ def write_evaluation(
         atomic_write(folder / "per_image.csv", scores.to_csv(evaluation.rows))
         atomic_write(folder / "curves.json", json.dumps(curves, ensure_ascii=False) + "\n")
         if worst := evaluation.worst():
-            overlay.save(_sheet(evaluation, worst), folder / "worst.png")
+            images = [read_image(sample.image, 1) for sample, _ in worst]
+            truths, predictions = zip(*(evaluation.masks_of(sample) for sample, _ in worst), strict=True)
+            captions = [f"dice {dice:.3f}  {sample.id}" for sample, dice in worst]
+            overlay.save(overlay.sample_sheet(images, truths, predictions, captions), folder / "worst.png")
         summary = {
-            "line": evaluation.line,
+            "line": scores.dice_line(evaluation.split, evaluation.summary),
             "split": evaluation.split,
             **evaluation.summary.to_dict(),
             "expected_calibration_error": {name: each["expected_calibration_error"] for name, each in curves.items()},
@@ -263,10 +252,8 @@ def write_evaluation(
 def _gather_scores(
     group: Group, samples: Sequence[Sample], rows: Sequence[ImageScores], histograms: Histograms
 ) -> list[ImageScores]:
-    """Rows of all processes in the order of `samples`; adds the counts of all processes to `histograms`.
-
-    JSON keeps every digit of a float.
-    """
+    """Rows of all processes in the order of `samples`; adds the counts of all processes to `histograms`."""
+    # JSON keeps every digit of a float.
     mine = {"rows": [list(vars(row).values()) for row in rows], "counts": histograms.counts.tolist()}
     parts = [json.loads(part) for part in group.gather(json.dumps(mine).encode())]
     histograms.counts = np.sum([part["counts"] for part in parts], axis=0)
@@ -278,17 +265,8 @@ def _gather_masks(group: Group, masks: Mapping[str, bytes], evaluation: Evaluati
     """Compressed masks of the cases to show, from all processes."""
     cases = [*(case.sample for case in evaluation.cases()), *(sample for sample, _ in evaluation.worst())]
     shown = list(dict.fromkeys(sample.id for sample in cases))
-    # Keyed by position, because sample ids are arbitrary paths.
-    mine: dict[str, Any] = {
-        str(number): np.frombuffer(masks[name], np.uint8) for number, name in enumerate(shown) if name in masks
-    }
-    file = io.BytesIO()
-    np.savez(file, **mine)
-    found: dict[str, bytes] = {}
-    for part in group.gather(file.getvalue()):
-        with np.load(io.BytesIO(part)) as arrays:
-            found |= {shown[int(key)]: arrays[key].tobytes() for key in arrays}
-    return found
+    parts = map(msgpack_restore, group.gather(msgpack_serialize([masks.get(name) for name in shown])))
+    return {name: mask for part in parts for name, mask in zip(shown, part, strict=True) if mask is not None}
 
 
 def _describe(dataset: Dataset) -> dict[str, Any]:
@@ -297,19 +275,7 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
     for name in ("train", "val", "test"):
         samples = dataset.of(name)
         splits[name] = {"images": len(samples), "patients": len({sample.patient for sample in samples})}
-    return {
-        "name": dataset.name,
-        "classes": list(dataset.class_names),
-        "splits": splits,
-        "notes": list(dataset.notes),
-    }
-
-
-def _sheet(evaluation: Evaluation, cases: Sequence[tuple[Sample, float]]) -> Image.Image:
-    images = [read_image(sample.image, 1) for sample, _ in cases]
-    truths, predictions = zip(*(evaluation.masks_of(sample) for sample, _ in cases), strict=True)
-    captions = [f"dice {dice:.3f}  {sample.id}" for sample, dice in cases]
-    return overlay.sample_sheet(images, truths, predictions, captions)
+    return {"name": dataset.name, "classes": list(dataset.class_names), "splits": splits, "notes": list(dataset.notes)}
 
 
 def _write_cases(evaluation: Evaluation, folder: Path) -> list[dict[str, Any]]:

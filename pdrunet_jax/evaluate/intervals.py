@@ -7,10 +7,8 @@ import numpy as np
 
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
-FLOOR = 0.1
-"""Lower limit of a resample's standard error, as a share of the sample's."""
-_CELLS = 1 << 22
-"""Patients times resamples held in memory at a time."""
+FLOOR = 0.1  # lower limit of a resample's standard error, as a share of the sample's
+_CELLS = 1 << 22  # patients times resamples held in memory at a time
 
 
 def interval(

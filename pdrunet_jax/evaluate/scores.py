@@ -1,7 +1,6 @@
 """Scores per image and class, their statistics with confidence intervals, and both as text (docs/metrics.md)."""
 
 import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +13,7 @@ from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.evaluate import metrics, surface
 from pdrunet_jax.evaluate.intervals import interval
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import csv_text
 
 OVERLAP = ("dice", "iou", "precision", "recall", "specificity")
 METRICS = (*OVERLAP, "hd95", "assd", "nsd", "area_error")
@@ -98,8 +98,7 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dictionaries for JSON, with None for NaN."""
-        values: dict[str, Any] = without_nan(asdict(self))
-        return values
+        return without_nan(asdict(self))
 
 
 def score(
@@ -111,16 +110,10 @@ def score(
     rules: ScoringOptions,
     spacing: tuple[float, float] | None = None,
 ) -> list[ImageScores]:
-    """Score one image, one row per foreground class.
+    """Score one image: one row for each of the foreground classes `names`, which have the indices from 1 on.
 
-    Args:
-        image: Image id.
-        patient: Patient id.
-        predicted: Class indices (H, W).
-        truth: Class indices (H, W), `IGNORE` for pixels to exclude.
-        names: Foreground classes, with indices 1 to their number.
-        rules: See `ScoringOptions`.
-        spacing: Distance between rows and between columns in mm; None measures in pixels.
+    `predicted` and `truth` are class indices (H, W); true pixels of `IGNORE` are excluded. `spacing` is the distance
+    between rows and between columns in mm; None measures in pixels.
     """
     valid = truth != IGNORE
     counts = metrics.confusion(predicted[None], truth[None], valid[None], len(names))
@@ -149,12 +142,8 @@ def score(
 
 def to_csv(rows: Iterable[ImageScores]) -> str:
     """Text of per_image.csv: `CSV_COLUMNS`, then one line per row; six decimals, nan where undefined."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for row in rows:
-        writer.writerow([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in vars(row).values()])
-    return file.getvalue()
+    cells = ([f"{cell:.6f}" if isinstance(cell, float) else cell for cell in vars(row).values()] for row in rows)
+    return csv_text([CSV_COLUMNS, *cells])
 
 
 def read_csv(path: Path) -> list[ImageScores]:
@@ -166,22 +155,21 @@ def read_csv(path: Path) -> list[ImageScores]:
                 raise UserError(
                     f"{path} lacks the column {', '.join(missing)}: evaluate those weights again, or pass the weights"
                 )
-            return [_row(line) for line in reader]
+            return [
+                ImageScores(
+                    line["image"],
+                    line["patient"],
+                    line["class"],
+                    **{metric: float(line[metric]) for metric in METRICS},
+                    pixels_true=int(line["pixels_true"]),
+                    pixels_predicted=int(line["pixels_predicted"]),
+                )
+                for line in reader
+            ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     except (TypeError, ValueError):
         raise UserError(f"{path}: line {reader.line_num} is not a row of scores") from None
-
-
-def _row(line: dict[str, str]) -> ImageScores:
-    return ImageScores(
-        line["image"],
-        line["patient"],
-        line["class"],
-        **{metric: float(line[metric]) for metric in METRICS},
-        pixels_true=int(line["pixels_true"]),
-        pixels_predicted=int(line["pixels_predicted"]),
-    )
 
 
 def summarise(rows: Sequence[ImageScores], rules: ScoringOptions, seed: int = 0) -> Summary:
@@ -273,11 +261,6 @@ def by_class(values: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any
     if len(groups) > 1:
         groups["mean of classes"] = values["macro"]
     return [(name, metric, entry) for name, metrics in groups.items() for metric, entry in metrics.items()]
-
-
-def text_table(summary: Summary) -> str:
-    """`score_table` as aligned text."""
-    return aligned(score_table(summary.to_dict()), words=2)
 
 
 def label(metric: str, unit: str, tolerance: float) -> str:

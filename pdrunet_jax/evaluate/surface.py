@@ -31,24 +31,6 @@ class Distances:
     """Surface Dice: share of both masks' boundary pixels within the tolerance of the other boundary, in [0, 1]."""
 
 
-def boundary(mask: Mask) -> Mask:
-    """Pixels of a mask with a 4-neighbour outside it, or on the image border.
-
-    Args:
-        mask: Booleans (H, W).
-
-    Returns:
-        Booleans (H, W), a subset of `mask`.
-
-    Raises:
-        ValueError: `mask` does not have two axes or is not boolean.
-    """
-    _check_mask("mask", mask)
-    around = np.pad(mask, 1)
-    inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-    return mask & ~inside
-
-
 def distances(prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None = None, tolerance: float) -> Distances:
     """Compare the boundaries of two masks. The result is symmetric in the masks.
 
@@ -67,17 +49,18 @@ def distances(prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None 
         ValueError: The masks differ in shape, do not have two axes or are not boolean; `tolerance` is negative or not
             finite; `spacing` is not two positive finite numbers.
     """
-    _check_mask("prediction", prediction)
-    _check_mask("truth", truth, prediction.shape)
+    _check_masks(prediction, truth)
     if not (math.isfinite(tolerance) and tolerance >= 0):
         raise ValueError(f"tolerance is {tolerance}; it must be finite and not negative")
-    sampling = _sampling(spacing)
+    sampling = (1.0, 1.0) if spacing is None else tuple(map(float, spacing))
+    if len(sampling) != 2 or not all(math.isfinite(value) and value > 0 for value in sampling):
+        raise ValueError(f"spacing is {sampling}; expected two positive numbers (row, column)")
     if not (prediction.any() and truth.any()):
         nsd = 0.0 if prediction.any() or truth.any() else math.nan
         return Distances(hd95=math.nan, assd=math.nan, nsd=nsd)
 
-    box = _bounding_box(prediction | truth)
-    predicted, true = boundary(prediction[box]), boundary(truth[box])
+    (box,) = ndimage.find_objects((prediction | truth).astype(np.uint8))
+    predicted, true = _boundary(prediction[box]), _boundary(truth[box])
     there, back = _directed(predicted, true, sampling), _directed(true, predicted, sampling)
     both = np.concatenate([there, back])
     return Distances(
@@ -91,20 +74,22 @@ def distances(prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None 
 def area_error(prediction: Mask, truth: Mask) -> float:
     """Signed relative area error (predicted - true) / true; NaN for an empty truth, -1 for an empty prediction.
 
-    Args:
-        prediction: Booleans (H, W).
-        truth: Booleans (H, W). Areas are counted in pixels, because the spacing cancels.
-
-    Raises:
-        ValueError: The masks differ in shape, do not have two axes or are not boolean.
+    The masks are booleans (H, W); areas are in pixels, because the spacing cancels. Raises `ValueError` if they
+    differ in shape, do not have two axes or are not boolean.
     """
-    _check_mask("prediction", prediction)
-    _check_mask("truth", truth, prediction.shape)
+    _check_masks(prediction, truth)
     area = int(np.count_nonzero(truth))
     return (int(np.count_nonzero(prediction)) - area) / area if area else math.nan
 
 
-def _directed(start: Mask, goal: Mask, sampling: tuple[float, float]) -> NDArray[np.float64]:
+def _boundary(mask: Mask) -> Mask:
+    """Pixels of a mask with a 4-neighbour outside it, or on the image border."""
+    around = np.pad(mask, 1)
+    inside = around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    return mask & ~inside
+
+
+def _directed(start: Mask, goal: Mask, sampling: Sequence[float]) -> NDArray[np.float64]:
     """Distance from each pixel of `start` to the nearest pixel of `goal`; both are non-empty."""
     # Few pixels need a distance: compute it from nearest-pixel indices and skip the full distance array.
     nearest = ndimage.distance_transform_edt(~goal, sampling=sampling, return_distances=False, return_indices=True)
@@ -113,24 +98,13 @@ def _directed(start: Mask, goal: Mask, sampling: tuple[float, float]) -> NDArray
     return np.sqrt(rows * rows + columns * columns)
 
 
-def _bounding_box(mask: Mask) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-
-
-def _check_mask(name: str, mask: Mask, shape: tuple[int, ...] | None = None) -> None:
-    if mask.ndim != 2:
-        raise ValueError(f"{name} has shape {mask.shape}; expected two axes (H, W)")
-    if mask.dtype != np.bool_:
-        raise ValueError(f"{name} has dtype {mask.dtype}; expected booleans, for example `classes == 1`")
-    if shape is not None and mask.shape != shape:
-        raise ValueError(f"{name} has shape {mask.shape}, but the prediction has {shape}; expected equal shapes")
-
-
-def _sampling(spacing: Sequence[float] | None) -> tuple[float, float]:
-    if spacing is None:
-        return 1.0, 1.0
-    values = tuple(float(value) for value in spacing)
-    if len(values) != 2 or not all(math.isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"spacing is {values}; expected two positive numbers (row, column)")
-    return values[0], values[1]
+def _check_masks(prediction: Mask, truth: Mask) -> None:
+    for name, mask in (("prediction", prediction), ("truth", truth)):
+        if mask.ndim != 2:
+            raise ValueError(f"{name} has shape {mask.shape}; expected two axes (H, W)")
+        if mask.dtype != np.bool_:
+            raise ValueError(f"{name} has dtype {mask.dtype}; expected booleans, for example `classes == 1`")
+    if truth.shape != prediction.shape:
+        raise ValueError(
+            f"truth has shape {truth.shape}, but the prediction has {prediction.shape}; expected equal shapes"
+        )

@@ -4,7 +4,6 @@ Each mask carries a record of how it was made. The mask is the last picture writ
 everything else, however the process ended. Images share no state, so any number of machines can write to one folder.
 """
 
-import csv
 import fcntl
 import io
 import json
@@ -25,7 +24,7 @@ from pdrunet_jax.predict.inference import Prediction
 from pdrunet_jax.predict.inputs import is_dicom
 from pdrunet_jax.predict.medical import read_geometry, require_viewer_format, write_nifti, write_nrrd
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
 
 MASK = "_mask.png"
 OVERLAY = "_overlay.png"
@@ -106,7 +105,7 @@ class Areas:
         """
         self._path = path
         rows = [AREA_COLUMNS, *(row for name, record in finished for row in _area_rows(name, record))]
-        text = _csv(rows).encode()
+        text = csv_text(rows).encode()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
@@ -120,7 +119,7 @@ class Areas:
     def add(self, name: str, record: Record) -> None:
         """Append the rows of an image. Raises `RunError` if the table cannot be written."""
         with writing(self._path):
-            self._write(_csv(_area_rows(name, record)).encode())
+            self._write(csv_text(_area_rows(name, record)).encode())
 
     def __enter__(self) -> Self:
         return self
@@ -217,7 +216,7 @@ def _contours(mask: np.ndarray, labels: Sequence[str], tolerance: float) -> str:
         for number, ring in enumerate(outlines(mask == index, tolerance), 1)
         for x, y in ring.tolist()
     )
-    return _csv([("class", "contour", "x", "y"), *points])
+    return csv_text([("class", "contour", "x", "y"), *points])
 
 
 def _area_rows(name: str, record: Record) -> list[Sequence[Any]]:
@@ -226,9 +225,3 @@ def _area_rows(name: str, record: Record) -> list[Sequence[Any]]:
         (name, label, pixels, f"{pixels * spacing[0] * spacing[1]:.4f}" if spacing else "")
         for label, pixels in record["pixels"].items()
     ]
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()

@@ -153,12 +153,11 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
     write_evaluation(result, run.path / "evaluation" / split, about)
     report = write_report(run.path)
     tracker.scores(split, _numbers(result), _table(result), _pictures(result))
-    print(scores.text_table(result.summary))
-    print(*result.remarks(), sep="\n")
+    print(result.text())
     if len(dataset.class_names) == 1:
         print(f"for comparison, the best global threshold scores {threshold_baseline(dataset, split):.3f}")
     print(f"report: {report}")
-    return result.line
+    return scores.dice_line(split, result.summary)
 
 
 def _numbers(result: Evaluation) -> dict[str, float]:

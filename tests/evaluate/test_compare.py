@@ -72,7 +72,7 @@ def test_differences_are_those_on_paper():
     assert hd95.mean == pytest.approx(-1)
     assert (hd95.better, hd95.worse, hd95.equal) == (1, 1, 1)
     assert dice.low < dice.mean < dice.high
-    assert [image for image, _, _ in comparison.changed] == ["1", "2"]
+    assert [case["image"] for case in comparison.changed] == ["1", "2"]
 
 
 def test_an_area_too_small_and_one_too_large_by_as_much_are_equal():

@@ -41,7 +41,7 @@ def test_a_perfect_model_scores_one(tmp_path):
     evaluation = evaluated(save_dataset(tmp_path))
     assert [(row.dice, row.iou, row.precision, row.recall) for row in evaluation.rows] == [(1, 1, 1, 1)] * 3
     assert [(row.pixels_true, row.pixels_predicted) for row in evaluation.rows] == [(144, 144)] * 3
-    assert evaluation.line == "test dice 1.000 (95% 1.000-1.000, 3 images, 2 patients)"
+    assert scores.dice_line("test", evaluation.summary) == "test dice 1.000 (95% 1.000-1.000, 3 images, 2 patients)"
 
 
 def test_scores_of_a_known_error_are_those_on_paper(tmp_path):
@@ -81,8 +81,8 @@ def test_distances_are_in_mm_where_every_image_has_a_spacing(tmp_path):
     assert (pixels.summary.unit, mm.summary.unit) == ("pixels", "mm")
     assert mm.rows[0].hd95 == 0.25 * pixels.rows[0].hd95 == 0.5
     assert "images/3.png" in pixels.unit_note
-    assert "hd95 (mm)" in scores.text_table(mm.summary)
-    assert "nsd (within 2 pixels)" in scores.text_table(pixels.summary)
+    assert "hd95 (mm)" in mm.text()
+    assert "nsd (within 2 pixels)" in pixels.text()
 
 
 def test_empty_masks_are_scored_as_asked_and_counted(tmp_path):
@@ -101,12 +101,12 @@ def test_empty_masks_are_scored_as_asked_and_counted(tmp_path):
     assert usual.summary.empty == usual.summary.one_empty == {"square": 1}
     dice = [evaluation.summary.classes["square"]["dice"].images for evaluation in (usual, strict)]
     assert dice == [3, 2]
-    assert usual.remarks()[:2] == [
+    assert usual.text().splitlines()[-3:-1] == [
         "square: in 1 of 3 images truth and prediction are both empty: Dice 1, excluded from distances",
         "square: in 1 of 3 images only one of truth and prediction is empty: Dice and nsd 0, excluded from other "
         "distances",
     ]
-    assert "excluded from Dice, IoU and distances" in strict.remarks()[0]
+    assert "excluded from Dice, IoU and distances" in strict.text().splitlines()[-3]
 
 
 def test_the_batch_size_has_no_part_in_the_result(tmp_path):
@@ -186,7 +186,7 @@ def test_the_folder_holds_table_summary_and_pictures(tmp_path):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["macro"]["dice"]["mean"] == pytest.approx(np.mean([row.dice for row in evaluation.rows]))
     assert summary["dataset"]["splits"]["train"] == {"images": 2, "patients": 2}
-    assert summary["line"] == evaluation.line
+    assert summary["line"] == scores.dice_line("test", evaluation.summary)
     assert (summary["unit"], summary["tolerance"], summary["empty_dice"]) == ("pixels", 2, 1)
     assert read_csv(folder / "per_image.csv")[1].hd95 == evaluation.rows[1].hd95 > 0
     assert [case["kind"] for case in summary["cases"]] == ["best", "best", "worst"]

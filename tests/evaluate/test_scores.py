@@ -9,11 +9,12 @@ from pdrunet_jax.evaluate.scores import (
     OVERLAP,
     ImageScores,
     ScoringOptions,
+    aligned,
     dice_line,
     image_means,
+    score_table,
     statistic,
     summarise,
-    text_table,
 )
 
 
@@ -70,7 +71,7 @@ def test_a_summary_is_valid_json_without_nan():
 
 def test_the_table_is_aligned_and_has_every_metric():
     rows = [row(image, 0.5, name=name) for image in "12" for name in ("femur", "tibia")]
-    lines = text_table(summarise(rows, ScoringOptions())).splitlines()
+    lines = aligned(score_table(summarise(rows, ScoringOptions()).to_dict()), words=2).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert len(lines) == 1 + 3 * len(METRICS)
     assert "mean of classes  dice" in lines[1 + 2 * len(METRICS)]

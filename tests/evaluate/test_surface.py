@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from pdrunet_jax.evaluate.surface import Distances, area_error, boundary, distances
+from pdrunet_jax.evaluate.surface import Distances, _boundary, area_error, distances
 from tests.support.tiny import blobs
 
 ANISOTROPIC = (0.3, 0.7)
@@ -28,13 +28,13 @@ def values(result: Distances) -> list[float]:
 def test_the_boundary_is_what_touches_background_sideways_or_the_border_of_the_image():
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]], bool)
     expected = np.array([[1, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 1], [0, 1, 1, 1]], bool)
-    np.testing.assert_array_equal(boundary(mask), expected)
+    np.testing.assert_array_equal(_boundary(mask), expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_boundary_is_what_an_erosion_by_a_cross_removes(seed):
     mask = blobs(np.random.default_rng(seed), (31, 23))
-    np.testing.assert_array_equal(boundary(mask), mask ^ ndimage.binary_erosion(mask))
+    np.testing.assert_array_equal(_boundary(mask), mask ^ ndimage.binary_erosion(mask))
 
 
 def test_equal_masks_are_perfect():
@@ -133,7 +133,7 @@ def test_twice_the_spacing_doubles_every_distance(seed):
 def test_distances_are_those_of_every_pair_of_boundary_pixels():
     rng = np.random.default_rng(7)
     pair = blobs(rng, (23, 31)), blobs(rng, (23, 31))
-    points = [np.argwhere(boundary(mask)) * ANISOTROPIC for mask in pair]
+    points = [np.argwhere(_boundary(mask)) * ANISOTROPIC for mask in pair]
     table = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
     there, back = table.min(axis=1), table.min(axis=0)
     both = np.concatenate([there, back])

@@ -4,30 +4,27 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from pdrunet_jax.runtime.run_folder import read_entries
 
 Points = list[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 466, 34, 260
-"""Frame of the curves."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 466, 34, 260  # frame of the curves
 _LONGEST_TITLE = 36
 _MOST_POINTS = 400
-_MOST_DOTS = 40
-"""Largest number of points drawn as dots too, such as the validations of a run."""
+_MOST_DOTS = 40  # largest number of points drawn as dots too, such as the validations of a run
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
     """Finite values of every key of metrics.jsonl by step; the last one if a resumed run wrote a step again.
 
-    Skips an incomplete last line, as a killed run may leave it. A missing file has no values.
+    A missing file has no values.
     """
     values: dict[str, dict[float, float]] = {}
     for entry in filter(None, read_entries(path)):
         for key, value in entry.items():
-            if key != "step" and _is_number(value):
+            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
                 values.setdefault(key, {})[entry["step"]] = value
     return {key: sorted(points.items()) for key, points in values.items()}
 
@@ -57,7 +54,7 @@ def curve(
     points = [point for line in (*series.values(), reference) for point in line]
     low, high = min(y for _, y in points), max(y for _, y in points)
     logarithmic = top is None and 0 < low < 0.1 * high
-    values = _log_ticks(low, high) if logarithmic else _ticks(low, high if top is None else top, 5)
+    values = _log_ticks(low, high) if logarithmic else _ticks(low, high if top is None else top)
     right = max(1.0, *(x for x, _ in points))
     scale = math.log if logarithmic else float
     bottom, span = scale(values[0]), scale(values[-1]) - scale(values[0])
@@ -69,8 +66,8 @@ def curve(
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in line)
         return f'<polyline class="{style}" points="{path}"/>'
 
-    short = title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"
-    parts = [_text(_LEFT, 20, short, "start", "title")]
+    heading = title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…"
+    parts = [_text(_LEFT, 20, heading, "start", "title")]
     for start, end, tall in bars:
         (x, y), (x_end, y_end) = place(start, tall), place(end, values[0])
         size = f'width="{x_end - x - 1:.1f}" height="{y_end - y:.1f}"'
@@ -80,9 +77,10 @@ def curve(
     for value in values:
         _, y = place(0, value)
         parts += [_line("grid", (_LEFT, y), (_RIGHT, y)), _text(_LEFT - 6, y + 4, f"{value:g}", "end")]
-    for step in _ticks(0, right, 5):
+    for step in _ticks(0, right):
         if step <= right:
-            parts.append(_text(place(step, values[0])[0], _HEIGHT - 22, _short(step)))
+            short = f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
+            parts.append(_text(place(step, values[0])[0], _HEIGHT - 22, short))
     parts.append(_text((_LEFT + _RIGHT) / 2, _HEIGHT - 5, axis))
 
     # Annotations.
@@ -125,11 +123,11 @@ def _thinned(points: Points) -> Points:
     return [(chunk[-1][0], sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
-def _ticks(low: float, high: float, wanted: int) -> Sequence[float]:
-    """About `wanted` round numbers, from at or below `low` to at or above `high`."""
+def _ticks(low: float, high: float) -> Sequence[float]:
+    """About five round numbers, from at or below `low` to at or above `high`."""
     if high <= low:
         high = low + (abs(low) or 1.0)
-    rough = (high - low) / wanted
+    rough = (high - low) / 5
     power: float = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -144,11 +142,3 @@ def _log_ticks(low: float, high: float) -> Sequence[float]:
     first = max(number for number, tick in enumerate(ticks) if tick <= low)
     last = min((number for number, tick in enumerate(ticks) if tick >= high), default=len(ticks) - 1)
     return ticks[first : last + 1]
-
-
-def _short(step: float) -> str:
-    return f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pdrunet_jax.evaluate.scores import format_score
 
@@ -19,9 +19,7 @@ Cell = str | float | None
 Section = tuple[str, str, str]
 """Id, heading and HTML content."""
 
-LONGEST_SIDE = 512
-"""Pixels of an embedded picture's longest side; limits the size of the page for large radiographs."""
-
+LONGEST_SIDE = 512  # pixels of an embedded picture; limits the size of the page for large radiographs
 _NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
@@ -112,6 +110,6 @@ def embedded(path: Path) -> str:
             picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             # No chroma subsampling, or thin coloured outlines would fade.
             picture.convert("RGB").save(file, "JPEG", quality=88, subsampling=0, optimize=True)
-    except (OSError, UnidentifiedImageError):
+    except OSError:
         return _NO_PICTURE
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

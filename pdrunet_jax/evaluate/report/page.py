@@ -37,7 +37,6 @@ def write_report(run_folder: str | Path) -> Path:
     sections += [
         ("speed", "Speed", _training_speed(metrics)),
         ("configuration", "Configuration", settings({"": top} | groups)),
-        _environment(environment),
     ]
     subtitle = f"PDR-UNet on {scored.summary['dataset']['name']}" if scored else "PDR-UNet"
     numbers = key_numbers(scored) + _training_numbers(metrics)
@@ -63,7 +62,6 @@ def write_evaluation_report(folder: str | Path) -> Path:
         *score_sections(scored),
         ("speed", "Speed", speed),
         ("configuration", "Settings", settings({"": about})),
-        _environment(environment),
     ]
     title = f"{scored.summary['dataset']['name']}, {scored.split} images"
     subtitle = str(about.get("weights", ""))
@@ -80,7 +78,8 @@ def _write(
 ) -> Path:
     started, device = str(environment.get("started", "")).replace("T", " "), str(environment.get("device", ""))
     with writing(path):
-        atomic_write(path, render_page(title, [subtitle, started, device], numbers, sections))
+        text = render_page(title, [subtitle, started, device], numbers, [*sections, _environment(environment)])
+        atomic_write(path, text)
     return path
 
 

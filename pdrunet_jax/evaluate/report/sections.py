@@ -14,10 +14,8 @@ from pdrunet_jax.evaluate.report.charts import curve
 from pdrunet_jax.evaluate.report.html import Cell, Section, embedded, html_table, legend, note
 from pdrunet_jax.evaluate.scores import METRICS, format_score, remarks, score_table
 
-MOST_ROWS = 2_000
-"""Rows in the table of every image; more would make the page too heavy for a phone, and per_image.csv has all."""
-OPEN_ROWS = 40
-"""Largest number of rows shown unfolded."""
+MOST_ROWS = 2_000  # in the table of every image: more would make the page too heavy for a phone
+OPEN_ROWS = 40  # largest number of rows shown unfolded
 SPLIT_TITLES = {"train": "training", "val": "validation"}
 
 _NONE = "None yet. Scores are computed when training ends, or with `python -m pdrunet_jax.evaluate`."
@@ -57,24 +55,15 @@ class EvaluationFolder:
 
 def score_sections(scored: EvaluationFolder) -> list[Section]:
     """The sections of an evaluation, in order. Without scores they say so."""
-    if not scored:
-        headings = {
-            "scores": "Scores",
-            "cases": "Best, median and worst cases",
-            "images": "Every image",
-            "calibration": "Calibration and threshold",
-            "data": "Data",
-        }
-        return [(name, heading, note(_NONE)) for name, heading in headings.items()]
-    comparison = [("comparison", "Comparison", _comparison(scored.comparison))] if scored.comparison else []
-    return [
-        ("scores", f"Scores on the {scored.split} images", _scores(scored)),
-        *comparison,
-        ("cases", "Best, median and worst cases", _cases(scored)),
-        ("images", "Every image", _every_image(scored)),
-        ("calibration", "Calibration and threshold", _calibration(scored)),
-        ("data", "Data", _data(scored)),
+    sections = [
+        ("scores", f"Scores on the {scored.split} images" if scored else "Scores", _scores),
+        *([("comparison", "Comparison", _comparison)] if scored.comparison else []),
+        ("cases", "Best, median and worst cases", _cases),
+        ("images", "Every image", _every_image),
+        ("calibration", "Calibration and threshold", _calibration),
+        ("data", "Data", _data),
     ]
+    return [(name, heading, content(scored) if scored else note(_NONE)) for name, heading, content in sections]
 
 
 def key_numbers(scored: EvaluationFolder) -> list[tuple[str, str]]:
@@ -100,11 +89,11 @@ def _scores(scored: EvaluationFolder) -> str:
     return html_table(head, rows, words=2) + "".join(map(note, notes))
 
 
-def _comparison(values: Mapping[str, Any]) -> str:
-    head, *rows = compare.comparison_table(values)
-    changed_head, *changed = compare.changed_table(values)
+def _comparison(scored: EvaluationFolder) -> str:
+    head, *rows = compare.comparison_table(scored.comparison)
+    changed_head, *changed = compare.changed_table(scored.comparison)
     most = html_table(changed_head, changed, words=1) if changed else ""
-    return html_table(head, rows, words=2) + note(compare.caption(values)) + most
+    return html_table(head, rows, words=2) + note(compare.caption(scored.comparison)) + most
 
 
 def _cases(scored: EvaluationFolder) -> str:
@@ -136,23 +125,17 @@ def _every_image(scored: EvaluationFolder) -> str:
     images, limit = len({row[0] for row in rows}), ""
     if len(rows) > MOST_ROWS:
         dice = head.index("dice")
-        rows = sorted(rows, key=lambda row: _number(row[dice]) or 0.0)[:MOST_ROWS]
+        rows = sorted(rows, key=lambda row: 0.0 if row[dice] == "nan" else float(row[dice]))[:MOST_ROWS]
         limit = note(f"The {MOST_ROWS:,} rows with the lowest Dice; per_image.csv has all.")
     columns = [number for number, name in enumerate(head) if name != "class" or len(scored.summary["classes"]) > 1]
     names = [head[column] for column in columns]
     cells: list[list[Cell]] = [
-        [_number(row[column]) if head[column] in METRICS else row[column] for column in columns] for row in rows
+        [float(row[column]) if head[column] in METRICS else row[column] for column in columns] for row in rows
     ]
     words = sum(name in ("image", "patient", "class") for name in names)
     table = html_table([name.replace("_", " ") for name in names], cells, words, sortable=True)
     opened = " open" if len(rows) <= OPEN_ROWS else ""
     return f"<details{opened}><summary>{images} images</summary>{limit}{table}</details>"
-
-
-def _number(cell: str) -> float | None:
-    """A score from a CSV cell; None for nan."""
-    value = float(cell)
-    return None if value != value else value
 
 
 def _calibration(scored: EvaluationFolder) -> str:
