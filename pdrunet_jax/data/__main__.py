@@ -1,8 +1,6 @@
 """Command `python -m pdrunet_jax.data`: import, check and split datasets; draw synthetic X-rays."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -137,23 +135,17 @@ def main() -> None:
     elif isinstance(options, Phantom):
         phantom(options)
     else:
-        with _file_errors():
-            imported = labelme.import_labelme if isinstance(options, labelme.ImportLabelme) else mura.import_mura
-            print("\n".join([*imported(options), f"written to {options.dst}"]))
+        run_import = labelme.import_labelme if isinstance(options, labelme.ImportLabelme) else mura.import_mura
+        try:
+            notes = run_import(options)
+        except OSError as error:
+            raise UserError(f"{error.filename}: {error.strerror or error}") from None
+        print("\n".join([*notes, f"written to {options.dst}"]))
 
 
 def _described(options: type, name: str, text: str) -> Any:
     """`options` with a long help text, unless the list of subcommands is shown, which has one line for each."""
     return Annotated[options, tyro.conf.subcommand(name, description=text)] if name in sys.argv[1:2] else options
-
-
-@contextmanager
-def _file_errors() -> Iterator[None]:
-    """Report a file or folder that cannot be read as a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

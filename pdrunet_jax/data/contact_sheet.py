@@ -43,12 +43,11 @@ def write_check(folder: Path, inspection: Inspection, lines: Sequence[str], most
     dataset = inspection.dataset
     picture, page = folder / "contact_sheet.png", folder / "check.html"
     sheet = png(contact_sheet(inspection, most))
+    classes = [*enumerate(dataset.class_names, start=1), *([(IGNORE, "ignored")] if dataset.coding.ignore else [])]
     text = _PAGE.format(
         title=html.escape(dataset.name),
         report=html.escape("\n".join(lines)),
-        legend="".join(
-            f'<b style="background: rgb{colour}"></b>{html.escape(name)}' for name, colour in _legend(dataset)
-        ),
+        legend="".join(f'<b style="background: rgb{colour_of(i)}"></b>{html.escape(name)}' for i, name in classes),
         picture=base64.b64encode(sheet).decode(),
     )
     with writing(folder):
@@ -91,8 +90,3 @@ def _cell(dataset: Dataset, sample: Sample, codes: dict[int, int]) -> Image.Imag
     for line, text in enumerate((sample.id, words)):
         draw.text((0, SIDE + 2 + line * _LINE), fitted(text, 2 * SIDE, font), TEXT, font)
     return cell
-
-
-def _legend(dataset: Dataset) -> list[tuple[str, tuple[int, int, int]]]:
-    named = [(name, colour_of(index)) for index, name in enumerate(dataset.class_names, start=1)]
-    return [*named, ("ignored", colour_of(IGNORE))] if dataset.coding.ignore else named

@@ -4,14 +4,13 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Cache, keeps
-from pdrunet_jax.data.folder import Pair, find_pairs, read_description, some
+from pdrunet_jax.data.folder import find_pairs, read_description, some
 from pdrunet_jax.data.masks import MaskCoding, codes_to_classes, resolve
 from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, scan
 from pdrunet_jax.data.split import Sample, assign, identical, partition, split_counts, together
@@ -96,15 +95,23 @@ def open_dataset(config: DataConfig) -> Dataset:
 
 def inspect_dataset(config: DataConfig) -> Inspection:
     """Like `open_dataset`, with layout, sizes, modes and pixel counts."""
-    # Find a dataset and its declarations before reading any image.
-    ensure_phantoms(config)
     root = Path(config.root)
+    if config.phantoms and is_vacant(root):
+        # Only here: SciPy, which draws them, takes about a second to import.
+        from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
+
+        write_phantoms(root, PhantomOptions(config.phantoms, config.split_seed, max(config.height_width)))
+    # Find a dataset and its declarations before reading any image.
     if is_vacant(root) or not root.is_dir():
         state = "is empty" if root.is_dir() else "is a file" if root.exists() else "does not exist"
         raise UserError(f"--data.root {config.root}: the folder {state}.\n{_HOW_TO_GET_DATA}\n{_LAYOUTS}")
     description = read_description(root)
     declared = description.coding(config)
-    _check_regex(config)
+    try:
+        re.compile(config.patient_regex or "")
+    except re.error as error:
+        regex = config.patient_regex
+        raise UserError(f"data.patient_regex {regex!r} is not a regular expression: {error}") from None
     found = find_pairs(root)
     if not found.layout or not (found.pairs or found.problems):
         raise UserError(f"--data.root {config.root}: no images with masks here.\n{_LAYOUTS}\n{_HOW_TO_GET_DATA}")
@@ -113,18 +120,19 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     keep = config.height_width if keeps(config, len(pairs), 1) and not config.soft_masks else None
     scanned = scan(pairs, declared, config.threads, keep)
     problems = found.problems + [problem for item in scanned for problem in item.problems]
-    notes = list(found.notes)
-    coding = declared
+    notes, coding = found.notes, declared
     # Settle the coding on all masks together, then patients and splits.
+    counts = [(pair.mask_id, item.codes) for pair, item in zip(pairs, scanned, strict=True) if item.codes]
     try:
-        counts = [(pair.mask_id, item.codes) for pair, item in zip(pairs, scanned, strict=True) if item.codes]
         coding, more = resolve(declared, counts)
         notes += more
     except DataError as error:
         problems += error.problems
     if config.soft_masks and (len(coding.classes) > 1 or coding.ignore):
         problems.append("data.soft_masks is for masks of one class without an ignore value")
-    notes += _empty_masks(pairs, scanned, coding)
+    empty = [mask_id for mask_id, codes in counts if not foreground_share(codes, coding)]
+    if empty and coding.classes:
+        notes.append(f"warning: {len(empty)} empty masks: {some(empty)}")
     samples, more, wrong = partition(config, pairs, scanned, coding)
     problems += wrong
     if problems:
@@ -135,16 +143,6 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     if keep and (declared.classes or not coding.colours):  # else colour masks were read as numbers
         _fill(dataset.cache(keep, 1, soft=False), scanned, coding)
     return Inspection(dataset, found.layout, tuple(replace(item, small=None) for item in scanned))
-
-
-def ensure_phantoms(config: DataConfig) -> None:
-    """Draw `config.phantoms` synthetic X-rays into `config.root` if that is missing or empty. Raises `UserError`."""
-    root = Path(config.root)
-    if config.phantoms and is_vacant(root):
-        # Only here: SciPy, which draws them, takes about a second to import.
-        from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
-
-        write_phantoms(root, PhantomOptions(config.phantoms, config.split_seed, max(config.height_width)))
 
 
 def require_same_data(group: Group, dataset: Dataset) -> None:
@@ -221,19 +219,3 @@ def _fill(cache: Cache, scanned: list[ScanResult], coding: MaskCoding) -> None:
         if item.small is not None:
             cache.put(row, (item.small[0], codes_to_classes(item.small[1], coding, "")))
         scanned[row] = replace(item, small=None)
-
-
-def _check_regex(config: DataConfig) -> None:
-    try:
-        re.compile(config.patient_regex or "")
-    except re.error as error:
-        raise UserError(f"data.patient_regex {config.patient_regex!r} is not a regular expression: {error}") from None
-
-
-def _empty_masks(pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding) -> list[str]:
-    empty = [
-        pair.mask_id
-        for pair, item in zip(pairs, scanned, strict=True)
-        if item.codes and not foreground_share(item.codes, coding)
-    ]
-    return [f"warning: {len(empty)} empty masks: {some(empty)}"] if empty and coding.classes else []

@@ -23,17 +23,12 @@ from pdrunet_jax.runtime.files import atomic_write
 DESCRIPTION = "dataset.toml"
 NNUNET = "dataset.json"
 MANIFEST = "manifest.csv"
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
+SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The splits, each with the names accepted for it."""
 
 _KEYS = ("name", "classes", "ignore", "threshold", "spacing", "licence")
 _MASK_SUFFIXES = ("_mask", "_seg", "_label")
-_JUNK_FOLDERS = frozenset({"__MACOSX"})
-_JUNK_FILES = frozenset({"thumbs.db", "desktop.ini"})
+_JUNK = ("__macosx", "thumbs.db", "desktop.ini")
 
 
 @dataclass(frozen=True)
@@ -81,9 +76,8 @@ class LayoutResult:
 
 def read_description(root: Path) -> Description:
     """Read dataset.toml, or dataset.json next to imagesTr/. Raises `UserError` that names the file."""
-    path = root / DESCRIPTION
-    if path.is_file():
-        return _from_toml(path)
+    if (root / DESCRIPTION).is_file():
+        return _from_toml(root / DESCRIPTION)
     if (root / NNUNET).is_file() and (root / "imagesTr").is_dir():
         return _from_nnunet(root / NNUNET)
     return Description()
@@ -103,16 +97,16 @@ def find_pairs(root: Path) -> LayoutResult:
     if folders:
         found.layout = "{train,val,test}/{images,masks}"
         for split, folder in folders.items():
-            _pair_folders(root, f"{folder}/images", f"{folder}/masks", found, split=split)
+            _pair_folders(root, (f"{folder}/images", f"{folder}/masks"), found, split=split)
     elif (root / "images").is_dir() or (root / "masks").is_dir():
         found.layout = "images/ and masks/"
-        _pair_folders(root, "images", "masks", found)
+        _pair_folders(root, ("images", "masks"), found)
     elif (root / "imagesTr").is_dir():
         found.layout = "nnU-Net imagesTr/labelsTr"
         tested = (root / "imagesTs").is_dir() and (root / "labelsTs").is_dir()
-        _pair_folders(root, "imagesTr", "labelsTr", found, split="train" if tested else None, nnunet=True)
+        _pair_folders(root, ("imagesTr", "labelsTr"), found, split="train" if tested else None, nnunet=True)
         if tested:
-            _pair_folders(root, "imagesTs", "labelsTs", found, split="test", nnunet=True)
+            _pair_folders(root, ("imagesTs", "labelsTs"), found, split="test", nnunet=True)
     return found
 
 
@@ -151,7 +145,7 @@ def normal_path(path: str) -> str:
 def files_below(folder: Path) -> Iterator[Path]:
     """Files below `folder`, sorted by name, without hidden files and other litter of operating systems."""
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith(".") or path.name.lower() in _JUNK_FILES or path.name in _JUNK_FOLDERS:
+        if path.name.startswith(".") or path.name.lower() in _JUNK:
             continue
         if path.is_dir():
             yield from files_below(path)
@@ -179,14 +173,9 @@ def _from_toml(path: Path) -> Description:
     threshold = values.get("threshold")
     if threshold is not None and (type(threshold) is not int or not 0 < threshold < 256):
         raise UserError(f"{path}: threshold = {threshold!r} must be a grey value from 1 to 255")
-    name = values.get("name")
-    return Description(
-        None if name is None else str(name),
-        values.get("classes", {}),
-        values.get("ignore"),
-        threshold,
-        _spacing(values.get("spacing"), path),
-    )
+    name = None if values.get("name") is None else str(values["name"])
+    spacing = _spacing(values.get("spacing"), path)
+    return Description(name, values.get("classes", {}), values.get("ignore"), threshold, spacing)
 
 
 def _from_nnunet(path: Path) -> Description:
@@ -237,13 +226,13 @@ def _from_manifest(root: Path) -> LayoutResult:
         paths = {}
         for kind in ("image", "mask"):
             reason = _refused(row[kind], absolute=kind == "image")
+            path = normal_path(row[kind])
             if reason:
                 found.problems.append(f"{where}: {kind} {row[kind] or 'path'} {reason}")
+            elif not os.path.isfile(root / path):  # unlike Path.is_file, accepts any text
+                found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
             else:
-                paths[kind] = normal_path(row[kind])
-                if not os.path.isfile(root / paths[kind]):  # unlike Path.is_file, accepts any text
-                    found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
-                    del paths[kind]
+                paths[kind] = path
         split = _canonical_split(row.get("split", "")) if "split" in columns else None
         if "split" in columns and split is None:
             found.problems.append(f'{where}: split "{row["split"]}" is not train, val or test')
@@ -279,19 +268,13 @@ def _refused(path: str, *, absolute: bool) -> str | None:
 
 
 def _pair_folders(
-    root: Path,
-    image_folder: str,
-    mask_folder: str,
-    found: LayoutResult,
-    *,
-    split: str | None = None,
-    nnunet: bool = False,
+    root: Path, folders: tuple[str, str], found: LayoutResult, *, split: str | None = None, nnunet: bool = False
 ) -> None:
-    for folder in (image_folder, mask_folder):
+    for folder in folders:
         if not (root / folder).is_dir():
             found.problems.append(f"{folder}/ is missing")
             return
-    images, masks = _by_key(root, image_folder, found), _by_key(root, mask_folder, found)
+    images, masks = (_by_key(root, folder, found) for folder in folders)
     taken: dict[str, str] = {}
     for key, image_ids in sorted(images.items()):
         if len(image_ids) > 1:
@@ -304,7 +287,7 @@ def _pair_folders(
         matches = [mask for suffix in ("", *_MASK_SUFFIXES) for mask in masks.get(stem + suffix, [])]
         if not matches:
             variants = " or ".join(f"{PurePosixPath(stem).name}{suffix}.*" for suffix in _MASK_SUFFIXES)
-            found.problems.append(f"{image_ids[0]}: no mask named {mask_folder}/{stem}.*, {variants}")
+            found.problems.append(f"{image_ids[0]}: no mask named {folders[1]}/{stem}.*, {variants}")
         elif len(matches) > 1:
             found.problems.append(f"{image_ids[0]}: several masks: {', '.join(matches)}")
         elif matches[0] in taken:

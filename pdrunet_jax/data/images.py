@@ -15,16 +15,8 @@ from typing import Any
 
 import numpy as np
 
-# Importing a plugin registers its format; `Image.open` would otherwise load every plugin for the sake of TIFF.
-from PIL import (
-    BmpImagePlugin,  # noqa: F401
-    Image,
-    ImageOps,
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+# Importing its plugin registers TIFF; `Image.open` would otherwise load every plugin for its sake.
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from pdrunet_jax.runtime.errors import DataError, UserError
 
@@ -118,7 +110,11 @@ def decode_image(data: bytes, name: str, channels: int = 1) -> tuple[np.ndarray,
     else:
         image = open_upright(data, name)
         mode = image.mode
-        pixels = _deep_pixels(image, name) if mode in _DEEP else np.asarray(_eight_bit(image, channels))
+        pixels = np.asarray(image if mode in _DEEP else _eight_bit(image, channels))
+        if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+            raise unreadable(name, "holds NaN or infinity")
+        if mode in _DEEP:
+            pixels = scale_by_range(pixels)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.shape[2] == channels:
@@ -233,13 +229,6 @@ def _eight_bit(image: Image.Image, channels: int) -> Image.Image:
         image = image.copy()  # transparency means nothing in an X-ray, and Pillow warns about it
         del image.info["transparency"]
     return image.convert("L" if channels == 1 else "RGB")
-
-
-def _deep_pixels(image: Image.Image, name: str) -> np.ndarray:
-    values = np.asarray(image)
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise unreadable(name, "holds NaN or infinity")
-    return scale_by_range(values)
 
 
 def _decode_dicom(data: bytes, name: str) -> tuple[np.ndarray, str]:

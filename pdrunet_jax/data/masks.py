@@ -137,9 +137,7 @@ def decode_codes(data: bytes, name: str, coding: MaskCoding) -> np.ndarray:
         return _colour_codes(image, coding.threshold or 128)
     if image.mode == "1":
         return np.where(np.asarray(image), 255 if 255 in coding.known or not coding.classes else 1, 0)
-    if image.mode == "P":
-        return _palette_codes(image, coding)
-    if image.mode == "L" or image.mode.startswith("I"):
+    if image.mode == "L" or image.mode.startswith("I") or (image.mode == "P" and "transparency" not in image.info):
         return np.asarray(image)
     if image.mode == "F":
         values = np.asarray(image)
@@ -169,7 +167,6 @@ def codes_to_classes(codes: np.ndarray, coding: MaskCoding, name: str) -> np.nda
 
 
 def _unknown_values(codes: set[int]) -> str:
-    """Describe undeclared codes in an error message."""
     return f"undeclared mask value{'s' if len(codes) > 1 else ''} {_listed(codes)}"
 
 
@@ -188,18 +185,12 @@ def _colour_codes(image: Image.Image, threshold: int) -> np.ndarray:
     return codes
 
 
-def _palette_codes(image: Image.Image, coding: MaskCoding) -> np.ndarray:
-    if "transparency" in image.info:  # perhaps made from a drawing, with indices that mean nothing
-        pixels = np.asarray(image.convert("RGBA"))
-        if _alpha_is_mask(pixels, coding):
-            return pixels[:, :, 3]
-    return np.asarray(image)
-
-
 def _channel_codes(image: Image.Image, coding: MaskCoding) -> np.ndarray:
     pixels = np.asarray(image.convert("RGBA"))
-    if _alpha_is_mask(pixels, coding):
+    if _alpha_is_mask(pixels, coding):  # of a palette image, too: the indices of a drawing mean nothing
         return pixels[:, :, 3]
+    if image.mode == "P":
+        return np.asarray(image)
     channels = np.where(pixels[:, :, 3:] == 0, 0, pixels[:, :, :3])
     red, green, blue = (channels[:, :, index] for index in range(3))
     if (red == green).all() and (green == blue).all():
@@ -237,9 +228,8 @@ def declare(
     every = [*background, *ignored, *(code for codes in named.values() for code in codes)]
     for code, count in Counter(every).items():
         if count > 1:
-            raise UserError(
-                f"{source}: {_describe_code(code)} is declared {count} times (classes, background and ignore)"
-            )
+            what = f"{_describe_code(code)} is declared {count} times"
+            raise UserError(f"{source}: {what} (classes, background and ignore)")
     coding = MaskCoding(tuple(named.items()), ignored, background, threshold)
     if threshold is not None and named and coding.only_value is None:
         raise UserError(f"{source}: threshold needs exactly one class with one grey value; leave threshold out")

@@ -10,22 +10,10 @@ from PIL import Image, ImageDraw, ImageFont
 from pdrunet_jax.data.masks import IGNORE, resize_mask
 from pdrunet_jax.runtime.files import atomic_write
 
-COLOURS = (
-    (86, 180, 233),
-    (230, 159, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (240, 228, 66),
-    (0, 114, 178),
-    (213, 94, 0),
-)
+COLOURS = ((86, 180, 233), (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (0, 114, 178), (213, 94, 0))
 """Colours of class 1, 2, ...: the palette of Okabe and Ito, ordered for contrast on grey; it repeats after seven."""
-MISSED = (230, 159, 0)
-"""False negatives: orange."""
-EXTRA = (86, 180, 233)
-"""False positives: blue."""
-CONFUSED = (204, 121, 167)
-"""A foreground class predicted as another: pink."""
+MISSED, EXTRA, CONFUSED = (230, 159, 0), (86, 180, 233), (204, 121, 167)
+"""False negatives: orange; false positives: blue; a foreground class predicted as another: pink."""
 IGNORED = (120, 120, 120)
 """Ignored pixels: grey."""
 

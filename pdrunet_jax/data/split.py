@@ -46,23 +46,25 @@ def partition(
     patients, notes, problems = patients_of(ids, [pair.patient for pair in pairs], config.patient_regex)
     pixels = [item.pixels for item in scanned]
     groups = together(patients, pixels)
-    shares = [foreground_share(item.codes, coding) for item in scanned]
-    if any(pair.split for pair in pairs):
-        splits = [pair.split or "" for pair in pairs]
+    # Which images need a split: all, or if splits are declared without val, those of train.
+    splits = [pair.split or "" for pair in pairs]
+    undecided, test_fraction = list(range(len(ids))), config.test_fraction
+    if any(splits):
         problems += _leaks(ids, patients, pixels, splits)
-        if "val" not in splits and "train" in splits and config.val_fraction:
-            train = [index for index, split in enumerate(splits) if split == "train"]
-            drawn = _draw_splits(train, groups, shares, config.val_fraction, 0.0, config.split_seed)
-            splits = [drawn.get(index, split) for index, split in enumerate(splits)]
+        no_val = "val" not in splits and config.val_fraction
+        undecided, test_fraction = [index for index in undecided if no_val and splits[index] == "train"], 0.0
+        if undecided:
             notes.append(f"no validation split is declared: some of train by patient, seed {config.split_seed}")
     else:
-        every = range(len(ids))
-        drawn = _draw_splits(every, groups, shares, config.val_fraction, config.test_fraction, config.split_seed)
-        splits = [drawn[index] for index in every]
         notes.append(f"no split is declared: drawn by patient, seed {config.split_seed}")
         merged = len(set(patients)) - len(set(groups))
         if merged:
             notes.append(f"{merged} patients have images identical to another patient's and share their split")
+    shares = [foreground_share(scanned[index].codes, coding) for index in undecided]
+    undecided_groups = [groups[index] for index in undecided]
+    drawn = assign(undecided_groups, shares, val=config.val_fraction, test=test_fraction, seed=config.split_seed)
+    for index in undecided:
+        splits[index] = drawn[groups[index]]
     notes += [f"warning: identical pixels: {' = '.join(names)}" for names in identical(ids, pixels)]
     samples = tuple(
         Sample(pair.id, pair.image, pair.mask, patient, split, item.digest)
@@ -82,12 +84,9 @@ def patients_of(
     """
     if regex is not None:
         matches = [re.search(regex, image) for image in ids]
-        problems = [
-            f"{image}: data.patient_regex {regex!r} finds no patient"
-            for image, match in zip(ids, matches, strict=True)
-            if not match
-        ]
-        return [_matched(match, image) for match, image in zip(matches, ids, strict=True)], [], problems
+        missed = [image for image, match in zip(ids, matches, strict=True) if not match]
+        problems = [f"{image}: data.patient_regex {regex!r} finds no patient" for image in missed]
+        return list(map(_matched, matches, ids)), [], problems
     patients, alone = [], 0
     for image, given in zip(ids, declared, strict=True):
         match = re.search(_PATIENT, image)
@@ -134,7 +133,8 @@ def assign(groups: Sequence[str], shares: Sequence[float], *, val: float, test: 
     total = len(left)
     result = {}
     for split, fraction in (("val", val), ("test", test)):
-        for group in _draw(left, _count(fraction, total, len(left)), f"{split}:{seed}"):
+        count = max(0, min(max(1, floor(fraction * total + 0.5)), len(left) - 1)) if fraction > 0 else 0
+        for group in _draw(left, count, f"{split}:{seed}"):
             result[group] = split
         left = [group for group in left if group not in result]
     return result | dict.fromkeys(left, "train")
@@ -173,24 +173,11 @@ def _matched(match: "re.Match[str] | None", image: str) -> str:
     return next((group for group in match.groups() if group is not None), match.group(0))
 
 
-def _count(fraction: float, total: int, left: int) -> int:
-    if fraction <= 0:
-        return 0
-    return max(0, min(max(1, floor(fraction * total + 0.5)), left - 1))
-
-
 def _draw(ordered: Sequence[str], count: int, salt: str) -> list[str]:
     """Draw one group from each of `count` runs of equal length."""
     bounds = [index * len(ordered) // count for index in range(count + 1)] if count else [0]
     runs = [ordered[start:end] for start, end in pairwise(bounds)]
     return [min(run, key=lambda group: hashlib.sha256(f"{salt}:{group}".encode()).digest()) for run in runs]
-
-
-def _draw_splits(
-    indices: Sequence[int], groups: Sequence[str], shares: Sequence[float], val: float, test: float, seed: int
-) -> dict[int, str]:
-    chosen = assign([groups[i] for i in indices], [shares[i] for i in indices], val=val, test=test, seed=seed)
-    return {index: chosen[groups[index]] for index in indices}
 
 
 def _leaks(ids: Sequence[str], patients: Sequence[str], pixels: Sequence[str], splits: Sequence[str]) -> list[str]:
