@@ -50,7 +50,11 @@ def run_block(block: "Block", x: Activation, *, train: bool, execution: Executio
     if execution.tap is None and train and execution.remat:
         return _rematerialised(block, x, execution)
     if execution.tap is None and not train and execution.path == "fused":
-        return _in_chunks(block, x, execution)
+        # A few phases or images at a time, which stay in the caches between the layers.
+        x = x.for_dilation(block.dilation)
+        return x.with_values(
+            map_chunks(lambda values: _run(block, x.with_values(values), False, execution).values, x.values)
+        )
     return _run(block, x, train, execution)
 
 
@@ -80,11 +84,3 @@ def _rematerialised(block: "Block", x: Activation, execution: Execution) -> Acti
     out, stats = checkpoint_block(compute)(params, stats, x)
     nnx.update(block, stats)
     return out
-
-
-def _in_chunks(block: "Block", x: Activation, execution: Execution) -> Activation:
-    """Evaluate a block on a few phases or images at a time, which then stay in the caches between its layers."""
-    x = x.for_dilation(block.dilation)
-    return x.with_values(
-        map_chunks(lambda values: _run(block, x.with_values(values), False, execution).values, x.values)
-    )

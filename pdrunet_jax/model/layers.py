@@ -150,12 +150,7 @@ def conv_norm_relu(
 
 
 def fused_training_block(
-    x: Activation,
-    first: tuple[Conv, BatchNorm],
-    second: tuple[Conv, BatchNorm],
-    *,
-    shortcut: str,
-    dilation: int,
+    x: Activation, first: tuple[Conv, BatchNorm], second: tuple[Conv, BatchNorm], *, shortcut: str, dilation: int
 ) -> Activation:
     """Train through two layers of `conv_norm_relu` at once, with the gradient of `fast/block.py`.
 

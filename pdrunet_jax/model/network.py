@@ -214,7 +214,7 @@ class PDRUNet(nnx.Module):
             network = nnx.merge(graphdef, *state, copy=True)
             return network._logits(*data, train=train, execution=execution), nnx.state(network, nnx.BatchStat)
 
-        logits, stats = spread(execution.mesh, part)((params, stats), (images, masks))
+        logits, stats = spread(execution.mesh, part, (params, stats), (images, masks))
         nnx.update(self, stats)
         return logits
 

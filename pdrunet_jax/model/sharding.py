@@ -17,8 +17,7 @@ from pdrunet_jax.runtime.devices import DATA, require_divisible
 
 def axis_size() -> int:
     """Number of devices that the running code is split over; 1 outside `jax.shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return int(mesh.shape[DATA]) if DATA in mesh.manual_axes else 1
+    return int(jax.sharding.get_abstract_mesh().shape[DATA]) if _split() else 1
 
 
 def psum(x: jax.Array) -> jax.Array:
@@ -31,25 +30,17 @@ def pvary(x: jax.Array) -> jax.Array:
     return lax.pcast(x, DATA, to="varying") if _split() else x
 
 
-def spread(mesh: Mesh, function: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Run `function` on every device of `mesh` with that device's part of the images.
+def spread(mesh: Mesh, function: Callable[[Any, Any], tuple[Any, Any]], same: Any, split: Any) -> tuple[Any, Any]:
+    """Call `function(same, split)` on every device of `mesh` with that device's part of `split`.
 
-    Args:
-        mesh: from `make_mesh`.
-        function: takes a tree that is equal on all devices and a tree of arrays (N, H, W, ...); returns a tree of
-            arrays (N, H, W, ...) and a tree that is equal on all devices.
-
-    Raises:
-        UserError: when called, if the N images cannot be split evenly.
+    `same` is a tree that is equal on all devices, `split` a tree of arrays (N, H, W, ...). `function` returns a tree of
+    arrays (N, H, W, ...) and a tree that is equal on all devices. Raises `UserError` if the N images cannot be split
+    evenly.
     """
+    require_divisible(mesh, jax.tree.leaves(split)[0].shape[0])
     over = jax.shard_map(function, mesh=mesh, in_specs=(P(), P(DATA)), out_specs=(P(DATA), P()))
-
-    def call(same: Any, split: Any) -> tuple[Any, Any]:
-        require_divisible(mesh, jax.tree.leaves(split)[0].shape[0])
-        result: tuple[Any, Any] = over(same, split)
-        return result
-
-    return call
+    result: tuple[Any, Any] = over(same, split)
+    return result
 
 
 def _split() -> bool:

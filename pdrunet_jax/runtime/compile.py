@@ -4,15 +4,17 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+
+R = TypeVar("R")
 
 # XLA hands convolutions on CPUs to a library that runs each of them on one core; without it they run on all cores.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
-def jit(function: Callable[..., Any], **options: Any) -> Any:
+def jit(function: Callable[..., R], **options: Any) -> Callable[..., R]:
     """`jax.jit(function, **options)` with `compiler_options()`, synchronous dispatch and the compilation cache."""
     disable_async_dispatch()
     enable_compilation_cache()

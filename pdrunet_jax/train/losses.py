@@ -6,6 +6,7 @@ dtype of the logits.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -38,30 +39,21 @@ def make_loss(config: LossConfig, outputs: int) -> Loss:
         )
     weights = config.class_weights or (1.0,) * classes
 
-    def entropy(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-        return cross_entropy(logits, target, valid, weights)
-
-    def dice(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-        return soft_tversky(logits, target, valid, weights, alpha=0.5, smooth=config.smooth)
+    entropy = partial(cross_entropy, weights=weights)
+    dice = partial(soft_tversky, weights=weights, alpha=0.5, smooth=config.smooth)
 
     def both(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
         share = config.dice_weight
         return share * dice(logits, target, valid) + (1 - share) * entropy(logits, target, valid)
 
-    def focal(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-        return focal_loss(logits, target, valid, weights, gamma=config.focal_gamma)
-
-    def tversky(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
-        return soft_tversky(logits, target, valid, weights, alpha=config.tversky_alpha, smooth=config.smooth)
-
-    losses = {
+    losses: dict[str, Loss] = {
         "bce": entropy,
         "ce": entropy,
         "dice": dice,
         "bce_dice": both,
         "ce_dice": both,
-        "focal": focal,
-        "tversky": tversky,
+        "focal": partial(focal_loss, weights=weights, gamma=config.focal_gamma),
+        "tversky": partial(soft_tversky, weights=weights, alpha=config.tversky_alpha, smooth=config.smooth),
     }
     return losses[name]
 
@@ -96,13 +88,7 @@ def focal_loss(
 
 
 def soft_tversky(
-    logits: jax.Array,
-    target: jax.Array,
-    valid: jax.Array,
-    weights: tuple[float, ...],
-    *,
-    alpha: float,
-    smooth: float,
+    logits: jax.Array, target: jax.Array, valid: jax.Array, weights: tuple[float, ...], *, alpha: float, smooth: float
 ) -> jax.Array:
     """1 - the soft Tversky index, per image and foreground class, then averaged with `weights`.
 
@@ -111,13 +97,11 @@ def soft_tversky(
     cross-entropy, not here.
     """
     if logits.shape[-1] == 1:
-        p, t, weight = jax.nn.sigmoid(logits), target[..., None].astype(logits.dtype), weights[1:]
+        p, t = jax.nn.sigmoid(logits), target[..., None].astype(logits.dtype)
     else:
         p = jax.nn.softmax(logits)[..., 1:]
         t = jax.nn.one_hot(jnp.where(valid, target, 0), logits.shape[-1], dtype=logits.dtype)[..., 1:]
-        weight = weights[1:]
-    if not sum(weight):
-        weight = (1.0,) * len(weight)
+    weight = weights[1:] if sum(weights[1:]) else (1.0,) * len(weights[1:])
     inside = valid[..., None].astype(logits.dtype)
     true = (p * t * inside).sum((1, 2))
     false_positive = (p * (1 - t) * inside).sum((1, 2))

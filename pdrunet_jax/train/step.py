@@ -115,13 +115,10 @@ def make_train_step(
     scalars: loss, dice (mean over images and classes), grad_norm, learning_rate and diverged. A step whose loss or
     gradient is not finite leaves the state as it was, marked as diverged.
 
-    On a mesh, state and metrics are on every device, and batches come from `place_batch` of `runtime/devices.py`.
+    On a mesh, state and metrics are on every device, and batches come from `Placement.shard_batch`.
     """
     where = {} if mesh is None else {"out_shardings": replicated(mesh)}
-    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] = jit(
-        partial(train_step, config, graphdef, outputs, mesh=mesh), donate_argnums=0, **where
-    )
-    return step
+    return jit(partial(train_step, config, graphdef, outputs, mesh=mesh), donate_argnums=0, **where)
 
 
 def train_step(
@@ -217,10 +214,7 @@ def make_eval_step(
     indices. On a mesh they are spread over the devices as the batch is.
     """
     where = {} if mesh is None else {"out_shardings": batch_sharding(mesh)}
-    step: Callable[[State, State, Batch], Metrics] = jit(
-        partial(_eval_step, config, graphdef, outputs, mesh=mesh), **where
-    )
-    return step
+    return jit(partial(_eval_step, config, graphdef, outputs, mesh=mesh), **where)
 
 
 def _eval_step(

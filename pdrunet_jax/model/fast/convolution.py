@@ -189,18 +189,7 @@ convolution.__doc__ = """`convolve`, by Winograd's method where that is faster; 
 
 For layers outside `fast/block.py`, which has gradients of its own.
 """
-
-
-def _convolution_forward(
-    x: jax.Array, kernel: jax.Array, dilation: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _convolution(x, kernel, dilation), (x, kernel)
-
-
-def _convolution_backward(
-    dilation: int, saved: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return convolution_gradients(*saved, g, dilation)
-
-
-convolution.defvjp(_convolution_forward, _convolution_backward)
+convolution.defvjp(
+    lambda x, kernel, dilation: (_convolution(x, kernel, dilation), (x, kernel)),
+    lambda dilation, saved, g: convolution_gradients(saved[0], saved[1], g, dilation),
+)
