@@ -87,7 +87,8 @@ def test_winograd_convolutions_agree_with_the_plain_path(
     norm: str, strip: int, dtype: str, budget: Budget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In strips of rows and of several phases; in evaluation, and in training where there is no normalisation."""
-    case = Case(filters=winograd.MIN_CHANNELS, shape=(1, 64, 96), norm=norm, dtype=dtype)
+    case = Case(filters=8, shape=(1, 32, 48), norm=norm, dtype=dtype)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", case.filters)
     monkeypatch.setattr(winograd, "MIN_PIXELS", 0)
     monkeypatch.setattr(winograd, "STRIP_PIXELS", strip)
     for train in (False, True) if (norm, dtype) == ("none", "float64") else (False,):
@@ -101,9 +102,9 @@ def test_rematerialisation_changes_nothing(path: str, dtype: str, budget: Budget
     compare_paths(budget, "rematerialisation", dtype, case, outcome(case, remat=True), outcome(case), str(case))
 
 
-@pytest.mark.parametrize(("path", "remat"), [("plain", True), ("polyphase", False), ("fused", True)])
+@pytest.mark.parametrize(("path", "remat"), [("plain", False), ("polyphase", False), ("fused", True)])
 def test_bfloat16_agrees_with_float32(path: str, remat: bool, budget: Budget) -> None:
-    case = NETWORKS[0].replace(dtype="float32")
+    case = NETWORKS[0].replace(dtype="float32", filters=8)  # with fewer filters one rounded sum weighs more
     got, want = outcome(case.replace(path=path), "bfloat16", remat=remat), outcome(case)
     assert got["e1.bnorm1.running_var"].dtype == got["e1.first.weight"].dtype == got["logits"].dtype == np.float32
     compare_paths(budget, "bfloat16", "float32", case, got, want, f"{path} {case}")
@@ -129,7 +130,7 @@ def accumulated(case: Case, parts: int, compute: str | None = None, *, remat: bo
     [
         ("plain", "float64", None, False),
         ("fused", "float32", None, True),
-        ("polyphase", "float32", "bfloat16", True),
+        ("polyphase", "float32", "bfloat16", False),
     ],
 )
 def test_accumulated_gradients_are_the_gradients_of_the_whole_batch(
