@@ -14,12 +14,10 @@ from pdrunet_jax.data.dataset import continue_split, inspect_dataset, report_lin
 from pdrunet_jax.data.folder import MANIFEST, normal_path, read_manifest, write_manifest
 from pdrunet_jax.data.importers import labelme, mura
 from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
-from pdrunet_jax.data.split import split_counts
+from pdrunet_jax.data.split import manifest_rows, split_counts
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import writing
-
-_HELP = "Import, check and split datasets, or draw synthetic X-rays."
 
 
 @dataclass(frozen=True)
@@ -96,15 +94,7 @@ def split(options: Split) -> None:
         splits = {sample.id: sample.split for sample in samples}
         rows = [{**row, "split": splits[normal_path(row["image"])]} for row in rows]
     else:
-        rows = [
-            {
-                "image": sample.id,
-                "mask": sample.mask.relative_to(root).as_posix(),
-                "patient": sample.patient,
-                "split": sample.split,
-            }
-            for sample in samples
-        ]
+        rows = manifest_rows(root, samples)
     with writing(path):
         write_manifest(root, rows)
     print(f"{path}: {split_counts(samples)}")
@@ -127,7 +117,8 @@ def main() -> None:
         | _described(mura.ImportMura, "import-mura", mura.HELP)
         | Phantom
     )
-    options = tyro.cli(commands, prog=cli.program("data"), description=_HELP)
+    description = "Import, check and split datasets, or draw synthetic X-rays."
+    options = tyro.cli(commands, prog=cli.program("data"), description=description)
     if isinstance(options, Check):
         check(options)
     elif isinstance(options, Split):

@@ -31,16 +31,12 @@ REACH = 3.0
 `PERCENTILES` beyond them. Farther off they are dead or burnt-out pixels, and the range ends at the percentiles."""
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
-_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
-"""Pillow's modes of more than 8 bits; all have one channel."""
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more than 8 bits; all have one channel
 _BITS_PER_SAMPLE = 258  # TIFF tag
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
-"""PNG chunks that may hold an EXIF orientation."""
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
-"""Transfer syntax of deflated DICOM, which pydicom would inflate without limit."""
-_DICOM_HEADER = 4096
-"""Bytes at the beginning of a DICOM file that hold its transfer syntax."""
+_PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold an EXIF orientation
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of deflated DICOM, which pydicom would inflate without limit
+_DICOM_HEADER = 4096  # bytes at the beginning of a DICOM file that hold its transfer syntax
 
 
 def read_image(path: Path, channels: int = 1) -> np.ndarray:
@@ -294,10 +290,9 @@ def _stored_pixels(dataset: Any, name: str) -> np.ndarray:
 
 
 def _explain(dataset: Any, error: Exception) -> str:
-    syntax = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
-    if syntax is not None and not syntax.is_transfer_syntax:
-        syntax = None
-    if syntax is not None and syntax.is_compressed and isinstance(error, (RuntimeError, NotImplementedError)):
+    syntax: Any = getattr(getattr(dataset, "file_meta", None), "TransferSyntaxUID", None)
+    known = syntax is not None and syntax.is_transfer_syntax
+    if known and syntax.is_compressed and isinstance(error, RuntimeError):
         return f"no decoder for {syntax.name}, or damaged pixel data; decoders: pip install 'pdrunet-jax[dicom]'"
     if "PixelData" not in dataset:
         return "a DICOM file without an image"

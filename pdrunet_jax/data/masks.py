@@ -120,11 +120,6 @@ def parse_value(value: object, source: str) -> tuple[int, ...]:
     raise UserError(f'{source}: {value!r} is neither a number from 0 to 65535 nor a colour such as "#00ff00"')
 
 
-def _describe_code(code: int) -> str:
-    """Write a code as a user would declare it."""
-    return f'"#{code - COLOUR:06x}"' if code >= COLOUR else str(code)
-
-
 def decode_codes(data: bytes, name: str, coding: MaskCoding) -> np.ndarray:
     """Decode the content of a mask file to (H, W) integer codes. Raises `DataError` that says `name`.
 
@@ -164,51 +159,6 @@ def codes_to_classes(codes: np.ndarray, coding: MaskCoding, name: str) -> np.nda
         raise unreadable(name, _unknown_values({int(code) for code in np.unique(codes[rest])}))
     classes[rest] = codes[rest] >= coding.threshold
     return classes
-
-
-def _unknown_values(codes: set[int]) -> str:
-    return f"undeclared mask value{'s' if len(codes) > 1 else ''} {_listed(codes)}"
-
-
-def _listed(codes: set[int]) -> str:
-    shown = ", ".join(_describe_code(code) for code in sorted(codes)[:8])
-    return f"{shown}{', ...' if len(codes) > 8 else ''}"
-
-
-def _colour_codes(image: Image.Image, threshold: int) -> np.ndarray:
-    """Codes of the displayed colours; pixels with alpha below `threshold` are black."""
-    pixels = np.asarray(image.convert("RGBA"))
-    codes = np.full(pixels.shape[:2], COLOUR, np.int32)
-    for channel, shift in enumerate((16, 8, 0)):  # one at a time: a quarter of the memory
-        codes += pixels[:, :, channel].astype(np.int32) << shift
-    codes[pixels[:, :, 3] < threshold] = COLOUR
-    return codes
-
-
-def _channel_codes(image: Image.Image, coding: MaskCoding) -> np.ndarray:
-    pixels = np.asarray(image.convert("RGBA"))
-    if _alpha_is_mask(pixels, coding):  # of a palette image, too: the indices of a drawing mean nothing
-        return pixels[:, :, 3]
-    if image.mode == "P":
-        return np.asarray(image)
-    channels = np.where(pixels[:, :, 3:] == 0, 0, pixels[:, :, :3])
-    red, green, blue = (channels[:, :, index] for index in range(3))
-    if (red == green).all() and (green == blue).all():
-        return red
-    coloured = [channel for channel in (red, green, blue) if channel.any()]
-    return coloured[0] if len(coloured) == 1 else _colour_codes(image, 1)
-
-
-def _alpha_is_mask(pixels: np.ndarray, coding: MaskCoding) -> bool:
-    """Whether (H, W, 4) pixels are a drawing in one colour on transparent ground that fits the declaration."""
-    alpha = pixels[:, :, 3]
-    if alpha.min() == 255 or (coding.classes and coding.only_value != 255):
-        return False
-    if not coding.classes and alpha.any() and alpha.max() < 255:  # no pixel would then have the value 255
-        return False
-    drawn = alpha == 255 if (alpha == 255).any() else alpha > 0
-    colours = pixels[drawn][:, :3]
-    return bool((colours == colours[:1]).all())
 
 
 def declare(
@@ -265,8 +215,58 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
             return coding, notes
     coding = replace(coding, threshold=None)
     if unknown:
-        raise DataError(_UNDECLARED, _unknown_problems(coding, found, value))
+        raise DataError(_UNDECLARED, _unknown_problems(coding, found))
     return coding, notes
+
+
+def _describe_code(code: int) -> str:
+    """Write a code as a user would declare it."""
+    return f'"#{code - COLOUR:06x}"' if code >= COLOUR else str(code)
+
+
+def _unknown_values(codes: set[int]) -> str:
+    return f"undeclared mask value{'s' if len(codes) > 1 else ''} {_listed(codes)}"
+
+
+def _listed(codes: set[int]) -> str:
+    shown = ", ".join(_describe_code(code) for code in sorted(codes)[:8])
+    return f"{shown}{', ...' if len(codes) > 8 else ''}"
+
+
+def _colour_codes(image: Image.Image, threshold: int) -> np.ndarray:
+    """Codes of the displayed colours; pixels with alpha below `threshold` are black."""
+    pixels = np.asarray(image.convert("RGBA"))
+    codes = np.full(pixels.shape[:2], COLOUR, np.int32)
+    for channel, shift in enumerate((16, 8, 0)):  # one at a time: a quarter of the memory
+        codes += pixels[:, :, channel].astype(np.int32) << shift
+    codes[pixels[:, :, 3] < threshold] = COLOUR
+    return codes
+
+
+def _channel_codes(image: Image.Image, coding: MaskCoding) -> np.ndarray:
+    pixels = np.asarray(image.convert("RGBA"))
+    if _alpha_is_mask(pixels, coding):  # of a palette image, too: the indices of a drawing mean nothing
+        return pixels[:, :, 3]
+    if image.mode == "P":
+        return np.asarray(image)
+    channels = np.where(pixels[:, :, 3:] == 0, 0, pixels[:, :, :3])
+    red, green, blue = (channels[:, :, index] for index in range(3))
+    if (red == green).all() and (green == blue).all():
+        return red
+    coloured = [channel for channel in (red, green, blue) if channel.any()]
+    return coloured[0] if len(coloured) == 1 else _colour_codes(image, 1)
+
+
+def _alpha_is_mask(pixels: np.ndarray, coding: MaskCoding) -> bool:
+    """Whether (H, W, 4) pixels are a drawing in one colour on transparent ground that fits the declaration."""
+    alpha = pixels[:, :, 3]
+    if alpha.min() == 255 or (coding.classes and coding.only_value != 255):
+        return False
+    if not coding.classes and alpha.any() and alpha.max() < 255:  # no pixel would then have the value 255
+        return False
+    drawn = alpha == 255 if (alpha == 255).any() else alpha > 0
+    colours = pixels[drawn][:, :3]
+    return bool((colours == colours[:1]).all())
 
 
 def _as_colour(code: int) -> int:
@@ -313,14 +313,11 @@ def _with_background(coding: MaskCoding, total: Mapping[int, int]) -> tuple[Mask
     return replace(coding, background=(COLOUR,) if COLOUR not in coding.known else ()), []
 
 
-def _unknown_problems(
-    coding: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]], value: int | None
-) -> list[str]:
-    known = coding.known
-    problems = [f"{name}: {_unknown_values(extra)}" for name, counts in found if (extra := set(counts) - known)]
+def _unknown_problems(coding: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]) -> list[str]:
+    problems = [f"{name}: {_unknown_values(extra)}" for name, counts in found if (extra := set(counts) - coding.known)]
     words = ", ".join(f"{name} = {' or '.join(map(_describe_code, codes))}" for name, codes in coding.classes)
     remedy = f"declared are {words}; {BACKGROUND} is {' or '.join(map(_describe_code, coding.background))}"
     remedy += f". Declare the rest as ignore, {BACKGROUND} or a class"
-    if value is not None:
+    if coding.only_value is not None:
         remedy += f", or threshold = {DEFAULT_THRESHOLD} if they are soft edges"
     return [*problems[:-1], f"{problems[-1]}\n    {remedy}; {_HOW}"]

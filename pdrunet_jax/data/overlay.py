@@ -23,8 +23,7 @@ LEGEND = (("missed", MISSED), ("extra", EXTRA), ("wrong class", CONFUSED))
 GROUND = (18, 18, 18)
 TEXT = (225, 225, 225)
 """Colours of a sheet and its lettering."""
-_GAP = 6
-_LINE = 22
+_GAP, _LINE = 6, 22
 
 
 def grey_or_rgb(pixels: np.ndarray) -> np.ndarray:
@@ -34,16 +33,10 @@ def grey_or_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.repeat(image[..., :1], 3, axis=-1) if image.shape[-1] < 3 else np.ascontiguousarray(image[..., :3])
 
 
-def overlay(pixels: np.ndarray, mask: np.ndarray, tint: float = 0.3) -> np.ndarray:
-    """Tint and outline every class in its colour.
+def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Tint and outline every class in its colour; returns (H, W, 3) uint8.
 
-    Args:
-        pixels: (H, W, C) or (H, W) in [0, 255].
-        mask: (H, W) class indices; ignored pixels are grey.
-        tint: Opacity of the colour inside, 0 to 1.
-
-    Returns:
-        (H, W, 3) uint8.
+    `pixels` is (H, W, C) or (H, W) in [0, 255]; `mask` holds (H, W) class indices, ignored pixels are grey.
     """
     picture = grey_or_rgb(pixels).astype(np.float32)
     # An outline of one pixel is lost when a large radiograph is scaled to a screen.
@@ -53,7 +46,7 @@ def overlay(pixels: np.ndarray, mask: np.ndarray, tint: float = 0.3) -> np.ndarr
             continue
         region = mask == index
         colour = np.array(colour_of(int(index)), np.float32)
-        picture[region] += tint * (colour - picture[region])
+        picture[region] += 0.3 * (colour - picture[region])
         picture[outline(region, width)] = colour
     return np.round(picture).astype(np.uint8)
 
@@ -96,7 +89,6 @@ def sample_sheet(
     truths: Sequence[np.ndarray],
     predictions: Sequence[np.ndarray],
     captions: Sequence[str],
-    side: int = 256,
 ) -> Image.Image:
     """Draw a sheet with one case per row (image, truth, prediction, difference) and a legend below.
 
@@ -105,7 +97,6 @@ def sample_sheet(
         truths: (H, W) class indices, of the image's size.
         predictions: (H, W) class indices, of the image's size.
         captions: One line above each row.
-        side: Longest side of a panel in pixels.
 
     Raises:
         ValueError: if there is no case, or the sequences differ in length.
@@ -114,7 +105,7 @@ def sample_sheet(
     if not cases:
         raise ValueError("a sheet needs at least one case")
     # The widest panel and the heights of all rows give the size.
-    rows = [(caption, panels(image, truth, prediction, side)) for image, truth, prediction, caption in cases]
+    rows = [(caption, panels(image, truth, prediction)) for image, truth, prediction, caption in cases]
     column = max(row[0].width for _, row in rows)
     width = _GAP + len(PANELS) * (column + _GAP)
     height = 2 * _LINE + sum(_LINE + row[0].height + _GAP for _, row in rows)

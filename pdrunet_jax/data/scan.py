@@ -13,8 +13,7 @@ from pdrunet_jax.data.images import decode_image, read_bytes, resize_image
 from pdrunet_jax.data.masks import MaskCoding, decode_codes, resize_mask
 from pdrunet_jax.runtime.errors import DataError
 
-_MOST_VALUES = 4096
-"""A file with more different codes is not a mask, but a photograph or a drawing saved with losses."""
+_MOST_VALUES = 4096  # a file with more codes is not a mask, but a photograph or a drawing saved with losses
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,11 @@ def count_codes(codes: np.ndarray) -> dict[int, int]:
     return {int(code): int(count) for code, count in zip(values, counts, strict=True)}
 
 
+def digest_of(pixels: np.ndarray) -> str:
+    """SHA-256 of decoded pixels, their shape and type."""
+    return hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
+
+
 def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> ScanResult:
     problems: list[str] = []
     digest = hashlib.sha256()
@@ -87,7 +91,7 @@ def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> S
         pixels, mode = decode_image(data, pair.id)
         size = (pixels.shape[0], pixels.shape[1])
         image = resize_image(pixels, keep) if keep else None
-        pixels_digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
+        pixels_digest = digest_of(pixels)
     except DataError as error:
         problems += error.problems
     try:

@@ -140,12 +140,12 @@ def assign(groups: Sequence[str], shares: Sequence[float], *, val: float, test: 
     return result | dict.fromkeys(left, "train")
 
 
-def overlaps(keys: Sequence[str], splits: Sequence[str]) -> Mapping[str, list[str]]:
-    """Keys that occur in more than one split, with those splits."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for key, split in zip(keys, splits, strict=True):
-        found[key].add(split)
-    return {key: sorted(where) for key, where in found.items() if len(where) > 1}
+def overlaps(ids: Sequence[str], keys: Sequence[str], splits: Sequence[str]) -> Mapping[str, Mapping[str, str]]:
+    """Keys that occur in more than one split, with the id of the first image in each of these splits."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for image, key, split in zip(ids, keys, splits, strict=True):
+        found[key].setdefault(split, image)
+    return {key: dict(sorted(where.items())) for key, where in found.items() if len(where) > 1}
 
 
 def identical(ids: Sequence[str], pixels: Sequence[str]) -> list[list[str]]:
@@ -154,6 +154,19 @@ def identical(ids: Sequence[str], pixels: Sequence[str]) -> list[list[str]]:
     for image, digest in zip(ids, pixels, strict=True):
         same[digest].append(image)
     return [names for digest, names in same.items() if digest and len(names) > 1]
+
+
+def manifest_rows(root: Path, samples: Sequence[Sample]) -> list[dict[str, str]]:
+    """The manifest's rows for `samples`, whose masks are below `root`."""
+    return [
+        {
+            "image": sample.id,
+            "mask": sample.mask.relative_to(root).as_posix(),
+            "patient": sample.patient,
+            "split": sample.split,
+        }
+        for sample in samples
+    ]
 
 
 def split_counts(samples: Sequence[Sample]) -> str:
@@ -181,17 +194,12 @@ def _draw(ordered: Sequence[str], count: int, salt: str) -> list[str]:
 
 
 def _leaks(ids: Sequence[str], patients: Sequence[str], pixels: Sequence[str], splits: Sequence[str]) -> list[str]:
-    def examples(keys: Sequence[str], key: str, where: Sequence[str]) -> str:
-        chosen = [next(i for i, k, s in zip(ids, keys, splits, strict=True) if (k, s) == (key, w)) for w in where]
-        return ", ".join(chosen)
-
     problems = [
-        f"patient {patient} is in {' and '.join(where)}: {examples(patients, patient, where)}"
-        for patient, where in overlaps(patients, splits).items()
+        f"patient {patient} is in {' and '.join(where)}: {', '.join(where.values())}"
+        for patient, where in overlaps(ids, patients, splits).items()
     ]
-    problems += [
-        f"identical pixels in {' and '.join(where)}: {examples(pixels, digest, where)}"
-        for digest, where in overlaps(pixels, splits).items()
+    return problems + [
+        f"identical pixels in {' and '.join(where)}: {', '.join(where.values())}"
+        for digest, where in overlaps(ids, pixels, splits).items()
         if digest
     ]
-    return problems

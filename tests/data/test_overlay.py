@@ -38,9 +38,9 @@ def test_an_outline_is_inside_its_region_and_not_on_the_pictures_edge():
 def test_a_sheet_has_a_row_for_each_case_of_whatever_size():
     cases = [np.zeros((20, 40), np.uint8), np.zeros((64, 32), np.uint8)]
     images = [np.zeros((20, 40, 1), np.uint8), np.zeros((64, 32, 3), np.float32)]
-    sheet = pictures.sample_sheet(images, cases, cases, ["one", "x" * 500], side=64)
-    assert sheet.width > 4 * 64
-    assert sheet.height > 32 + 64
+    sheet = pictures.sample_sheet(images, cases, cases, ["one", "x" * 500])
+    assert sheet.width > 4 * 256
+    assert sheet.height > 128 + 256
     with pytest.raises(ValueError, match="at least one"):
         pictures.sample_sheet([], [], [], [])
     with pytest.raises(ValueError, match="shorter"):

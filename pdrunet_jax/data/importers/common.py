@@ -58,13 +58,11 @@ def label_table(found: Mapping[str, Sequence[str]], declared: Mapping[str, int])
         absent = [label for label in named if label not in found]
         if absent:
             notes.append(f"declared, but in no file: {', '.join(absent)}")
-    classes: dict[str, int] = {}
-    for label, value in named.items():
-        if value in classes.values():  # several labels make up one class, named after the first of them
-            first = next(name for name, other in classes.items() if other == value)
-            notes.append(f"label {label} counts as {first}")
-        else:
-            classes[label] = value
+    first: dict[int, str] = {}
+    for label, value in named.items():  # several labels may make up one class, named after the first of them
+        if first.setdefault(value, label) != label:
+            notes.append(f"label {label} counts as {first[value]}")
+    classes = {label: value for value, label in first.items()}
     if not classes and not problems:
         problems.append("no shape with an area has the label of a class")
     return LabelTable(special | named | dict(declared), classes, tuple(notes), tuple(problems))
@@ -77,7 +75,7 @@ def check_classes(declared: Mapping[str, int]) -> None:
             raise UserError(f"--classes {label} {value}: a class has a value from 1 to 254, background 0, ignore 255")
 
 
-def save_index_mask(mask: np.ndarray, path: Path) -> None:
+def write_mask(mask: np.ndarray, path: Path) -> None:
     """Write (H, W) uint8 class indices as a palette PNG, which any viewer shows in colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     index_mask(mask, IGNORE).save(path, format="PNG", optimize=True)

@@ -9,14 +9,7 @@ from typing import Literal
 
 from pdrunet_jax.data.folder import files_below, some, write_manifest
 from pdrunet_jax.data.images import SUFFIXES, decode_image, read_bytes
-from pdrunet_jax.data.importers.common import (
-    Source,
-    Target,
-    check_classes,
-    label_table,
-    save_index_mask,
-    write_description,
-)
+from pdrunet_jax.data.importers.common import Source, Target, check_classes, label_table, write_description, write_mask
 from pdrunet_jax.data.labelme.read import Annotation, image_location, rasterise, read_annotation, without_boxes
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.runtime.errors import DataError, UserError
@@ -79,7 +72,7 @@ class Survey:
         drawn = to_draw(annotation, boxes)
         self.boxes += len(annotation.shapes) - len(drawn.shapes)
         self.regions += sum(shape.kind == "rectangle" for shape in drawn.shapes)
-        self.skipped.update(kind for kind, _ in annotation.skipped)
+        self.skipped.update(annotation.skipped)
         for label in dict.fromkeys(shape.label for shape in drawn.shapes):
             self.labels[label].append(annotation.name)
         if not drawn.shapes:
@@ -196,7 +189,7 @@ class _Writer:
             self.embedded += 1
         shapes = to_draw(annotation, self._options.boxes).shapes
         masks = f"masks/{stem[self._strip :]}.png"
-        save_index_mask(rasterise(shapes, self._index_of, (height, width), name), self._folder / masks)
+        write_mask(rasterise(shapes, self._index_of, (height, width), name), self._folder / masks)
         if self._options.by_reference and not embedded:
             return {"image": Path(os.path.abspath(path)).as_posix(), "mask": masks}
         copy = f"images/{image[self._strip :]}"

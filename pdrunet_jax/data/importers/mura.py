@@ -3,7 +3,6 @@
 MURA has no masks. They come as LabelMe files or as images in any coding, named by the paths of their images in MURA.
 """
 
-import hashlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,19 +15,12 @@ from numpy.typing import NDArray
 
 from pdrunet_jax.data.folder import files_below, some, write_manifest
 from pdrunet_jax.data.images import SUFFIXES, decode_image, read_bytes
-from pdrunet_jax.data.importers.common import (
-    Source,
-    Target,
-    check_classes,
-    label_table,
-    save_index_mask,
-    write_description,
-)
+from pdrunet_jax.data.importers.common import Source, Target, check_classes, label_table, write_description, write_mask
 from pdrunet_jax.data.importers.labelme import Boxes, Survey, to_draw
 from pdrunet_jax.data.labelme.read import Annotation, rasterise, read_annotation
 from pdrunet_jax.data.masks import IGNORE, codes_to_classes, declare, decode_codes, resolve
-from pdrunet_jax.data.scan import count_codes
-from pdrunet_jax.data.split import assign, overlaps, together
+from pdrunet_jax.data.scan import ScanResult, count_codes, digest_of
+from pdrunet_jax.data.split import Sample, assign, manifest_rows, overlaps, split_counts, together
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import new_folder, require_vacant
 
@@ -124,17 +116,6 @@ class View:
         return f"{self.split}/{self.region}/{self.patient}/{study}/{self.image}"
 
 
-@dataclass(frozen=True)
-class _Found:
-    """An image that has a mask."""
-
-    view: View
-    size: tuple[int, int]
-    """(height, width) in pixels."""
-    pixels: str
-    """Digest of the decoded pixels."""
-
-
 def import_mura(options: ImportMura) -> list[str]:
     """Write the dataset folder `options.dst`, completely or not at all: index masks, and references to the images.
 
@@ -159,35 +140,40 @@ def import_mura(options: ImportMura) -> list[str]:
     drawn = any(path.suffix.lower() == ".json" for path in matched.values())
     kind = DrawnMasks(options) if drawn else ImageMasks(options)
     found = _survey(views, matched, masks, kind, problems)
-    problems += kind.settle() + _split_patients(views)
+    problems += kind.settle()
+    both = overlaps([view.name for view in views], [view.patient for view in views], [view.split for view in views])
+    problems += [f"patient in MURA's train and valid: {' and '.join(where.values())}" for where in both.values()]
     if problems:
         raise DataError(f"{options.source}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
-    kept = _without_twins(found, notes)
+    tested = {item.pixels for view, item in found.items() if view.split == "valid"}
+    twins = [view for view, item in found.items() if view.split == "train" and item.pixels in tested]
+    if twins:
+        notes.append(f"left out of train, since valid has the same pixels: {some([view.name for view in twins])}")
+    kept = {view: item for view, item in found.items() if view not in twins}
     # Write the masks, and draw the split by patient and share of foreground.
     with new_folder(options.dst) as folder:
-        shares = []
-        for item in kept:
-            mask = kind.read(matched[item.view], item.size, item.view.name)
-            save_index_mask(mask, folder / "masks" / f"{item.view.name}.png")
+        files = {view: folder / "masks" / f"{view.name}.png" for view in kept}
+        shares = {}
+        for view, item in kept.items():
+            mask = kind.read(matched[view], item.size, view.name)
+            write_mask(mask, files[view])
             counted = mask[mask != IGNORE]
-            shares.append(float((counted > 0).mean()) if counted.size else 0.0)
+            shares[view] = float((counted > 0).mean()) if counted.size else 0.0
         splits = _splits(kept, shares, options)
-        rows = [
-            {
-                "image": Path(os.path.abspath(item.view.path)).as_posix(),
-                "mask": f"masks/{item.view.name}.png",
-                "patient": item.view.patient,
-                "split": split,
-            }
-            for item, split in zip(kept, splits, strict=True)
+        samples = [
+            Sample(Path(os.path.abspath(view.path)).as_posix(), view.path, files[view], view.patient, splits[view])
+            for view in kept
         ]
-        write_manifest(folder, rows)
+        write_manifest(folder, manifest_rows(folder, samples))
         name = "_".join(["mura", *(region.removeprefix("XR_").lower() for region in chosen)])
         write_description(folder, name, kind.classes, ignore=kind.ignores, licence=_LICENCE)
-    without = len(views) - len(matched)
-    if without:
+    if without := len(views) - len(matched):
         notes.append(f"{without} of {len(views)} images have no mask and are left out")
-    return [*notes, *kind.notes, *_counts(rows), f"{len(rows)} images, classes {', '.join(kind.classes)}"]
+    notes += kind.notes
+    empty = [split for split in ("train", "test") if not any(sample.split == split for sample in samples)]
+    if empty:
+        notes.append(f"warning: no image with a mask is left for {' and '.join(empty)}")
+    return [*notes, split_counts(samples), f"{len(samples)} images, classes {', '.join(kind.classes)}"]
 
 
 def mura_root(source: Path, masks: Path) -> Path:
@@ -215,7 +201,7 @@ def find_views(root: Path, regions: Iterable[str]) -> list[View]:
             for path in files_below(folder) if folder.is_dir() else ():
                 match = _VIEW.fullmatch(path.relative_to(root).with_suffix("").as_posix())
                 if match and path.suffix.lower() in SUFFIXES:
-                    parts = {key: str(value or "").lower() for key, value in match.groupdict().items()}
+                    parts = {key: value.lower() for key, value in match.groupdict("").items()}
                     views.append(View(**{**parts, "split": split, "region": region}, path=path))
     return views
 
@@ -236,7 +222,7 @@ def match_masks(
         if not match:
             problems.append(f"{name}: {words} is not the path of an image in MURA")
             continue
-        named = {key: (value or "").lower() for key, value in match.groupdict().items()}
+        named = {key: value.lower() for key, value in match.groupdict("").items()}
         region = named["region"].replace("-", "_").upper()
         if region and region not in regions:
             elsewhere[region] += 1
@@ -338,27 +324,21 @@ def _candidates(folder: Path, views: Sequence[View]) -> tuple[list[tuple[Path, s
     problems: list[str] = []
     for path in files_below(folder):
         name = path.relative_to(folder)
-        words: str | None = name.with_suffix("").as_posix()
-        if path.suffix.lower() == ".json":
+        words = name.with_suffix("").as_posix()
+        if path.suffix.lower() in SUFFIXES and os.path.realpath(path) not in originals:
+            images.append((path, words))
+        elif path.suffix.lower() == ".json" and _VIEW.search(words):
+            drawn.append((path, words))
+        elif path.suffix.lower() == ".json":
             try:
-                if not _VIEW.search(str(words)):
-                    words = _annotated_path(path, name.as_posix())
+                annotation = read_annotation(path, name.as_posix())
             except DataError as error:
                 problems += error.problems
                 continue
-            if words is not None:
+            if annotation is not None:  # else other JSON
+                words = str(PurePosixPath(annotation.image_path.replace("\\", "/")).with_suffix(""))
                 drawn.append((path, words))
-        elif path.suffix.lower() in SUFFIXES and os.path.realpath(path) not in originals:
-            images.append((path, str(words)))
     return drawn or images, problems
-
-
-def _annotated_path(path: Path, name: str) -> str | None:
-    """`imagePath` of a LabelMe file without its extension, never opened; None for other JSON. Raises `DataError`."""
-    annotation = read_annotation(path, name)
-    if annotation is None:
-        return None
-    return str(PurePosixPath(annotation.image_path.replace("\\", "/")).with_suffix(""))
 
 
 def _read_annotation(path: Path, size: tuple[int, int], name: str) -> Annotation:
@@ -382,60 +362,24 @@ def _survey(
     folder: Path,
     kind: DrawnMasks | ImageMasks,
     problems: list[str],
-) -> list[_Found]:
+) -> dict[View, ScanResult]:
     """Read every image that has a mask, and check the mask."""
-    found = []
-    for view in views:
-        if view not in matched:
-            continue
+    found = {}
+    for view in (view for view in views if view in matched):
         try:
-            image, _ = decode_image(read_bytes(view.path, view.name), view.name)
+            image, mode = decode_image(read_bytes(view.path, view.name), view.name)
             size = (image.shape[0], image.shape[1])
-            found.append(_Found(view, size, hashlib.sha256(repr(size).encode() + image.tobytes()).hexdigest()))
+            found[view] = ScanResult(size, mode, pixels=digest_of(image))
             kind.add(matched[view], size, matched[view].relative_to(folder).as_posix())
         except DataError as error:
             problems += error.problems
     return found
 
 
-def _split_patients(views: Sequence[View]) -> list[str]:
-    """Problems with patients in both train and valid of MURA."""
-    first: dict[tuple[str, str], str] = {}
-    for view in views:
-        first.setdefault((view.patient, view.split), view.name)
-    mixed = overlaps([view.patient for view in views], [view.split for view in views])
-    return [
-        f"patient in MURA's train and valid: {' and '.join(first[patient, split] for split in splits)}"
-        for patient, splits in mixed.items()
-    ]
-
-
-def _without_twins(found: Sequence[_Found], notes: list[str]) -> list[_Found]:
-    """Drop images of train whose pixels are in valid too."""
-    tested = {item.pixels for item in found if item.view.split == "valid"}
-    twins = [item for item in found if item.view.split == "train" and item.pixels in tested]
-    if twins:
-        notes.append(f"left out of train, since valid has the same pixels: {some([t.view.name for t in twins])}")
-    return [item for item in found if item not in twins]
-
-
-def _splits(found: Sequence[_Found], shares: Sequence[float], options: ImportMura) -> list[str]:
+def _splits(kept: Mapping[View, ScanResult], shares: Mapping[View, float], options: ImportMura) -> dict[View, str]:
     """Our splits for MURA's: train becomes train and val, by patient; valid becomes test."""
-    train = [index for index, item in enumerate(found) if item.view.split == "train"]
-    groups = together([found[index].view.patient for index in train], [found[index].pixels for index in train])
-    shares = [shares[index] for index in train]
-    chosen = assign(groups, shares, val=options.val_fraction, test=0.0, seed=options.split_seed)
-    splits = ["test"] * len(found)
-    for index, group in zip(train, groups, strict=True):
-        splits[index] = chosen[group]
-    return splits
-
-
-def _counts(rows: Sequence[Mapping[str, str]]) -> list[str]:
-    parts = []
-    for split in ("train", "val", "test"):
-        inside = [row["patient"] for row in rows if row["split"] == split]
-        parts.append(f"{len(inside)} images of {len(set(inside))} patients in {split}")
-    empty = [split for split in ("train", "test") if not any(row["split"] == split for row in rows)]
-    warning = [f"warning: no image with a mask is left for {' and '.join(empty)}"] if empty else []
-    return [*warning, ", ".join(parts)]
+    train = [view for view in kept if view.split == "train"]
+    groups = together([view.patient for view in train], [kept[view].pixels for view in train])
+    train_shares = [shares[view] for view in train]
+    chosen = assign(groups, train_shares, val=options.val_fraction, test=0.0, seed=options.split_seed)
+    return dict.fromkeys(kept, "test") | {view: chosen[group] for view, group in zip(train, groups, strict=True)}

@@ -12,8 +12,7 @@ _VERTEX = 0.5
 """Cost of a vertex. 0.5 keeps bones of 15 pixels at a Dice of 0.995 with a tolerance of 1; a cost of 1 would save a
 third of the vertices, but needs bones twice as wide for that."""
 
-_LONGEST = 1024
-"""Longest run of outline pixels that one edge may replace; bounds the work on straight borders."""
+_LONGEST = 1024  # outline pixels that one edge may replace; bounds the work on straight borders
 
 
 def outlines(region: NDArray[np.bool_], tolerance: float) -> list[Ring]:

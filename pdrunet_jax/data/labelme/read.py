@@ -36,16 +36,13 @@ _AREAS = {
 _NO_AREA = ("line", "linestrip", "point", "points")
 
 _MOST_BYTES = 256 << 20
-_MOST_POINTS = 200_000
-"""Limit per file: more points are not drawn by hand, and take minutes to rasterise."""
-
-_BOX_SHARE = 0.9
-"""A rectangle that contains this share of the same label's bounds is its box: people draw boxes too tight."""
+_MOST_POINTS = 200_000  # per file: more are not drawn by hand, and take minutes to rasterise
+_BOX_SHARE = 0.9  # a rectangle around this share of the same label's bounds is its box: people draw boxes too tight
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape with an area."""
+    """A drawn shape."""
 
     label: str
     kind: str
@@ -72,8 +69,8 @@ class Annotation:
     image_path: str
     shapes: tuple[Shape, ...]
     """In drawing order."""
-    skipped: tuple[tuple[str, str], ...] = ()
-    """(kind, label) of the shapes without an area."""
+    skipped: tuple[str, ...] = ()
+    """Kinds of the shapes without an area."""
     size: tuple[int | None, int | None] = (None, None)
     """Height and width of the image, if stated."""
     image_data: str | None = None
@@ -87,9 +84,7 @@ class Annotation:
 
     def embedded(self) -> tuple[bytes, tuple[int, int]]:
         """The embedded image file and its (height, width). Raises `DataError` if damaged or of another size."""
-        if self.image_data is None:
-            raise _wrong(self.name, "no image is embedded")
-        data = _decode_base64(self.image_data, self.name, "imageData")
+        data = _decode_base64(self.image_data or "", self.name, "imageData")
         image = open_upright(data, f"{self.name}: imageData")
         self.check_size(image.height, image.width, "its imageData")
         return data, (image.height, image.width)
@@ -112,22 +107,18 @@ def read_annotation(path: Path, name: str) -> Annotation | None:
     if not isinstance(content, dict) or not content.keys() & {"shapes", "imagePath"}:
         return None
     problems: list[str] = []
-    shapes, skipped = _read_shapes(content.get("shapes"), problems)
-    sides = tuple(_side(content.get(key), key, problems) for key in ("imageHeight", "imageWidth"))
+    shapes = _read_shapes(content.get("shapes"), problems)
+    height, width = (_side(content.get(key), key, problems) for key in ("imageHeight", "imageWidth"))
     image_path = content.get("imagePath")
     if not isinstance(image_path, str) or not image_path.strip():
         problems.append("imagePath is missing")
     image_data = content.get("imageData")
     if problems:
         raise DataError("unreadable annotation", [f"{name}: {problem}" for problem in problems])
-    return Annotation(
-        name,
-        str(image_path),
-        tuple(shapes),
-        tuple(skipped),
-        (sides[0], sides[1]),
-        image_data if isinstance(image_data, str) and image_data else None,
-    )
+    drawable = tuple(shape for shape in shapes if shape.kind in _AREAS)
+    skipped = tuple(shape.kind for shape in shapes if shape.kind in _NO_AREA)
+    embedded = image_data if isinstance(image_data, str) and image_data else None
+    return Annotation(name, str(image_path), drawable, skipped, (height, width), embedded)
 
 
 def image_location(annotation: Annotation, folder: Path, root: Path) -> str:
@@ -189,33 +180,25 @@ def rasterise(
     return np.array(image)
 
 
-def _read_shapes(values: Any, problems: list[str]) -> tuple[list[Shape], list[tuple[str, str]]]:
-    shapes: list[Shape] = []
-    skipped: list[tuple[str, str]] = []
+def _read_shapes(values: Any, problems: list[str]) -> list[Shape]:
+    """All shapes, with and without an area."""
     if not isinstance(values, list):
         problems.append(f"shapes {'is missing' if values is None else 'must be a list'}")
-        return shapes, skipped
-    total = 0
+        return []
+    shapes = []
     for number, value in enumerate(values, start=1):
         try:
-            label, kind, points = _read_shape(value)
-            total += len(points)
-            if kind in _NO_AREA:
-                skipped.append((kind, label))
-                continue
-            mask = value.get("mask") if kind == "mask" else None
-            if kind == "mask" and not isinstance(mask, str):
-                raise ValueError("a mask shape without mask data")
-            shapes.append(Shape(label, kind, points, mask))
+            shapes.append(_read_shape(value))
         except ValueError as error:
             problems.append(f"shape {number}: {error}")
+    total = sum(len(shape.points) for shape in shapes)
     if total > _MOST_POINTS:
         problems.append(f"{total:,} points; at most {_MOST_POINTS:,} are drawn")
-    return shapes, skipped
+    return shapes
 
 
-def _read_shape(value: Any) -> tuple[str, str, tuple[tuple[float, float], ...]]:
-    """Label, kind and points. Raises `ValueError`."""
+def _read_shape(value: Any) -> Shape:
+    """Check one entry of `shapes`. Raises `ValueError`."""
     if not isinstance(value, dict):
         raise ValueError("must be an object")
     label = value.get("label")
@@ -229,7 +212,10 @@ def _read_shape(value: Any) -> tuple[str, str, tuple[tuple[float, float], ...]]:
         raise ValueError(f"({label.strip()}) points must be a list of pairs of finite numbers")
     if kind in _AREAS and len(points) not in _AREAS[kind]:
         raise ValueError(f"({label.strip()}) a {kind} of {len(points)} points")
-    return label.strip(), kind, tuple((float(x), float(y)) for x, y in points)
+    mask = value.get("mask") if kind == "mask" else None
+    if kind == "mask" and not isinstance(mask, str):
+        raise ValueError("a mask shape without mask data")
+    return Shape(label.strip(), kind, tuple((float(x), float(y)) for x, y in points), mask)
 
 
 def _is_point(value: Any) -> bool:

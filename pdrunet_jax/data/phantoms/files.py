@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pdrunet_jax.data.folder import write_manifest
-from pdrunet_jax.data.importers.common import save_index_mask, write_description
+from pdrunet_jax.data.importers.common import write_description, write_mask
 from pdrunet_jax.data.labelme.write import write_labelme
 from pdrunet_jax.data.phantoms.anatomy import BONES
 from pdrunet_jax.data.phantoms.phantom import Difficulty, Phantom, draw, generator
@@ -83,7 +83,7 @@ def _write_phantom(index: int, folder: Path, drawing: PhantomOptions) -> dict[st
         classes, names = (phantom.bones, BONES) if drawing.by_bone else (phantom.mask, ("bone",))
         write_labelme(folder / f"annotations/{stem}.json", classes, names, f"../{image}")
     elif drawing.by_bone:
-        save_index_mask(phantom.bones, folder / mask)
+        write_mask(phantom.bones, folder / mask)
     else:
         Image.fromarray(phantom.mask * np.uint8(255)).save(folder / mask)
     return {"image": image, "mask": mask, "patient": phantom.patient}
