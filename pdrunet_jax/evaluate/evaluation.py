@@ -124,19 +124,13 @@ def evaluate_split(
     threshold: float = 0.5,
     group: Group | None = None,
 ) -> Evaluation:
-    """Score `model` on one split, or on every image for "all", with all devices of this process.
+    """Score `model` on the split "train", "val" or "test", or on every image for "all".
 
-    Args:
-        model: From `load_model`, or after training.
-        dataset: From `open_dataset`.
-        split: "train", "val", "test" or "all".
-        config: Image reading, and the input size of the network.
-        options: See `EvaluationOptions`.
-        threshold: Probability above which a pixel is foreground, for a model with one output.
-        group: Processes that share the batches; all of them receive the result.
+    `config` sets how images are read and the input size of the network. With one output, pixels of a probability above
+    `threshold` are foreground. All devices of this process are used; the processes of `group` share the batches, and
+    all of them receive the result.
 
-    Raises:
-        UserError: The split is empty, the model and the dataset have different classes, or the threshold is invalid.
+    Raises `UserError` if the split is empty, model and dataset have different classes, or the threshold is invalid.
     """
     check_threshold(threshold, model.outputs)
     options, group = options or EvaluationOptions(), group or Group()
@@ -152,9 +146,7 @@ def evaluate_split(
         model, dataset, split, config, batch_size=options.batch_size, stride=(group.index, group.count)
     ):
         histograms.add(probability, truth)
-        predicted = apply_threshold(probability, threshold)
-        if options.cleaning != Cleaning():
-            predicted = clean(predicted, options.cleaning)
+        predicted = clean(apply_threshold(probability, threshold), options.cleaning)
         spacing = spacings.get(sample.id)
         rows += scores.score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
         masks[sample.id] = zlib.compress(predicted.tobytes(), 1)

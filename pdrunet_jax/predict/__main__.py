@@ -1,8 +1,7 @@
 """Command `predict`: segment files, folders and globs, and write masks and everything derived from them."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,8 +112,13 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     )
     failed: list[str] = []
     done = len(finished)
-    rows = ((_name_in_table(names, path), record) for path, record in finished.items())
-    with Areas(options.output / table, rows) as areas, _progress(len(names), done) as report:
+    in_table = {path: name.with_name(path.name).as_posix() for path, name in names.items()}
+    rows = ((in_table[path], record) for path, record in finished.items())
+    with (
+        Areas(options.output / table, rows) as areas,
+        # On a terminal; otherwise (disable=None) a line for each image.
+        tqdm(total=len(names), initial=done, unit="image", dynamic_ncols=True, disable=None) as progress,
+    ):
         for path, prediction in over_devices(compute, [path for path in names if path not in finished]):
             if stop:
                 break
@@ -122,14 +126,16 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
                 result = prediction()
             except UserError as error:
                 failed += error.problems if isinstance(error, DataError) else [f"{path}: {error}"]
-                report(None)
+                progress.update()
                 continue
             record = recipe.record(result, path, targets[path])
             write_result(result, path, targets[path], labels, options.files, record)
-            areas.add(_name_in_table(names, path), record)
+            areas.add(in_table[path], record)
             done += 1
-            shares = ", ".join(f"{label} {pixels / result.mask.size:.1%}" for label, pixels in record["pixels"].items())
-            report(f"{done + len(failed)}/{len(names)} {path}: {shares}")
+            progress.update()
+            if progress.disable:
+                shares = (f"{label} {pixels / result.mask.size:.1%}" for label, pixels in record["pixels"].items())
+                print(f"{done + len(failed)}/{len(names)} {path}: {', '.join(shares)}", flush=True)
 
     # Summarise.
     print(f"{done} of {len(names)} images segmented; results in {options.output}")
@@ -173,21 +179,6 @@ def _settings(
         "fill-holes": options.cleaning.fill_holes,
         "tolerance": options.files.tolerance,
     }
-
-
-def _name_in_table(names: Mapping[Path, Path], path: Path) -> str:
-    """The path of an image's results with the image's own file name."""
-    return names[path].with_name(path.name).as_posix()
-
-
-@contextmanager
-def _progress(total: int, done: int) -> Iterator[Callable[[str | None], object]]:
-    """A function to call after each image with a line to print, or None: a bar on a terminal, otherwise the lines."""
-    if not sys.stderr.isatty():
-        yield lambda line: print(line, flush=True) if line else None
-        return
-    with tqdm(total=total, initial=done, unit="image", dynamic_ncols=True) as bar:
-        yield lambda line: bar.update()
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from pdrunet_jax.runtime.malloc import trim_malloc
 Augmentation = Literal["none", "flip", "flips"]
 """Test-time augmentation: the image alone, also its left-right mirror, or all four mirrorings."""
 
+# The axes of (N, H, W, C) reversed in each pass.
 _FLIPPED_AXES: dict[Augmentation, tuple[tuple[int, ...], ...]] = {
     "none": ((),),
     "flip": ((), (2,)),
     "flips": ((), (2,), (1,), (1, 2)),
 }
-"""The axes of (N, H, W, C) reversed in each pass."""
 
 
 class Prediction(NamedTuple):
@@ -79,9 +79,13 @@ def segment(
     pixels, spacing = _read(image, model.config.in_channels)
     shape = pixels.shape[0], pixels.shape[1]
     images = resize_image(pixels, shape if size == "own" else size or model.size or shape)[None]
-    passes = _FLIPPED_AXES[augmentation]
-    average = sum(_flipped_probabilities(model, images, axes, tile, halo) for axes in passes) / len(passes)
-    probability = resize_to_image(np.asarray(average)[0], shape)
+    total: np.ndarray | float = 0.0
+    for axes in _FLIPPED_AXES[augmentation]:
+        flipped = np.flip(images, axes)
+        logits = forward(model, flipped) if tile is None else forward_in_tiles(model, flipped, tile, halo)
+        total = total + np.flip(probabilities(np.asarray(logits)), axes)
+    average = np.asarray(total) / len(_FLIPPED_AXES[augmentation])
+    probability = resize_to_image(average[0], shape)
     mask = apply_threshold(probability, threshold)
     return Prediction(mask if cleaning is None else clean(mask, cleaning), probability, spacing)
 
@@ -105,8 +109,7 @@ def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
     Compiled once for each architecture and shape, not for each set of weights.
     """
     graphdef, state = nnx.split(model)
-    logits: jax.Array = _compiled()(graphdef, state, jax.device_put(images))
-    return logits
+    return _compiled()(graphdef, state, jax.device_put(images))
 
 
 def forward_in_tiles(model: PDRUNet, images: np.ndarray, tile: int, halo: int = RADIUS) -> np.ndarray:
@@ -137,15 +140,6 @@ def height_width(size: Sequence[int]) -> tuple[int, int] | None:
     if len(size) > 2 or min(size) < 1:
         raise UserError(f"--size {' '.join(map(str, size))}: give one number, or height and width, each 1 or more")
     return size[0], size[-1]
-
-
-def _flipped_probabilities(
-    model: PDRUNet, images: np.ndarray, axes: tuple[int, ...], tile: int | None, halo: int
-) -> np.ndarray:
-    """Probabilities (N, H, W, K) of the images reversed along `axes`, flipped back."""
-    flipped = np.flip(images, axes)
-    logits = forward(model, flipped) if tile is None else forward_in_tiles(model, flipped, tile, halo)
-    return np.flip(np.asarray(probabilities(np.asarray(logits))), axes)
 
 
 @cache

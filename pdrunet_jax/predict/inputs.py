@@ -10,11 +10,8 @@ from pathlib import Path
 from pdrunet_jax.data.images import SUFFIXES, looks_like_dicom
 from pdrunet_jax.runtime.errors import UserError
 
-_RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")
-"""Pictures that the command itself writes."""
-
-_MACOS_FILES = ("._", ".DS_Store", "__MACOSX")
-"""Name prefixes of macOS metadata, skipped whatever the extension."""
+_RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")  # pictures that the command itself writes
+_MACOS_FILES = ("._", ".DS_Store", "__MACOSX")  # name prefixes of macOS metadata, skipped whatever the extension
 
 
 def find_images(inputs: Iterable[str], output: Path) -> list[Path]:

@@ -5,28 +5,25 @@ projection radiographs ITK uses the detector spacing only, not the calibrated sp
 """
 
 import gzip
-import importlib
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pdrunet_jax.data.images import import_pydicom
 from pdrunet_jax.data.overlay import colour_of
 from pdrunet_jax.predict.inputs import is_dicom
-from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write
 
 PROJECTIONS = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.2")
 """SOP classes: computed radiography (as a prefix, also digital X-ray), angiography, fluoroscopy."""
-
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-
 _ORIENTATION = 0x0112
 _TO_STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,11 +36,9 @@ _TO_STORED = {
 }
 """For each EXIF orientation, the transform from the upright picture back to the stored one."""
 
+# DICOM and ITK: x to the patient's left, y to the back. NIfTI: to the right and front.
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-"""DICOM and ITK: x to the patient's left, y to the back. NIfTI: to the right and front."""
-
-_SCANNER_COORDINATES = 1
-"""NIfTI qform and sform code."""
+_SCANNER_COORDINATES = 1  # NIfTI qform and sform code
 
 
 @dataclass(frozen=True)
@@ -76,23 +71,12 @@ def read_geometry(path: Path) -> Geometry:
         return _dicom_geometry(path)
     with Image.open(path) as image:
         across, down = 1.0, 1.0
-        if image.format == "JPEG" and image.info.get("jfif_unit") in (1, 2):
-            unit = 25.4 if image.info["jfif_unit"] == 1 else 10.0
+        if image.format == "JPEG" and (unit := {1: 25.4, 2: 10.0}.get(image.info.get("jfif_unit", 0))):
             across, down = (unit / value if value else 1.0 for value in image.info["jfif_density"])
-        elif image.format == "TIFF" and image.tag_v2.get(296) in (2, 3):  # type: ignore[attr-defined]
-            unit = 25.4 if image.tag_v2[296] == 2 else 10.0  # type: ignore[attr-defined]
-            tags = [image.tag_v2.get(tag) for tag in (282, 283)]  # type: ignore[attr-defined]
+        elif isinstance(image, TiffImageFile) and (unit := {2: 25.4, 3: 10.0}.get(image.tag_v2.get(296, 1))):
+            tags = (image.tag_v2.get(tag) for tag in (282, 283))
             across, down = (unit / float(value) if value else 1.0 for value in tags)
         return Geometry((across, down, 1.0), to_stored=_TO_STORED.get(image.getexif().get(_ORIENTATION, 1)))
-
-
-def require_viewer_format(option: Literal["nrrd", "nifti"]) -> None:
-    """Raise `UserError` if the package that writes the files of `--OPTION` is not installed."""
-    module, package = {"nrrd": ("nrrd", "pynrrd"), "nifti": ("nibabel", "NiBabel")}[option]
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"--{option} needs {package}: pip install 'pdrunet-jax[{option}]'") from None
 
 
 def write_nifti(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
@@ -160,11 +144,8 @@ def _dicom_geometry(path: Path) -> Geometry:
     spacing = (across, down, between[0] if between and between[0] > 0 else 1.0)
     x, y, z = _numbers(dataset, "ImagePositionPatient", 3) or (0.0, 0.0, 0.0)
 
-    # Direction cosines that are not orthonormal are ignored.
-    cosines = _numbers(dataset, "ImageOrientationPatient", 6)
-    if cosines is None:
-        return Geometry(spacing, (x, y, z))
-    row, column = np.array(cosines[:3]), np.array(cosines[3:])
+    # Direction cosines that are missing or not orthonormal are ignored.
+    row, column = np.reshape(_numbers(dataset, "ImageOrientationPatient", 6) or np.zeros(6), (2, 3))
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if not all(abs(length - 1) < 1e-2 for length in lengths) or abs(row @ column) > 1e-2:
         return Geometry(spacing, (x, y, z))

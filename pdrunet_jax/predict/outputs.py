@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +23,7 @@ from pdrunet_jax.data.labelme.contours import outlines
 from pdrunet_jax.data.labelme.write import write_labelme
 from pdrunet_jax.predict.inference import Prediction
 from pdrunet_jax.predict.inputs import is_dicom
-from pdrunet_jax.predict.medical import read_geometry, require_viewer_format, write_nifti, write_nrrd
+from pdrunet_jax.predict.medical import read_geometry, write_nifti, write_nrrd
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
 
@@ -86,10 +87,9 @@ class WrittenFiles:
 
     def require_packages(self) -> None:
         """Raise `UserError` if a package needed for one of these files is not installed."""
-        if self.nrrd:
-            require_viewer_format("nrrd")
-        if self.nifti:
-            require_viewer_format("nifti")
+        for option, module, package in (("nrrd", "nrrd", "pynrrd"), ("nifti", "nibabel", "NiBabel")):
+            if getattr(self, option) and find_spec(module) is None:
+                raise UserError(f"--{option} needs {package}: pip install 'pdrunet-jax[{option}]'")
 
 
 class Areas:
@@ -160,7 +160,11 @@ def write_result(
         if files.overlay:
             overlay.save(Image.fromarray(overlay.overlay(pixels, result.mask)), with_suffix(target, OVERLAY))
         if files.probability:
-            _write_probability(result.probability, target, labels)
+            single = result.probability.ndim == 2
+            channels = [result.probability] if single else np.moveaxis(result.probability, -1, 0)[1:]
+            for suffix, channel in zip(_probability_suffixes(labels, single), channels, strict=True):
+                sixteen = Image.fromarray(np.rint(channel * 65535).astype(np.uint16))
+                overlay.save(sixteen, with_suffix(target, suffix))
         if files.npz:
             file = io.BytesIO()
             np.savez_compressed(file, probability=result.probability, classes=np.array(["background", *labels]))
@@ -174,7 +178,10 @@ def write_result(
         if labelme_picture:
             grey = np.rint(pixels[..., 0]).astype(np.uint8)
             overlay.save(Image.fromarray(grey), with_suffix(target, LABELME_PICTURE))
-        _write_mask(overlay.index_mask(result.mask, len(labels)), with_suffix(target, MASK), record)
+        text, file = PngImagePlugin.PngInfo(), io.BytesIO()
+        text.add_text(RECORD_KEY, json.dumps(record))
+        overlay.index_mask(result.mask, len(labels)).save(file, format="PNG", pnginfo=text)
+        atomic_write(with_suffix(target, MASK), file.getvalue())
         if files.labelme:
             shown = with_suffix(target, LABELME_PICTURE) if labelme_picture else path
             relative = Path(os.path.relpath(shown.parent.resolve() / shown.name, target.parent.resolve())).as_posix()
@@ -186,26 +193,11 @@ def with_suffix(target: Path, suffix: str) -> Path:
     return target.with_name(target.name + suffix)
 
 
-def _write_mask(image: Image.Image, path: Path, record: Record) -> None:
-    text = PngImagePlugin.PngInfo()
-    text.add_text(RECORD_KEY, json.dumps(record))
-    file = io.BytesIO()
-    image.save(file, format="PNG", pnginfo=text)
-    atomic_write(path, file.getvalue())
-
-
 def _probability_suffixes(labels: Sequence[str], single: bool) -> list[str]:
     if single:
         return [PROBABILITY]
     safe = ["".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label) for label in labels]
     return [f"_probability_{label}.png" for label in safe]
-
-
-def _write_probability(probability: np.ndarray, target: Path, labels: Sequence[str]) -> None:
-    single = probability.ndim == 2
-    for index, suffix in enumerate(_probability_suffixes(labels, single), 1):
-        channel = probability if single else probability[..., index]
-        overlay.save(Image.fromarray(np.rint(channel * 65535).astype(np.uint16)), with_suffix(target, suffix))
 
 
 def _contours(mask: np.ndarray, labels: Sequence[str], tolerance: float) -> str:

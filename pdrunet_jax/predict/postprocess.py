@@ -7,8 +7,7 @@ import numpy as np
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.runtime.errors import UserError
 
-_EIGHT_CONNECTED = np.ones((3, 3), np.int8)
-"""Diagonal neighbours belong to one component, as in `data/labelme/contours.py`."""
+_EIGHT_CONNECTED = np.ones((3, 3), np.int8)  # diagonal neighbours are connected, as in `data/labelme/contours.py`
 
 
 @dataclass(frozen=True)
@@ -35,28 +34,23 @@ def clean(mask: np.ndarray, rules: Cleaning) -> np.ndarray:
     of another class is not a hole. `IGNORE` is not a class.
     """
     cleaned = mask.copy()
+    if rules == Cleaning():
+        return cleaned
+    import scipy.ndimage  # takes about a second; most predictions need no cleaning
+
     classes = [index for index in np.unique(mask).tolist() if index not in (0, IGNORE)]
     if rules.largest or rules.min_area:
         for index in classes:
-            cleaned[_small_components(mask == index, rules)] = 0
+            components, count = scipy.ndimage.label(mask == index, _EIGHT_CONNECTED)
+            areas = np.bincount(components.ravel(), minlength=count + 1)
+            kept = areas >= rules.min_area
+            if rules.largest:
+                order = np.argsort(-areas[1:], kind="stable") + 1  # of components of equal size, the upper is kept
+                kept[order[rules.largest :]] = False
+            kept[0] = True  # pixels outside the class do not change
+            cleaned[~kept[components]] = 0
     if rules.fill_holes:
-        import scipy.ndimage
-
         for index in classes:
             enclosed = scipy.ndimage.binary_fill_holes(cleaned == index)
             cleaned[enclosed & (cleaned == 0)] = index
     return cleaned
-
-
-def _small_components(region: np.ndarray, rules: Cleaning) -> np.ndarray:
-    """The pixels of a boolean `region` (H, W) that `rules` remove."""
-    import scipy.ndimage
-
-    components, count = scipy.ndimage.label(region, _EIGHT_CONNECTED)
-    areas = np.bincount(components.ravel(), minlength=count + 1)
-    kept = areas >= rules.min_area
-    if rules.largest:
-        order = np.argsort(-areas[1:], kind="stable") + 1  # of two components of equal size, the upper one is kept
-        kept[order[rules.largest :]] = False
-    kept[0] = True  # pixels outside the region do not change
-    return np.asarray(~kept[components])

@@ -15,8 +15,7 @@ from pdrunet_jax.predict.outputs import LABELME, MASK, RECORD_KEY, Record, Writt
 from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import UserError
 
-MAX_LISTED = 10
-"""Conflicts listed in an error message."""
+MAX_LISTED = 10  # conflicts in an error message
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,9 @@ class Recipe:
     """Output channels of the network."""
     files: WrittenFiles
 
-    def suffixes(self, path: Path) -> list[str]:
-        """Suffixes of the files written for the image at `path`, mask excluded."""
-        return self.files.suffixes(path, self.labels, self.outputs)
-
     def record(self, result: Prediction, path: Path, target: Path) -> Record:
         """The record of a new result; deletes files of an earlier result that no longer match it."""
-        files, image = self.suffixes(path), fingerprint(path)
+        files, image = self.files.suffixes(path, self.labels, self.outputs), fingerprint(path)
         earlier = read_record(target)
         if earlier is not None:
             others = [suffix for suffix in earlier["files"] if suffix not in files]
@@ -88,9 +83,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
     """Whether the image at `path` still has the fingerprint `known`."""
     state = path.stat()
-    if state.st_size != known["bytes"]:
-        return False
-    return state.st_mtime_ns == known["changed"] or sha256(path) == known["sha256"]
+    same_time = state.st_mtime_ns == known["changed"]
+    return state.st_size == known["bytes"] and (same_time or sha256(path) == known["sha256"])
 
 
 def read_record(target: Path) -> Record | None:
@@ -108,14 +102,19 @@ def _inspect(recipe: Recipe, path: Path, target: Path) -> tuple[Record | None, d
     mask, labelme = with_suffix(target, MASK), with_suffix(target, LABELME)
     record = read_record(target)
     try:
-        wanted = recipe.suffixes(path)
+        wanted = recipe.files.suffixes(path, recipe.labels, recipe.outputs)
         changed = record is not None and not unchanged(path, record["input"])
     except OSError:  # the image cannot be opened; reported when its turn comes
         return None, {}
     if record is None:
         conflicts = {"not written by this command, or modified since": mask} if mask.exists() else {}
     else:
-        conflicts = dict.fromkeys(_differences(record["settings"], recipe.settings), mask)
+        then = record["settings"]
+        differences = [name for name in recipe.settings if then.get(name) != recipe.settings[name]]
+        conflicts = {
+            "other weights" if name == "weights" else f"{name} was {then.get(name)}, is {recipe.settings[name]}": mask
+            for name in differences
+        }
         if changed:
             conflicts["the image has changed"] = mask
     known = [] if record is None else record["files"]
@@ -123,11 +122,3 @@ def _inspect(recipe: Recipe, path: Path, target: Path) -> tuple[Record | None, d
         conflicts["a LabelMe file that this command did not write"] = labelme
     complete = all(suffix in known and with_suffix(target, suffix).exists() for suffix in wanted)
     return (record if complete else None), conflicts
-
-
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [
-        f"other {name}" if name == "weights" else f"{name} was {then.get(name)}, is {now.get(name)}"
-        for name in now
-        if then.get(name) != now[name]
-    ]

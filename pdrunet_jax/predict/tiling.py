@@ -15,8 +15,7 @@ from pdrunet_jax.model.network import BLOCKS
 RADIUS = 2 * sum(BLOCKS.values())
 """Radius of the receptive field, 316 pixels: two 3x3 convolutions per block, each reaching as far as its dilation."""
 
-MULTIPLE = 32
-"""Sides that are multiples of this are fastest (see `model/fast/phases.py`)."""
+MULTIPLE = 32  # sides that are multiples of this are fastest (see `model/fast/phases.py`)
 
 
 class Window(NamedTuple):
@@ -49,18 +48,12 @@ def windows(length: int, core: int, halo: int) -> list[Window]:
 def in_tiles(network: Callable[[np.ndarray], Any], images: np.ndarray, core: int, halo: int = RADIUS) -> np.ndarray:
     """Compute logits (N, H, W, K) tile by tile.
 
+    `network` maps images (N, h, w, C) to logits (N, h, w, K). A tile contributes `core` pixels per side and is computed
+    with `halo` more around them; from `RADIUS` on the result is exact up to rounding, less is faster and approximate.
     All tiles have one shape, so `network` is compiled once. Peak memory grows with the area of a tile
     (`core + 2 * halo` a side); only the logits grow with the image.
 
-    Args:
-        network: Maps images (N, h, w, C) to logits (N, h, w, K).
-        images: (N, H, W, C).
-        core: Pixels per side that a tile contributes.
-        halo: Extra pixels around it. From `RADIUS` on the result is exact up to rounding; less is faster and
-            approximate.
-
-    Raises:
-        ValueError: `core` is below 1 or `halo` below 0.
+    Raises `ValueError` if `core` is below 1 or `halo` below 0.
     """
     if core < 1 or halo < 0:
         raise ValueError(f"core = {core}, halo = {halo}: they must be at least 1 and 0 pixels")
