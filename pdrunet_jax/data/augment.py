@@ -18,7 +18,7 @@ from pdrunet_jax.data.masks import IGNORE
 ELASTIC_CELLS = 8
 """Cells of the elastic displacement's control grid along each side."""
 
-# Position of each option's number among those of a sample; noise and elastic fields have streams of their own.
+# Each sample draws twelve uniform numbers, one per option; noise and elastic fields have streams of their own.
 _FLIP_H, _FLIP_V, _ROTATE, _SCALE, _SHIFT_Y, _SHIFT_X, _SHEAR, _BLUR, _GAMMA, _CONTRAST, _BRIGHTNESS, _NOISE = range(12)
 _NUMBERS, _ELASTIC_FIELD, _NOISE_FIELD = range(3)
 

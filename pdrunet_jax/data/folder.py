@@ -233,7 +233,7 @@ def _from_manifest(root: Path) -> LayoutResult:
                 found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
             else:
                 paths[kind] = path
-        split = _canonical_split(row.get("split", "")) if "split" in columns else None
+        split = next((split for split, names in SPLIT_FOLDERS.items() if row.get("split", "").lower() in names), None)
         if "split" in columns and split is None:
             found.problems.append(f'{where}: split "{row["split"]}" is not train, val or test')
         if "patient" in columns and not row["patient"]:
@@ -250,10 +250,6 @@ def _from_manifest(root: Path) -> LayoutResult:
     if outside:
         found.notes.append(f"{outside} images of {MANIFEST} are outside the dataset folder (absolute paths)")
     return found
-
-
-def _canonical_split(name: str) -> str | None:
-    return next((split for split, names in SPLIT_FOLDERS.items() if name.strip().lower() in names), None)
 
 
 def _refused(path: str, *, absolute: bool) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# Importing its plugin registers TIFF; `Image.open` would otherwise load every plugin for its sake.
+# Importing its plugin registers TIFF; otherwise `Image.open` would load every plugin to find it.
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from pdrunet_jax.runtime.errors import DataError, UserError
@@ -247,7 +247,7 @@ def _decode_dicom(data: bytes, name: str) -> tuple[np.ndarray, str]:
             values *= _number(dataset, "RescaleSlope", 1.0)
             values += _number(dataset, "RescaleIntercept", 0.0)
         if not np.isfinite(values).all():
-            raise unreadable(name, "its rescale slope and intercept lead to infinity")
+            raise unreadable(name, "its rescale slope and intercept exceed the range of numbers")
         scaled = _window(values, dataset)
         if kind == "MONOCHROME1":
             np.subtract(255, scaled, out=scaled)

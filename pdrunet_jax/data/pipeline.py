@@ -31,10 +31,10 @@ class TrainBatches(Iterator[Batch]):
     """
 
     index: np.ndarray
-    """int32 (batch_size,): sample indices of the last whole batch, including those of other shards."""
+    """int32 (batch_size,): sample indices of the last whole batch, other shards included."""
 
     def __init__(self, load: Callable[[int], Batch], threads: int, identity: dict[str, Any]) -> None:
-        """Read batch n with `load(n)`, ahead of time in `threads` threads; `identity` says which data they are of."""
+        """Read batch n with `load(n)`, ahead of time in `threads` threads; `identity` describes the data."""
         self._load, self._threads, self._identity = load, threads, identity
         self._seek(0)
 
@@ -49,7 +49,7 @@ class TrainBatches(Iterator[Batch]):
         return {**self._identity, **position_after(self._done)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `get_state` was called; raise `UserError` if that was another order of samples."""
+        """Continue exactly where `get_state` was called; raise `UserError` if the samples had another order."""
         for key, value in self._identity.items():
             if state.get(key, value) != value:
                 raise UserError(f"the saved data position is for {key} {state[key]}, this run has {value}")

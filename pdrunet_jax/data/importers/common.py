@@ -16,9 +16,6 @@ from pdrunet_jax.data.masks import BACKGROUND, IGNORE
 from pdrunet_jax.data.overlay import index_mask
 from pdrunet_jax.runtime.errors import UserError
 
-BACKGROUND_LABELS = (BACKGROUND, "_background_")
-"""Labels that are never a class; the second is LabelMe's own."""
-
 Source = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
 Target = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
 
@@ -37,7 +34,7 @@ class LabelTable:
 
 def label_table(found: Mapping[str, Sequence[str]], declared: Mapping[str, int]) -> LabelTable:
     """Number the labels `found` (each with its files) as `declared`, or in alphabetical order."""
-    special = dict.fromkeys(BACKGROUND_LABELS, 0) | {IGNORE_LABEL: IGNORE}
+    special = {BACKGROUND: 0, "_background_": 0, IGNORE_LABEL: IGNORE}  # never a class; the last two are LabelMe's own
     named = {label: value for label, value in declared.items() if value not in (0, IGNORE)}
     labels = sorted(label for label in found if label not in special and label not in declared)
     notes, problems = [], []

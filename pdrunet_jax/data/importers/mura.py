@@ -49,7 +49,7 @@ Hyphens and dots may join the parts, too. Split, region, and positive or negativ
 identifies one image; _mask, _seg or _label may follow. A LabelMe file with another name is matched by its imagePath. \
 If there are LabelMe files, images next to them are not masks.
 
-Patients of MURA's train become train and val, those of MURA's valid become test; none is in two splits. \
+Patients of MURA's train become train and val, patients of its valid become test; none is in two splits. \
 Images without a mask are counted and left out. Masks without an image are errors, reported all at once."""
 
 REGIONS = ("ELBOW", "FINGER", "FOREARM", "HAND", "HUMERUS", "SHOULDER", "WRIST")
@@ -148,7 +148,7 @@ def import_mura(options: ImportMura) -> list[str]:
     tested = {item.pixels for view, item in found.items() if view.split == "valid"}
     twins = [view for view, item in found.items() if view.split == "train" and item.pixels in tested]
     if twins:
-        notes.append(f"left out of train, since valid has the same pixels: {some([view.name for view in twins])}")
+        notes.append(f"left out of train because valid has the same pixels: {some([view.name for view in twins])}")
     kept = {view: item for view, item in found.items() if view not in twins}
     # Write the masks, and draw the split by patient and share of foreground.
     with new_folder(options.dst) as folder:

@@ -77,7 +77,7 @@ class Annotation:
     """Base64 of the embedded image file."""
 
     def check_size(self, height: int, width: int, what: str) -> None:
-        """Raise `DataError` unless the file was drawn on an image of this size, that of `what`."""
+        """Raise `DataError` unless the file was drawn on an image of this size; `what` names the image."""
         stated = tuple(theirs or ours for theirs, ours in zip(self.size, (height, width), strict=True))
         if stated != (height, width):
             raise _wrong(self.name, f"drawn on {stated[1]}x{stated[0]} pixels, but {what} has {width}x{height}")

@@ -97,10 +97,9 @@ def _draw_wires(brightness: Array, x: Array, y: Array, rng: np.random.Generator,
         sway = np.float32(0.015) * np.sin(np.float32(9) * along + np.float32(phase))
         across = straight + np.float32(bend) * along**2 + sway
         half, strength = rng.uniform((0.003, 0.1), (0.011, 0.4))
-        line: Array = np.clip((np.float32(half) - np.abs(across)) / np.float32(pixel) + np.float32(0.5), 0, 1)
+        line = _coverage(np.float32(half) - np.abs(across), pixel)
         if half > 0.007:
-            bore = np.clip((np.float32(0.6 * half) - np.abs(across)) / np.float32(pixel) + np.float32(0.5), 0, 1)
-            line = line * (1 - np.float32(0.6) * bore)
+            line = line * (1 - np.float32(0.6) * _coverage(np.float32(0.6 * half) - np.abs(across), pixel))
         brightness = np.clip(brightness + np.float32(strength) * line, 0, 1).astype(np.float32)
     return brightness
 
@@ -141,26 +140,27 @@ def _implant(bone: Bone, u: Array, v: Array, rng: np.random.Generator, pixel: fl
     middle = bone.bow * np.sin(np.pi * np.clip((u - bone.start) / (bone.stop - bone.start), 0, 1))
     across = v - bone.offset - bone.tilt * u - middle
 
-    def box(inside: Array) -> Array:
-        coverage: Array = np.clip(inside / np.float32(pixel) + np.float32(0.5), 0, 1)
-        return coverage
-
     within = np.minimum(u - begin, begin + length - u)
     kind = rng.random()
     if kind < 0.3:  # a nail inside the shaft
-        return np.asarray(2.0 * box(np.minimum(within, bone.radius * 0.32 - np.abs(across))), np.float32)
+        return np.asarray(2.0 * _coverage(np.minimum(within, bone.radius * 0.32 - np.abs(across)), pixel), np.float32)
     places = np.linspace(begin + length * 0.08, begin + length * 0.92, int(rng.integers(4, 8)))
     nearest = np.abs(u[..., None] - places).min(axis=-1)
     if kind < 0.65:  # a plate seen from the front, with the heads of its screws
         side = rng.uniform(-0.4, 0.4) * bone.radius
-        plate = 1.3 * box(np.minimum(within, bone.radius * 0.42 - np.abs(across - side)))
-        heads = box(bone.radius * 0.3 - np.hypot(nearest, across - side)) * box(within)
+        plate = 1.3 * _coverage(np.minimum(within, bone.radius * 0.42 - np.abs(across - side)), pixel)
+        heads = _coverage(bone.radius * 0.3 - np.hypot(nearest, across - side), pixel) * _coverage(within, pixel)
         return np.asarray(plate + heads, np.float32)
     side = rng.choice([-1, 1])  # a plate seen from its edge, with its screws across the bone
     depth = side * across / bone.radius
-    plate = 2.2 * box(np.minimum(within, bone.radius * (0.13 - np.abs(depth - 1.13))))
+    plate = 2.2 * _coverage(np.minimum(within, bone.radius * (0.13 - np.abs(depth - 1.13))), pixel)
     screws = np.minimum(bone.radius * 0.11 - nearest, bone.radius * np.minimum(depth + 0.9, 1.35 - depth))
-    return np.asarray(np.maximum(plate, 1.8 * box(screws) * box(within)), np.float32)
+    return np.asarray(np.maximum(plate, 1.8 * _coverage(screws, pixel) * _coverage(within, pixel)), np.float32)
+
+
+def _coverage(inside: Array, pixel: float) -> Array:
+    """Share of each pixel covered by a shape whose edge is `inside` away."""
+    return np.asarray(np.clip(inside / np.float32(pixel) + np.float32(0.5), 0, 1))
 
 
 def _expose(
