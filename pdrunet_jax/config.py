@@ -7,16 +7,16 @@ options and their docstrings into `--help`.
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -314,9 +314,9 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
     try:
         config = _adapter().validate_python(_without_spikes(values, source))
     except ValidationError as error:
-        _refuse(source, map(_explain, error.errors()))
+        raise DataError(f"{source} is not a valid configuration", map(_explain, error.errors())) from None
     if problems := _conflicts(config):
-        _refuse(source, problems)
+        raise DataError(f"{source} is not a valid configuration", problems)
     return config
 
 
@@ -376,13 +376,9 @@ def _without_spikes(values: Mapping[str, Any], source: str) -> Mapping[str, Any]
         return values
     if train.get("spike", "off") != "off":
         problem = f"train.spike = {train['spike']!r}: spike detection was removed in version 0.2; delete this setting"
-        _refuse(source, [problem])
+        raise DataError(f"{source} is not a valid configuration", [problem])
     removed = ("spike", "spike_factor", "spike_window")
     return {**values, "train": {key: value for key, value in train.items() if key not in removed}}
-
-
-def _refuse(source: str, problems: Iterable[str]) -> NoReturn:
-    raise UserError(f"{source} is not a valid configuration:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def _explain(item: Any) -> str:

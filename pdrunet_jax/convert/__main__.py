@@ -17,7 +17,7 @@ from pdrunet_jax.model.files import TORCH_SUFFIXES, read_weights, write_pth, wri
 from pdrunet_jax.model.load import MODEL_OPTIONS, Loaded, load_weights
 from pdrunet_jax.model.weights import DEAD_BLOCK, dead_entries, to_public
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.checkpoint import save_weights
+from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import writing
 
@@ -126,7 +126,9 @@ def _write_run_folder(dst: Path, arrays: dict[str, np.ndarray], loaded: Loaded) 
             folder.mkdir()
             (folder / "config.toml").write_text(to_toml(config, header), encoding="utf-8")
             write_safetensors(folder / "best.safetensors", arrays, loaded.options)
-            save_weights(folder, loaded.params, loaded.stats, loaded.options)
+            weights = {"params": loaded.params, "stats": loaded.stats}
+            checkpoints = Checkpoints(folder / "checkpoints", keep_latest=1, keep_best=1)
+            checkpoints.save(0, weights, position={}, extra={"options": loaded.options})
             if dst.exists():
                 dst.rename(Path(scratch) / "old")
             folder.rename(dst)

@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike
 from pdrunet_jax import config as configuration
 from pdrunet_jax.config import Config, OptimConfig
 from pdrunet_jax.data.pipeline import position_after
-from pdrunet_jax.model.files import write_pth
+from pdrunet_jax.model.files import import_torch, write_pth
 from pdrunet_jax.model.weights import (
     DEAD_BLOCK,
     HWIO,
@@ -89,7 +89,7 @@ def run_to_torch(src: Path, dst: Path) -> list[str]:
     if not run.config_file.is_file():
         raise UserError(f"{src} is neither a run folder nor a checkpoint in one: {run.config_file} does not exist")
     config = configuration.read(run.config_file)
-    with _precision(config):
+    with jax.enable_x64(config.train.precision == "float64"):
         restored = read_checkpoint(src, lambda arrays: _blank_state(config, _outputs(arrays, src)))
     state, step = restored.state, restored.step
     if updates_done(state.opt_state) != step:
@@ -131,7 +131,7 @@ def torch_to_run(content: Mapping[str, Any], src: Path, dst: Path, config_name: 
     _check_model(config, training.weights.options, src)
     if problems := _group_problems(config.optim, training.group):
         raise DataError(f"{src} was trained with a different optimizer than the configuration's", problems)
-    with _precision(config):
+    with jax.enable_x64(config.train.precision == "float64"):
         state = _train_state(config, training, src)
         rate = float(make_schedule(config.optim, config.train.steps)(training.step))
 
@@ -264,10 +264,6 @@ def _problem(given: Any, row: Entry, dtype: DTypeLike) -> str | None:
     return None if bool(np.isfinite(array).all()) else "contains NaN or infinity"
 
 
-def _precision(config: Config) -> Any:
-    return jax.enable_x64(config.train.precision == "float64")
-
-
 def _blank_state(config: Config, outputs: int) -> TrainState:
     """Zeros with the names, shapes and dtypes of the training state."""
     shapes = jax.eval_shape(lambda: create_state(config, build_model(config, outputs))[1])
@@ -296,10 +292,7 @@ def _optimizer(
     config: Config, names: Sequence[str], buffers: Mapping[str, Mapping[str, Any]], step: int, dst: Path
 ) -> dict[str, Any]:
     """State dict of the optimizer; PyTorch itself supplies the fields of a parameter group in the installed version."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{dst}: .pth files need PyTorch: pip install 'pdrunet-jax[torch]'") from None
+    torch = import_torch(dst)
     kinds: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     parameters = [torch.nn.Parameter(torch.zeros(())) for _ in names]
     rate = float(make_schedule(config.optim, config.train.steps)(step))

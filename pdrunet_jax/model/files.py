@@ -73,7 +73,7 @@ def write_pth(path: str | Path, content: Mapping[str, Any]) -> None:
         RunError: the file cannot be written.
         UserError: PyTorch is not installed.
     """
-    torch = _torch(Path(path))
+    torch = import_torch(Path(path))
 
     def tensors(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -107,7 +107,7 @@ def _read_safetensors(path: Path) -> WeightsFile:
 
 
 def _read_pth(path: Path) -> WeightsFile:
-    torch = _torch(path)
+    torch = import_torch(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old file formats; what matters is checked by name and shape later
@@ -139,7 +139,8 @@ def _to_numpy(torch: ModuleType, value: Any) -> Any:
     return value.numpy()
 
 
-def _torch(path: Path) -> ModuleType:
+def import_torch(path: Path) -> ModuleType:
+    """Import PyTorch, which the file `path` needs. Raises `UserError` if it is not installed."""
     try:
         import torch
     except ImportError:

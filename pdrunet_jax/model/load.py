@@ -19,7 +19,7 @@ from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.compile import disable_async_dispatch
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.run_folder import RunFolder
 
 Which = Literal["best", "latest"]
@@ -99,11 +99,6 @@ def build_loaded(
     return model
 
 
-def load_options(weights: str | Path, *, which: Which = "best") -> dict[str, Any]:
-    """Read what `weights` says about itself: `Loaded.options`. Raises as `load_model`."""
-    return load_weights(weights, which=which).options
-
-
 def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Which = "best") -> Loaded:
     """Read the arrays of `weights` into host memory, in the dtype that they are stored in.
 
@@ -143,8 +138,7 @@ def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
         if network[name] != loaded.options[name]
     ]
     if problems:
-        listing = "\n".join(f"  - {problem}" for problem in problems)
-        raise UserError(f"--train.weights {weights} is another network:\n{listing}")
+        raise DataError(f"--train.weights {weights} is another network", problems)
     return loaded
 
 
@@ -165,19 +159,11 @@ def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
 
 
 def restore_weights(path: str | Path, which: Which = "best") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Read the weights of a checkpoint: parameters and statistics as nested dictionaries of arrays, and model options.
+    """Read parameters and statistics, as nested dictionaries of arrays, and model options from a checkpoint.
 
-    Args:
-        path: a checkpoint (`RUN/checkpoints/STEP`) or a run folder.
-        which: of a run folder, the intact checkpoint with the best validation Dice, or the latest. The latest is taken
-            as well if none was validated. Damaged ones are named on standard error.
-
-    Returns:
-        The averaged weights where the run keeps an average. The options are `[model]` of the run's config.toml, updated
-        by `extra["options"]` of the checkpoint.
-
-    Raises:
-        UserError: there is no intact checkpoint.
+    `choose_intact` finds the checkpoint. Its averaged weights are taken where the run keeps an average. The options are
+    `[model]` of the run's config.toml, updated by `extra["options"]` of the checkpoint. Raises `UserError` if no
+    checkpoint is intact.
     """
     from pdrunet_jax.runtime.checkpoint import choose_intact, read_meta, read_state  # Orbax, needed here only
 
@@ -242,11 +228,11 @@ def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Pa
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
         problems.append(f"dropout is stated as {rate!r}; it is a number from 0 to below 1")
     if problems:
-        raise UserError(f"{path} contradicts itself:\n" + "\n".join(f"  - {problem}" for problem in problems))
+        raise DataError(f"{path} contradicts itself", problems)
 
 
 def _param_dtype(params: nnx.State[Any, Any], wanted: DTypeLike | None) -> np.dtype[Any]:
-    stored = next(iter(jax.tree.leaves(params))).dtype
+    stored = jax.tree.leaves(params)[0].dtype
     chosen = jnp.dtype(stored if wanted is None else wanted)
     possible = jax.dtypes.canonicalize_dtype(chosen)  # float32 for float64, unless JAX has 64 bits enabled
     if wanted is not None and possible != chosen:

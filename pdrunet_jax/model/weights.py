@@ -4,7 +4,7 @@ Attributes of the Flax model have the public names, with three exceptions: `bott
 `weight` (O, I, H, W) of a convolution is a `kernel` (H, W, I, O), and the `weight` of a normalisation is a `scale`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -95,7 +95,8 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
     rows, dead = name_table(**options), dead_entries(options["filters"], norm)
     known = {row.public for row in (*rows, *dead)}
     problems = [f"{row.public} {problem}" for row in rows if (problem := _problem(row, values.get(row.public)))]
-    problems += [f"{row.public} {_nonfinite(values[row.public])}" for row in rows if _nonfinite(values.get(row.public))]
+    diverged = [row.public for row in rows if _nonfinite(values.get(row.public))]
+    problems += [f"{key} holds NaN or infinity: its training diverged" for key in diverged]
     problems += [f"{key} is unused: PDR-UNet has no such array" for key in values if key not in known]
     dtypes = {values[row.public].dtype.name for row in rows if row.public in values and not row.count}
     if not problems and len(dtypes) > 1:
@@ -128,7 +129,8 @@ def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block
     Raises:
         DataError: lists every missing, unused and misshapen array by its path in the model.
     """
-    leaves = {path: np.asarray(value) for state in (params, stats) for path, value in _leaves(state)}
+    flat = (leaf for state in (params, stats) for leaf in nnx.to_flat_state(nnx.State(state)))
+    leaves = {tuple(map(str, path)): np.asarray(value[...]) for path, value in flat}
     values = {path: np.transpose(array, OIHW) if array.ndim == 4 else array for path, array in leaves.items()}
     norm = "batch" if any("bnorm1" in path for path in values) else "none"
     options = _options(values.get(("std_block", "first", "kernel")), values.get(("final_conv", "kernel")), norm)
@@ -208,17 +210,5 @@ def _problem(row: Entry, array: np.ndarray | None) -> str | None:
     return None if array.dtype in (np.float32, np.float64) else f"is {array.dtype}; it should be float32 or float64"
 
 
-def _nonfinite(array: np.ndarray | None) -> str | None:
-    if array is None or array.dtype.kind != "f" or bool(np.isfinite(array).all()):
-        return None
-    return "holds NaN or infinity: its training diverged"
-
-
-def _leaves(state: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in state.items():
-        if isinstance(value, nnx.Variable):
-            yield (*path, str(key)), value[...]
-        elif isinstance(value, Mapping):
-            yield from _leaves(value, (*path, str(key)))
-        else:
-            yield (*path, str(key)), value
+def _nonfinite(array: np.ndarray | None) -> bool:
+    return array is not None and array.dtype.kind == "f" and not np.isfinite(array).all()

@@ -32,12 +32,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from pdrunet_jax.runtime.digest import DIGEST, faults, seal
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import sync, writing
 from pdrunet_jax.runtime.processes import Group
-from pdrunet_jax.runtime.run_folder import RunFolder
 
 _WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
 
@@ -109,7 +109,8 @@ class Checkpoints:
         final, temporary = self.folder / str(step), self.folder / f"{_WRITING}{step}"
         score = None if val_dice is None or math.isnan(val_dice) else float(val_dice)
         meta = {"step": step, "position": dict(position), "extra": dict(extra or {}), "val_dice": score}
-        arrays = _nested(state)
+        named = {name: np.asarray(leaf) for name, leaf in _named(state).items()}  # NumPy arrays fit any devices
+        arrays = traverse_util.unflatten_dict(named)
         try:
             _write(temporary, arrays, meta)
             if final.exists():
@@ -266,20 +267,6 @@ def run_folder_of(path: str | Path) -> Path:
     return path.absolute().parent.parent if path.name.isdecimal() and path.parent.name == "checkpoints" else path
 
 
-def save_weights(
-    run_folder: str | Path, params: Mapping[str, Any], stats: Mapping[str, Any], options: Mapping[str, Any]
-) -> None:
-    """Create a run folder with weights only: one checkpoint, of step 0, for `pdrunet_jax.load_model`.
-
-    Raises `UserError` if the folder already holds checkpoints.
-    """
-    run = RunFolder(run_folder)
-    if run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
-        raise UserError(f"{run.path} already holds checkpoints; name another folder")
-    checkpoints = Checkpoints(run.checkpoints, keep_latest=1, keep_best=1)
-    checkpoints.save(0, {"params": params, "stats": stats}, position={}, extra={"options": dict(options)})
-
-
 def _inspect(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Faults of a checkpoint; the metadata of an intact one."""
     if found := list(faults(folder)):
@@ -330,17 +317,6 @@ def _reason(error: Exception) -> str:
     known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO))
     found = next((reason for reason in known if reason in text), "")
     return found or (isinstance(error, OSError) and error.strerror) or text.splitlines()[0].rsplit(": ", 1)[-1][:200]
-
-
-def _nested(state: Any) -> dict[str, Any]:
-    """A pytree as nested dictionaries of NumPy arrays, which fit any number of devices."""
-    arrays: dict[str, Any] = {}
-    for name, leaf in _named(state).items():
-        inner = arrays
-        for part in name[:-1]:
-            inner = inner.setdefault(part, {})
-        inner[name[-1]] = np.asarray(leaf)
-    return arrays
 
 
 def _named(tree: Any) -> dict[tuple[str, ...], Any]:

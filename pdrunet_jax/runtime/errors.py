@@ -19,7 +19,7 @@ class RunError(Exception):
 
 
 class DataError(UserError):
-    """All problems of a dataset, collected in one pass."""
+    """All problems of a dataset, file or configuration, collected in one pass."""
 
     def __init__(self, what: str, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)

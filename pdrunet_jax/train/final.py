@@ -15,7 +15,7 @@ from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask
 from pdrunet_jax.evaluate import scores
-from pdrunet_jax.evaluate.calibration import THRESHOLDS, Curves, Histograms
+from pdrunet_jax.evaluate.calibration import THRESHOLDS, Histograms
 from pdrunet_jax.evaluate.evaluation import (
     Evaluation,
     EvaluationOptions,
@@ -37,6 +37,9 @@ from pdrunet_jax.train.step import TrainState
 from pdrunet_jax.train.tracking import Tracker
 from pdrunet_jax.train.wandb_run import Picture, ScoreTable
 
+LONGEST_SIDE = 512
+"""Longest side of a picture for W&B, in pixels; all of them are uploaded."""
+
 
 def threshold_baseline(dataset: Dataset, split: str) -> float:
     """Mean Dice of the best global grey threshold on a split of a dataset with one class, without ignored pixels."""
@@ -52,11 +55,8 @@ def threshold_baseline(dataset: Dataset, split: str) -> float:
 def threshold_dice(images: Sequence[NDArray[np.uint8]], masks: Sequence[NDArray[np.uint8]]) -> float:
     """Mean Dice per image of the best single grey threshold, with either its bright or its dark side as foreground.
 
-    It is chosen and scored on the same images, which flatters it.
-
-    Args:
-        images: grey images, uint8, each of any shape.
-        masks: masks of the same shapes; everything but 0 is foreground.
+    `images` are grey, uint8, each of any shape; in `masks`, of the same shapes, everything but 0 is foreground. The
+    threshold is chosen and scored on the same images, which flatters it.
     """
     return float(np.mean([_scores(image, mask) for image, mask in zip(images, masks, strict=True)], axis=0).max())
 
@@ -97,34 +97,21 @@ class Choice(NamedTuple):
     dice_at_half: float
     """Mean Dice at 0.5."""
 
-    @classmethod
-    def of(cls, curves: Curves) -> "Choice":
-        """Choose from the threshold curves of one image or more."""
-        return cls(*curves.best, curves.dice[THRESHOLDS.index(0.5)])
-
 
 def choose_threshold(
     model: PDRUNet, dataset: Dataset, config: DataConfig, *, batch_size: int = 8, stop: StopFlag | None = None
 ) -> Choice | None:
-    """Find the threshold with the highest mean Dice on the validation set; None if asked to stop.
+    """Find the threshold with the highest mean Dice on the validation set; None if asked to stop after some image.
 
-    Args:
-        model: a network with one output.
-        dataset: from `open_dataset`, with validation images.
-        config: how images are read, and the size that the network works at.
-        batch_size: images in each batch.
-        stop: checked after each image.
+    `model` has one output, and `config` says how images are read and at what size the network works.
     """
     histograms = Histograms(dataset.class_names)
     for _, probability, truth in predicted_probabilities(model, dataset, "val", config, batch_size=batch_size):
         if stop:
             return None
         histograms.add(probability, truth)
-    return Choice.of(*histograms.curves().values())
-
-
-LONGEST_SIDE = 512
-"""Longest side of a picture for W&B, in pixels; all of them are uploaded."""
+    (curves,) = histograms.curves().values()
+    return Choice(*curves.best, curves.dice[THRESHOLDS.index(0.5)])
 
 
 def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> str | None:

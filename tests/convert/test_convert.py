@@ -13,7 +13,7 @@ import pytest
 from pdrunet_jax import config
 from pdrunet_jax.convert import __main__ as command
 from pdrunet_jax.convert.__main__ import ConvertOptions, main
-from pdrunet_jax.model.load import load_model, load_options, load_weights
+from pdrunet_jax.model.load import load_model, load_weights
 from pdrunet_jax.runtime.errors import UserError
 from tests.support import ROOT
 
@@ -128,14 +128,14 @@ def test_a_converted_run_folder_has_what_one_expects(public: Path, tmp_path: Pat
     stated = config.load(tmp_path / "run" / "config.toml")
     assert (stated.model.shortcut, stated.model.outputs, stated.model.filters) == ("conv1", 1, 40)
     for source in ("run", "run/checkpoints/0", "run/best.safetensors"):
-        assert load_options(tmp_path / source)["shortcut"] == "conv1"
+        assert load_weights(tmp_path / source).options["shortcut"] == "conv1"
     assert load_weights(tmp_path / "run", which="latest").options["shortcut"] == "conv1"
 
 
 def test_the_wiring_that_a_pth_cannot_state_is_told(public: Path, tmp_path: Path) -> None:
     convert(public, tmp_path / "a.safetensors", shortcut="conv1")
     assert "--shortcut conv1" in convert(tmp_path / "a.safetensors", tmp_path / "b.pth")[-1]
-    assert load_options(tmp_path / "b.pth")["shortcut"] == "input"
+    assert load_weights(tmp_path / "b.pth").options["shortcut"] == "input"
 
 
 def test_the_command_says_what_it_dropped_and_filled(
@@ -159,8 +159,8 @@ def test_nothing_is_overwritten_without_force(public: Path, tmp_path: Path) -> N
     assert target.read_text() == "precious"
     convert(public, target, force=True)
     convert(public, run, shortcut="conv1", force=True)
-    assert load_options(target)["shortcut"] == "input"
-    assert load_options(run)["shortcut"] == "conv1"
+    assert load_weights(target).options["shortcut"] == "input"
+    assert load_weights(run).options["shortcut"] == "conv1"
 
 
 def test_a_folder_with_more_than_weights_is_never_replaced(public: Path, tmp_path: Path) -> None:

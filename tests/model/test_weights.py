@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors.numpy import save
 
 from pdrunet_jax.model.files import read_weights, write_pth, write_safetensors
-from pdrunet_jax.model.load import load_model, load_options, load_weights
+from pdrunet_jax.model.load import load_model, load_weights
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
@@ -163,7 +163,7 @@ def test_truncated_files_are_one_message(tmp_path: Path, public: Arrays) -> None
 def test_other_sources_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
         load_model(tmp_path / "none.pth")
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         load_model(tmp_path)
     (tmp_path / "weights.h5").write_bytes(b"x")
     with pytest.raises(UserError, match=r"read from \.safetensors, \.pth or \.pt"):
@@ -184,7 +184,7 @@ def test_a_broken_header_is_a_user_error(header: str, tmp_path: Path) -> None:
 def test_options_travel_in_the_header(tmp_path: Path) -> None:
     options = {"shortcut": "conv1", "dropout": 0.1, "size": [64, 96], "class_names": ["bone"]}
     write_safetensors(tmp_path / "a.safetensors", public_arrays(outputs=2, in_channels=3, norm="none"), options)
-    assert load_options(tmp_path / "a.safetensors") == options | {
+    assert load_weights(tmp_path / "a.safetensors").options == options | {
         "outputs": 2,
         "in_channels": 3,
         "filters": 4,
@@ -212,8 +212,8 @@ def test_a_header_that_contradicts_the_arrays_is_an_error(
 
 def test_a_pth_is_of_the_public_wiring_unless_said(tmp_path: Path, public: Arrays) -> None:
     write_pth(tmp_path / "a.pth", public)
-    assert load_model(tmp_path / "a.pth").shortcut == "input"
-    assert load_model(tmp_path / "a.pth", shortcut="conv1").shortcut == "conv1"
+    assert load_model(tmp_path / "a.pth").config.shortcut == "input"
+    assert load_model(tmp_path / "a.pth", shortcut="conv1").config.shortcut == "conv1"
     write_safetensors(tmp_path / "a.safetensors", public, {"shortcut": "input"})
     with pytest.raises(UserError, match="leave the option 'conv1' out"):
         load_model(tmp_path / "a.safetensors", shortcut="conv1")

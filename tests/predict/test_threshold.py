@@ -11,7 +11,7 @@ from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.evaluate.__main__ import main as evaluate
 from pdrunet_jax.export.__main__ import ExportOptions, export
 from pdrunet_jax.model.files import read_weights, write_safetensors
-from pdrunet_jax.model.load import load_model, load_options
+from pdrunet_jax.model.load import load_model, load_weights
 from pdrunet_jax.predict.threshold import THRESHOLD_KEY, resolve_threshold, store_threshold
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import UserError
@@ -58,9 +58,9 @@ def test_the_threshold_with_the_best_mean_dice_of_the_validation_images_is_chose
 
 def test_it_is_kept_with_the_weights_under_a_digest_that_holds(tmp_path):
     path = sealed(tmp_path / "best.safetensors", size=[16, 16], val_dice=0.5)
-    before, arrays = load_options(path), read_weights(path).arrays
+    before, arrays = load_weights(path).options, read_weights(path).arrays
     assert store_threshold(path, 0.45)
-    assert load_options(path) == {**before, THRESHOLD_KEY: 0.45}  # reading checks the digest
+    assert load_weights(path).options == {**before, THRESHOLD_KEY: 0.45}  # reading checks the digest
     assert all(np.array_equal(arrays[name], array) for name, array in read_weights(path).arrays.items())
     first = path.read_bytes(), path.stat().st_mtime_ns
     assert store_threshold(path, 0.45)

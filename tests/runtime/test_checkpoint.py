@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from pdrunet_jax.model.load import restore_weights
-from pdrunet_jax.runtime.checkpoint import Checkpoints, is_checkpoint, save_weights
+from pdrunet_jax.runtime.checkpoint import Checkpoints, is_checkpoint
 from pdrunet_jax.runtime.digest import DIGEST
 from pdrunet_jax.runtime.errors import RunError, UserError
 
@@ -298,17 +298,16 @@ def test_weights_of_a_damaged_checkpoint_are_not_used(tmp_path: Path) -> None:
         restore_weights(run / "checkpoints" / "6")
 
 
-def test_a_run_folder_made_of_weights_alone_gives_them_back_and_is_not_overwritten(tmp_path: Path) -> None:
-    state = state_of(5)
-    save_weights(tmp_path / "run", state.params, state.stats, {"filters": 4, "class_names": ["bone"]})
+def test_a_run_folder_made_of_weights_alone_gives_them_back(tmp_path: Path) -> None:
+    state, options = state_of(5), {"filters": 4, "class_names": ["bone"]}
+    weights = {"params": state.params, "stats": state.stats}
+    Checkpoints(tmp_path / "run" / "checkpoints", 1, 1).save(0, weights, position={}, extra={"options": options})
     params, stats, options = restore_weights(tmp_path / "run")
     assert_same(params, nnx.to_pure_dict(jax.tree.map(np.asarray, state.params)))
     assert_same(stats, nnx.to_pure_dict(jax.tree.map(np.asarray, state.stats)))
     assert options == {"filters": 4, "class_names": ["bone"]}
     assert is_checkpoint(tmp_path / "run")
     assert is_checkpoint(tmp_path / "run" / "checkpoints" / "0")
-    with pytest.raises(UserError, match="already holds checkpoints"):
-        save_weights(tmp_path / "run", state.params, state.stats, {})
     with pytest.raises(UserError, match="weights only"):
         reopened(tmp_path / "run" / "checkpoints").restore(state)
 

@@ -9,7 +9,7 @@ import pytest
 from pdrunet_jax.config import Config, DataConfig, TrackingConfig, TrainConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.model.files import read_weights, write_safetensors
-from pdrunet_jax.model.load import load_options
+from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.stop import StopFlag
@@ -47,7 +47,7 @@ def test_scores_and_report_are_written_and_wandb_has_table_summary_pictures_and_
         line = final_evaluation(*trained)
     assert line is not None
     assert line.startswith("test dice 0.963 (95% ")
-    assert load_options(run.best)["threshold"] == 0.5  # all are as good
+    assert load_weights(run.best).options["threshold"] == 0.5  # all are as good
     assert "Best threshold on the validation images: 0.5" in run.report.read_text()
 
     (found,) = records(run.path)
@@ -81,7 +81,7 @@ def test_a_stopped_evaluation_is_left_to_the_next_start(trained, capsys):
         assert final_evaluation(*trained) is None
     assert "dice" not in capsys.readouterr().out
     assert not run.report.exists()
-    assert "threshold" not in load_options(run.best)
+    assert "threshold" not in load_weights(run.best).options
     (found,) = records(run.path)
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
 
