@@ -3,7 +3,8 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,15 +96,12 @@ class Clock:
         self._start = time.perf_counter()
         self._waited = 0.0
 
-    def waiting_for_data(self) -> "Clock":
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
         """Count the time inside this `with` block as waiting."""
-        return self
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._waited += time.perf_counter() - self._entered
+        entered = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - entered
 
     def lap(self) -> tuple[float, float]:
         """Return the seconds since the start and the share of them spent waiting, and restart."""
@@ -130,15 +128,10 @@ class StepLog:
     """Steps whose results the device has not delivered yet.
 
     A step is reported after the next one has started, so that the device never waits for the log. Divergence is noticed
-    then, or at the latest by `flush`, which precedes every checkpoint.
+    then, or at the latest by `flush`, which precedes every checkpoint. Only the process that `writes` puts a report of
+    it, with the training `samples` concerned, into the run folder.
 
-    Args:
-        run: where the report of a divergence is written.
-        samples: the training samples, for that report.
-        tracker: where steps are logged.
-        step: the step that training starts from.
-        batch_size: images of a step.
-        writes: false in all processes but the main one.
+    Training starts from `step`, and each step has `batch_size` images.
     """
 
     def __init__(

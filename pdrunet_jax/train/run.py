@@ -21,7 +21,7 @@ from pdrunet_jax.model.network import foreground_classes
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.devices import Placement, describe_device, make_mesh, require_divisible
-from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
@@ -205,12 +205,10 @@ def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
     run = RunFolder(path)
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--workdir {run.path} is a file; give a folder")
-    try:
+    with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        with run.lock():
-            record(run, config, device)
-    except OSError as error:
-        raise RunError(f"{error.filename or run.path}: cannot be written ({error.strerror})") from None
+    with run.lock():
+        record(run, config, device)
     return run
 
 

@@ -7,14 +7,12 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from pdrunet_jax.config import Config
-from pdrunet_jax.runtime.errors import RunError
-from pdrunet_jax.runtime.files import atomic_write
+from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.run_folder import RunFolder, read_entries
 from pdrunet_jax.train.wandb_run import Picture, ScoreTable, WandbRun
 
@@ -51,9 +49,7 @@ class Tracker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if not self._active:
             return
         self._bar.close()
@@ -65,7 +61,7 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Report the metrics of a log step under their names in metrics.jsonl (`train/loss`, ...).
 
-        Values are numbers, arrays of one element, strings, or lists of those.
+        Values are numbers, arrays of one element, or strings.
         """
         if self._active:
             entry = self._metrics.append(step, metrics)
@@ -75,14 +71,10 @@ class Tracker:
     def validation(self, step: int, metrics: Mapping[str, Any], pictures: Iterable[Picture] = ()) -> None:
         """Report a validation (`val/dice`, ...) in one line; W&B gets `pictures` too."""
         if self._active:
-            entry = self._metrics.append(step, metrics)
-            shown = ", ".join(
-                f"{name.removeprefix('val/')} {value:.4f}"
-                for name, value in entry.items()
-                if name.startswith("val/") and isinstance(value, int | float)
-            )
-            self.say(f"validation at step {step}: {shown}")
-            self._wandb.log(step, _numbers(entry), pictures)
+            numbers = _numbers(self._metrics.append(step, metrics))
+            shown = (f"{name.removeprefix('val/')} {value:.4f}" for name, value in numbers.items())
+            self.say(f"validation at step {step}: {', '.join(shown)}")
+            self._wandb.log(step, numbers, pictures)
 
     def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
         """Report the final scores of a split to W&B, and close the progress bar."""
@@ -110,7 +102,7 @@ class MetricsLog:
         """Append one line and return its entry."""
         entry = {"step": step} | {name: _plain(value) for name, value in metrics.items()}
         line = json.dumps(entry, allow_nan=False) + "\n"
-        try:
+        with writing(self.path):
             # One write per line: a killed process leaves at most one partial line, at the end.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -118,22 +110,18 @@ class MetricsLog:
                     raise OSError(0, "only part of a line could be written; is the disk full?")
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
         return entry
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps, which a resumed run writes again, and lines that are damaged or partial."""
         if not self.path.exists():
             return
-        try:
+        with writing(self.path):
             content = self.path.read_bytes()
             lines = zip(content.split(b"\n")[:-1], read_entries(self.path), strict=True)
             kept = b"".join(line + b"\n" for line, entry in lines if entry and entry["step"] <= step)
             if kept != content:
                 atomic_write(self.path, kept)
-        except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error.strerror})") from None
 
 
 class ProgressBar:
@@ -181,8 +169,6 @@ def _plain(value: Any) -> Any:
     """Convert to a JSON value; an array of one element becomes a number."""
     if isinstance(value, str | bool | int) or value is None:
         return value
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
     if not isinstance(value, float):
         value = value.item()
     return value if isinstance(value, int) or math.isfinite(value) else None

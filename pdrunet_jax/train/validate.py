@@ -53,18 +53,11 @@ def validate(
     place: Placement,
     stop: StopFlag | None = None,
 ) -> Validation | None:
-    """Score all `batches` of `eval_batches`, without their padding. Returns None if asked to stop.
+    """Score the weights `params` and `stats` on all `batches` of `eval_batches`, without their padding.
 
-    Args:
-        eval_step: from `make_eval_step`.
-        params: the weights to score.
-        stats: the running statistics.
-        batches: images and masks, in the order of `names`.
-        names: the images' names, for captions.
-        cases: number of images to keep as cases, spread evenly over all.
-        soft: masks hold grey values instead of class indices.
-        place: the devices of `eval_step`. Each process gives its own shard of the batches; the result covers all.
-        stop: checked before each batch, since a validation may take longer than the time before a kill.
+    Each process gives its own shard of the batches; the result covers all. The images have these `names`, in order, and
+    `cases` of them, spread evenly, are kept. `soft` masks hold grey values instead of class indices. Returns None if
+    asked to stop, which is checked before each batch: a validation may take longer than the time before a kill.
     """
     losses, scores, overlaps, kept = [], [], [], []
     chosen = set(np.linspace(0, len(names) - 1, min(cases, len(names))).round().astype(int).tolist())

@@ -57,7 +57,7 @@ class Picture:
     name: str
     image: np.ndarray
     prediction: np.ndarray
-    truth: np.ndarray | None = None
+    truth: np.ndarray
 
 
 ScoreTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
@@ -70,15 +70,17 @@ class WandbRun:
     `labels` names the class indices of pictures. If the server cannot be reached at the start, the run is offline.
     """
 
-    def __init__(self, run: RunFolder, config: Config, labels: Mapping[int, str] | None = None) -> None:
+    def __init__(self, run: RunFolder, config: Config, labels: Mapping[int, str]) -> None:
         self._folder = run
         self._config = config
-        self._labels = dict(labels or {})
+        self._labels = dict(labels)
         self._wandb: Any = None  # the module, imported if W&B is enabled
         self._run: Any = None
         self._failed = False
         self._scores: tuple[str, Mapping[str, float], ScoreTable, Iterable[Picture]] | None = None
-        mode = _mode(config.tracking.wandb)
+        mode: str = config.tracking.wandb
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         if mode != "disabled":
             self._start(mode)
         if mode == "online" and self._run is None:
@@ -190,9 +192,7 @@ class WandbRun:
 
     def _image(self, picture: Picture) -> Any:
         masks = {"prediction": picture.prediction, "truth": picture.truth}
-        layers = {
-            name: {"mask_data": mask, "class_labels": self._labels} for name, mask in masks.items() if mask is not None
-        }
+        layers = {name: {"mask_data": mask, "class_labels": self._labels} for name, mask in masks.items()}
         return self._wandb.Image(picture.image.squeeze(), caption=picture.name, masks=layers)
 
     def _attempt(self, action: str, seconds: float, function: Callable[[], Any]) -> Any:
@@ -227,12 +227,6 @@ def logged_in() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return any(keys.authenticators(host) for host in ([urlsplit(server).netloc] if server else HOSTS))
-
-
-def _mode(setting: str) -> str:
-    if setting != "auto":
-        return setting
-    return os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
 
 
 def _seconds(variable: str, default: float) -> float:
