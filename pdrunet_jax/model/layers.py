@@ -154,15 +154,8 @@ def fused_training_block(
 ) -> Activation:
     """Train through two layers of `conv_norm_relu` at once, with the gradient of `fast/block.py`.
 
-    Args:
-        x: input.
-        first: convolution and normalisation of the first layer; the running statistics are updated.
-        second: the same of the second layer.
-        shortcut: the term added before the last ReLU, "none", "input" or "conv1".
-        dilation: spacing of both kernels' taps in pixels.
-
-    Raises:
-        ValueError: a single pixel a channel.
+    Updates the running statistics of both. `shortcut` is the term added before the last ReLU: "none", "input" or
+    "conv1". Raises `ValueError` for a single pixel a channel.
     """
     x = x.for_dilation(dilation)
     dtype, pixels = x.values.dtype, pixel_count(x.values)

@@ -25,12 +25,10 @@ def configure_malloc() -> bool:
     """Keep freed memory in this process for its next allocation. Returns whether that was possible.
 
     XLA on CPUs allocates the temporary memory of a program at each call, about 500 MiB for one training step at
-    256x256. By default glibc takes blocks of that size from the kernel and returns them at once, so that the kernel
-    clears every page again at every step: 10 to 33 % of the step's time. Peak memory does not change, but memory freed
-    after the peak is not available to other processes.
-
-    Huge pages are requested where the kernel provides them on request (transparent_hugepage is "madvise", as on most
-    Linux distributions). With small pages, address translation takes 4 to 30 % of a step, more on a busy machine.
+    256x256. By default glibc takes such blocks from the kernel and returns them at once, and the kernel clears every
+    page again at every step. Peak memory does not change, but memory freed after the peak is not available to other
+    processes. Huge pages are requested where the kernel provides them on request (transparent_hugepage is "madvise", as
+    on most Linux distributions). For the times of both see docs/performance.md.
 
     Call this before JAX is used: a thread that has allocated memory keeps its arena. Does nothing if the C library is
     not glibc, or if the environment already sets it (MALLOC_..., GLIBC_TUNABLES).

@@ -34,16 +34,10 @@ SUM_SLICES, SLICED_PIXELS = 8, 4096
 def convolve(
     x: jax.Array, kernel: jax.Array, dilation: int = 1, padding: str | Sequence[tuple[int, int]] = "SAME"
 ) -> jax.Array:
-    """Convolve (cross-correlate, as in every network library) with zero padding.
+    """Convolve (cross-correlate) `x` (N, H, W, C) with `kernel` (3, 3, C, K), or any odd size, and zero padding.
 
-    Args:
-        x: (N, H, W, C).
-        kernel: (3, 3, C, K), or any odd size.
-        dilation: spacing of the kernel's taps in pixels.
-        padding: "SAME" keeps the size; otherwise rows and columns added before and after.
-
-    Returns:
-        (N, H, W, K).
+    Returns (N, H, W, K) for the padding "SAME", which otherwise is the rows and columns added before and after.
+    `dilation` is the spacing of the kernel's taps in pixels.
     """
     return lax.conv_general_dilated(
         x, kernel, (1, 1), padding, rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -109,14 +103,8 @@ def convolution_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the gradients of `convolve(x, kernel, dilation)` with respect to `x` and `kernel`, in their shapes.
 
-    The input's gradient is a convolution with the flipped, transposed kernel. Both gradients need `g` with rows of
-    zeros around it, which are added once.
-
-    Args:
-        x: the convolution's input, (N, H, W, C).
-        kernel: (3, 3, C, K).
-        g: the gradient of its output, (N, H, W, K).
-        dilation: spacing of the kernel's taps in pixels.
+    `kernel` is (3, 3, C, K), and `g` (N, H, W, K) is the gradient of the output. The input's gradient is a convolution
+    with the flipped, transposed kernel. Both gradients need `g` with rows of zeros around it, which are added once.
     """
     padded = pad_rows(g, dilation)
     d_kernel = filter_gradient(x, padded, dilation)
@@ -131,13 +119,8 @@ def convolution_gradients(
 def filter_gradient(x: jax.Array, padded: jax.Array, dilation: int = 1) -> jax.Array:
     """Compute the gradient of `convolve(x, kernel, dilation)` for its 3x3 kernel, by the faster of two methods.
 
-    Args:
-        x: the convolution's input, (N, H, W, C).
-        padded: the gradient of its output with rows of zeros, (N, H + 2 dilation, W, K), from `pad_rows`.
-        dilation: spacing of the kernel's taps in pixels.
-
-    Returns:
-        (3, 3, C, K), accumulated in at least float32; on a mesh, the part of this device.
+    `padded` is the gradient of the output with rows of zeros from `pad_rows`: (N, H + 2 dilation, W, K). Returns
+    (3, 3, C, K), accumulated in at least float32; on a mesh, the part of this device.
     """
     height, width = x.shape[1:3]
     channels = min(x.shape[-1], padded.shape[-1])

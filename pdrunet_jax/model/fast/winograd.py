@@ -39,15 +39,7 @@ def is_faster(x: jax.Array, kernel: jax.Array) -> bool:
 
 
 def winograd_convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolve with zero padding that keeps the size.
-
-    Args:
-        x: (N, H, W, C), H and W even.
-        kernel: (3, 3, C, K).
-
-    Returns:
-        (N, H, W, K).
-    """
+    """Convolve `x` (N, H, W, C), H and W even, with `kernel` (3, 3, C, K), zero padded: (N, H, W, K)."""
     n, height, width, c = x.shape
     kernels = _kernel_sums(kernel)
 

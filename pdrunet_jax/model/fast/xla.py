@@ -81,10 +81,8 @@ def checkpoint_block(function: Callable[..., tuple[Any, Any]]) -> Callable[..., 
 
     On CPUs, XLA drops the barrier that holds back the second computation of `jax.checkpoint` and runs all of them as
     soon as their inputs are there, which saves nothing. Here the second computation depends on the incoming gradient.
-
-    Args:
-        function: takes parameters, statistics and an activation, as trees of arrays; returns the result, and new
-            statistics, through which no gradient flows.
+    `function` takes parameters, statistics and an activation, as trees of arrays. It returns the result, and new
+    statistics, through which no gradient flows.
     """
 
     @jax.custom_vjp
