@@ -23,13 +23,6 @@ from pdrunet_jax.runtime.errors import DataError, UserError
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".dicom"})
 """File name extensions of images, in lower case."""
 
-PERCENTILES = (0.1, 99.9)
-"""Percentiles that span the intensity range of an image with more than 8 bits and no window."""
-
-REACH = 3.0
-"""The darkest and the brightest pixel set the range if they lie within this many times the distance of the
-`PERCENTILES` beyond them. Farther off they are dead or burnt-out pixels, and the range ends at the percentiles."""
-
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # Pillow's modes of more than 8 bits; all have one channel
 _BITS_PER_SAMPLE = 258  # TIFF tag
@@ -175,11 +168,12 @@ def open_upright(data: bytes, name: str) -> Image.Image:
 def scale_by_range(values: np.ndarray) -> np.ndarray:
     """Scale finite numbers to float32 in [0, 255], from the darkest to the brightest; a constant image becomes 0.
 
-    The range ends at `PERCENTILES` if its ends lie far beyond them (`REACH`).
+    Pixels that are farther than 3 times the span of the 0.1 and 99.9 percentiles beyond them are dead or burnt out: on
+    that side, the range ends at the percentile.
     """
-    low, high = (float(value) for value in np.percentile(values, PERCENTILES))
+    low, high = (float(value) for value in np.percentile(values, (0.1, 99.9)))
     darkest, brightest = float(values.min()), float(values.max())
-    reach = REACH * (high - low) or np.inf  # nearly all pixels have one value: the others must still show
+    reach = 3.0 * (high - low) or np.inf  # nearly all pixels have one value: the others must still show
     low = darkest if low - darkest <= reach else low
     high = brightest if brightest - high <= reach else high
     if low == high:

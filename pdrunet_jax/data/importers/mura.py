@@ -314,10 +314,7 @@ def _is_root(folder: Path) -> bool:
 
 
 def _candidates(folder: Path, views: Sequence[View]) -> tuple[list[tuple[Path, str]], list[str]]:
-    """The masks below `folder`, each with the text that may be MURA's path, and problems.
-
-    LabelMe files if there are any, otherwise images.
-    """
+    """LabelMe files below `folder` or else images, each with the text that may be MURA's path; and problems."""
     originals = {os.path.realpath(view.path) for view in views}
     drawn: list[tuple[Path, str]] = []
     images: list[tuple[Path, str]] = []

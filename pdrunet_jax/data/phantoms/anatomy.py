@@ -108,8 +108,7 @@ def draw_limb(rng: np.random.Generator) -> Limb:
 
 
 def _lower_leg(rng: np.random.Generator) -> tuple[list[Bone], list[Blob]]:
-    ankle = rng.random() < 0.5
-    if not ankle:
+    if rng.random() >= 0.5:  # without the ankle
         return _knee(rng, float(rng.uniform(-0.5, -0.3)))
     end = float(rng.uniform(0.15, 0.55))
     bow = float(rng.uniform(-0.02, 0.02))
