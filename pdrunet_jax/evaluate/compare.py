@@ -27,8 +27,7 @@ FLIPS = 20_000  # random sign flips for more patients
 MOST_LISTED = 6  # images listed as most changed, or as missing
 DIGITS = 6  # decimals that scores are rounded to before comparison, the same as in per_image.csv
 
-Pairs = Mapping[str, tuple[float, float]]
-"""Image to the scores of this evaluation and the other, both defined."""
+Pairs = Mapping[str, tuple[float, float]]  # image to the scores of this evaluation and the other, both defined
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from pdrunet_jax.runtime.files import csv_text
 
 OVERLAP = ("dice", "iou", "precision", "recall", "specificity")
 METRICS = (*OVERLAP, "hd95", "assd", "nsd", "area_error")
-RANGES = {"hd95": (0.0, math.inf), "assd": (0.0, math.inf), "area_error": (-1.0, math.inf)}
-"""Range of a metric, if not [0, 1]."""
+RANGES = {"hd95": (0.0, math.inf), "assd": (0.0, math.inf), "area_error": (-1.0, math.inf)}  # if not [0, 1]
 
 
 @dataclass(frozen=True)

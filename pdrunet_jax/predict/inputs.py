@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pdrunet_jax.data.images import SUFFIXES, looks_like_dicom
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
 
 _RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")  # pictures that the command itself writes
 _MACOS_FILES = ("._", ".DS_Store", "__MACOSX")  # name prefixes of macOS metadata, skipped whatever the extension
@@ -31,8 +31,8 @@ def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
         for image in images:
             found.setdefault(image.resolve(), image)
     if empty or not found:
-        listing = "\n".join(f"  - {problem}" for problem in empty or ["no input was given"])
-        raise UserError(f"nothing to segment; supported extensions are {', '.join(sorted(SUFFIXES))}:\n{listing}")
+        what = f"nothing to segment; supported extensions are {', '.join(sorted(SUFFIXES))}"
+        raise DataError(what, empty or ["no input was given"])
     return list(found.values())
 
 

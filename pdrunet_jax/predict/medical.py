@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from pdrunet_jax.data.images import import_pydicom
@@ -24,7 +24,6 @@ from pdrunet_jax.runtime.files import atomic_write
 PROJECTIONS = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.2")
 """SOP classes: computed radiography (as a prefix, also digital X-ray), angiography, fluoroscopy."""
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_ORIENTATION = 0x0112
 _TO_STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -76,7 +75,8 @@ def read_geometry(path: Path) -> Geometry:
         elif isinstance(image, TiffImageFile) and (unit := {2: 25.4, 3: 10.0}.get(image.tag_v2.get(296, 1))):
             tags = (image.tag_v2.get(tag) for tag in (282, 283))
             across, down = (unit / float(value) if value else 1.0 for value in tags)
-        return Geometry((across, down, 1.0), to_stored=_TO_STORED.get(image.getexif().get(_ORIENTATION, 1)))
+        stored = _TO_STORED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return Geometry((across, down, 1.0), to_stored=stored)
 
 
 def write_nifti(path: Path, mask: np.ndarray, geometry: Geometry) -> None:

@@ -39,8 +39,7 @@ LABELME_PICTURE = "_labelme.png"
 
 AREA_COLUMNS = ("image", "class", "pixels", "area_mm2")
 
-RECORD_KEY = "pdrunet_jax.predict"
-"""Key of the PNG text chunk in a mask that holds its record as JSON."""
+RECORD_KEY = "pdrunet_jax.predict"  # of the PNG text chunk in a mask that holds its record as JSON
 
 Record = dict[str, Any]
 """How a mask was made: "settings", "input" (`resume.fingerprint`), "files" (suffixes of the other files written),

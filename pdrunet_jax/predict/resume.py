@@ -20,14 +20,15 @@ MAX_LISTED = 10  # conflicts in an error message
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that results depend on, except the image."""
+    """Everything that results depend on, except the image.
+
+    `settings` are JSON values, including the digest of the weights. `labels` are the foreground classes, `outputs` is
+    the number of the network's output channels.
+    """
 
     settings: Mapping[str, Any]
-    """JSON values, including the digest of the weights."""
     labels: tuple[str, ...]
-    """Names of the foreground classes."""
     outputs: int
-    """Output channels of the network."""
     files: WrittenFiles
 
     def record(self, result: Prediction, path: Path, target: Path) -> Record:

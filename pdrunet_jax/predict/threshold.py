@@ -18,8 +18,7 @@ from pdrunet_jax.runtime.errors import UserError
 Threshold = float | Literal["validation"]
 """Value of the option `--threshold`."""
 
-THRESHOLD_KEY = "threshold"
-"""Key of the stored threshold in the options of a weights file."""
+THRESHOLD_KEY = "threshold"  # in the options of a weights file
 
 
 def apply_threshold(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
