@@ -109,7 +109,7 @@ def score(
     rules: ScoringOptions,
     spacing: tuple[float, float] | None = None,
 ) -> list[ImageScores]:
-    """Score one image: one row for each of the foreground classes `names`, which have the indices from 1 on.
+    """Score one image: one row per foreground class, where `names[i]` has the index i + 1.
 
     `predicted` and `truth` are class indices (H, W); true pixels of `IGNORE` are excluded. `spacing` is the distance
     between rows and between columns in mm; None measures in pixels.
