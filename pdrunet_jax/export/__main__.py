@@ -2,21 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import tyro
 
+import pdrunet_jax
 from pdrunet_jax.export.check import Run, check_images, compare_outputs
 from pdrunet_jax.export.onnx_graph import build_onnx, open_onnx, require
-from pdrunet_jax.export.stablehlo import (
-    GraphSpec,
-    build_stablehlo,
-    open_stablehlo,
-    resizes_tall_images_vertically_first,
-)
+from pdrunet_jax.export.stablehlo import GraphSpec, build_stablehlo, open_stablehlo, pillow_resizes_tall_first
 from pdrunet_jax.model.load import build_loaded, class_names, load_weights
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import height_width
@@ -68,7 +63,7 @@ def export(options: ExportOptions) -> list[str]:
         raise UserError(f"{options.weights} does not state the size that it was trained at; give --size")
     images = check_images(options.check_image, model.config.in_channels)
     facts = _metadata(model, loaded.options.get("class_names"), size, threshold)
-    data = build(model, GraphSpec(size, threshold, resizes_tall_images_vertically_first(), facts))
+    data = build(model, GraphSpec(size, threshold, pillow_resizes_tall_first(), facts))
     agreement = compare_outputs(open_file(data), model, images, size=size, threshold=threshold)
     if not agreement.good:
         raise RunError(f"{options.output} was not written: its results do not agree with the model's. {agreement}")
@@ -95,7 +90,7 @@ def _metadata(model: PDRUNet, labels: Sequence[str] | None, size: tuple[int, int
     channels, single = model.config.in_channels, model.outputs == 1
     decision = f"above {threshold}" if single else "the most probable class"
     return {
-        "version": _version(),
+        "version": pdrunet_jax.__version__,
         "class_names": ["background", *class_names(model, labels)],
         "size": [height, width],
         "threshold": threshold if single else None,
@@ -128,13 +123,6 @@ def _check_target(weights: Path, output: Path, force: bool) -> None:
         raise UserError(f"{output} is the --weights file itself; give another --output")
     if not force:
         raise UserError(f"{output} exists; give --force to replace it")
-
-
-def _version() -> str:
-    try:
-        return metadata.version("pdrunet-jax")
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -42,12 +42,12 @@ class GraphSpec:
     threshold: float
     """Foreground probability threshold, for models with one output."""
     tall_first: bool
-    """Whether to resize tall images vertically first (see `resizes_tall_images_vertically_first`)."""
+    """Whether to resize tall images vertically first (see `pillow_resizes_tall_first`)."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Self-description of the file, JSON values."""
 
 
-def resizes_tall_images_vertically_first() -> bool:
+def pillow_resizes_tall_first() -> bool:
     """Whether the installed Pillow starts with the vertical pass if the height shrinks by over twice as much as width.
 
     Earlier versions always start with the horizontal pass. The two orders differ by one grey value in some pixels.

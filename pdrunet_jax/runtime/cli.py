@@ -84,16 +84,9 @@ def run(command: Callable[[], int | None]) -> NoReturn:
 
 
 def _usage() -> str:
-    lines = [f"    {name:<10}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: pdrunet COMMAND [OPTIONS]",
-            "",
-            "PDR-UNet: bone segmentation in X-ray images.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "pdrunet COMMAND --help lists the options of a command; pdrunet --version prints the version.",
-        ]
+    commands = "\n".join(f"    {name:<10}{text}" for name, text in COMMANDS.items())
+    return (
+        "usage: pdrunet COMMAND [OPTIONS]\n\nPDR-UNet: bone segmentation in X-ray images.\n\n"
+        f"commands:\n{commands}\n\n"
+        "pdrunet COMMAND --help lists the options of a command; pdrunet --version prints the version."
     )

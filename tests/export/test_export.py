@@ -23,7 +23,7 @@ from pdrunet_jax.export.stablehlo import (
     GraphSpec,
     build_stablehlo,
     open_stablehlo,
-    resizes_tall_images_vertically_first,
+    pillow_resizes_tall_first,
 )
 from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.model.load import load_model
@@ -104,7 +104,7 @@ def test_a_file_agrees_with_the_model_it_was_made_of(form: str, options: dict[st
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_network_sees_pillows_pixels_bit_for_bit(form: str) -> None:
     """Seen through a model whose logits are 32 times its input, less 16."""
-    run = opened(brightness_model(), form, (24, 40), tall_first=resizes_tall_images_vertically_first())
+    run = opened(brightness_model(), form, (24, 40), tall_first=pillow_resizes_tall_first())
     shapes = [(24, 40), (60, 90), (72, 40), (72, 41), (7, 9), (24, 13)]  # the third and fourth vertically first
     if form == "onnx":  # StableHLO is compiled for each shape
         shapes += [tuple(shape) for shape in np.random.default_rng(1).integers(1, 200, (40, 2))]
