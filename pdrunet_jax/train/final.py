@@ -101,9 +101,9 @@ class Choice(NamedTuple):
 def choose_threshold(
     model: PDRUNet, dataset: Dataset, config: DataConfig, *, batch_size: int = 8, stop: StopFlag | None = None
 ) -> Choice | None:
-    """Find the threshold with the highest mean Dice on the validation set; None if asked to stop after some image.
+    """Find the threshold with the highest mean Dice on the validation set; None if asked to stop, between two images.
 
-    `model` has one output, and `config` says how images are read and at what size the network works.
+    `model` must have one output. `config` says how to read images, and the size that the network works at.
     """
     histograms = Histograms(dataset.class_names)
     for _, probability, truth in predicted_probabilities(model, dataset, "val", config, batch_size=batch_size):

@@ -181,13 +181,8 @@ def record(run: RunFolder, config: Config, device: str = "") -> None:
     header = "Settings of this run, written by the program. Start it again with the same settings to resume."
     now = environment(device)
     if run.config_file.exists():
-        changed = diff(read(run.config_file), config, ignore=MAY_CHANGE)
-        if changed:
-            raise UserError(
-                f"{run.path} holds a run with other settings:\n"
-                + "\n".join(f"  - {line}" for line in changed)
-                + "\nGive the earlier settings to resume it, or choose another --workdir for a new run."
-            )
+        remedy = "Give the earlier settings to resume it, or choose another --workdir for a new run."
+        _require_equal(read(run.config_file), config, f"{run.path} holds a run with other settings", remedy)
         started: dict[str, Any] = tomllib.loads(run.config_file.read_text(encoding="utf-8")).get("environment", {})
         other = {key: value for key, value in now.items() if started.get(key) != value}
         now = {**started, "restarts": [*started.get("restarts", []), other]}
@@ -215,13 +210,15 @@ def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
 def require_same_settings(group: Group, config: Config) -> None:
     """Raise `UserError` with the differences if this process has other settings than the main one."""
     text = group.broadcast(to_toml(config))
-    changed = diff(parse(text, "the main process's settings"), config, ignore=MAY_CHANGE)
-    if changed:
-        raise UserError(
-            f"process {group.index} has other settings than the main one:\n"
-            + "\n".join(f"  - {line}" for line in changed)
-            + "\nGive all processes the same settings."
-        )
+    what = f"process {group.index} has other settings than the main one"
+    _require_equal(parse(text, "the main process's settings"), config, what, "Give all processes the same settings.")
+
+
+def _require_equal(old: Config, new: Config, what: str, remedy: str) -> None:
+    """Raise `UserError` with the settings that differ, except `MAY_CHANGE`."""
+    if changed := diff(old, new, ignore=MAY_CHANGE):
+        listing = "\n".join(f"  - {line}" for line in changed)
+        raise UserError(f"{what}:\n{listing}\n{remedy}")
 
 
 class AgreedStop(StopFlag):

@@ -36,8 +36,8 @@ def convolve(
 ) -> jax.Array:
     """Convolve (cross-correlate) `x` (N, H, W, C) with `kernel` (3, 3, C, K), or any odd size, and zero padding.
 
-    Returns (N, H, W, K) for the padding "SAME", which otherwise is the rows and columns added before and after.
-    `dilation` is the spacing of the kernel's taps in pixels.
+    `dilation` is the spacing of the kernel's taps in pixels. The padding "SAME" keeps the size, (N, H, W, K); any other
+    padding is the number of rows and columns to add before and after.
     """
     return lax.conv_general_dilated(
         x, kernel, (1, 1), padding, rhs_dilation=(dilation, dilation), dimension_numbers=("NHWC", "HWIO", "NHWC")
