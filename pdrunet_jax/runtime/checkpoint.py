@@ -302,12 +302,12 @@ def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # Orbax logs a traceback for each of its threads and raises the error as well
-    try:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(folder, args=items)
-    finally:
-        logger.setLevel(level)
+    # Orbax raises an error and also logs a traceback for each of its threads, some of them later. So the level stays
+    # where it is after a failure.
+    logger.setLevel(logging.CRITICAL)
+    with _checkpointer() as checkpointer:
+        checkpointer.save(folder, args=items)
+    logger.setLevel(level)
     seal(folder)
 
 
