@@ -47,8 +47,8 @@ class Progress:
 
     def scored(self, dice: float) -> "Progress":
         """After a validation at this step."""
-        best = {"best_dice": dice, "best_step": self.step} if dice > self.best_dice else {}
-        return replace(self, validated=self.step, **best)  # type: ignore[arg-type] # names checked by the test
+        after = replace(self, validated=self.step)
+        return replace(after, best_dice=dice, best_step=self.step) if dice > self.best_dice else after
 
     def finished(self, settings: TrainConfig) -> bool:
         """Whether all steps are done."""
