@@ -69,7 +69,7 @@ def check(options: Check) -> None:
         raise UserError(f"--pictures {options.pictures}: a contact sheet needs at least one image")
     inspection = inspect_dataset(options.config())
     lines = report_lines(inspection)
-    print("\n".join(lines))
+    print(cli.printable("\n".join(lines)))
     if options.output is None:
         print("pictures  add --output FOLDER to see masks over images")
         return
@@ -131,7 +131,7 @@ def main() -> None:
             notes = run_import(options)
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror or error}") from None
-        print("\n".join([*notes, f"written to {options.dst}"]))
+        print(cli.printable("\n".join([*notes, f"written to {options.dst}"])))
 
 
 def _described(options: type, name: str, text: str) -> Any:

@@ -7,6 +7,7 @@ a DICOM file, so patient data never reaches a log.
 
 import io
 import math
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ _BITS_PER_SAMPLE = 258  # TIFF tag
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_METADATA = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may hold an EXIF orientation
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # transfer syntax of deflated DICOM, which pydicom would inflate without limit
-_DICOM_HEADER = 4096  # bytes at the beginning of a DICOM file that hold its transfer syntax
+_JPEG_2000 = b"\xff\x4f\xff\x51"  # the markers at the beginning of a codestream: SOC, SIZ
+_JPEG_FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})  # SOF markers, that of JPEG-LS included
 
 
 def read_image(path: Path, channels: int = 1) -> np.ndarray:
@@ -264,7 +266,7 @@ def _read_dicom(data: bytes, name: str) -> Any:
         pydicom = import_pydicom()
     except ImportError:
         raise unreadable(name, "DICOM needs pydicom: pip install 'pdrunet-jax[dicom]'") from None
-    if _DEFLATED in data[:_DICOM_HEADER]:
+    if _DEFLATED in data:  # anywhere: a long element may come before the transfer syntax
         raise unreadable(name, "a deflated DICOM file, of unknown size; save it uncompressed")
     try:
         return pydicom.dcmread(io.BytesIO(data))
@@ -278,9 +280,48 @@ def _stored_pixels(dataset: Any, name: str) -> np.ndarray:
     if not math.prod(sides) <= (most := Image.MAX_IMAGE_PIXELS or math.inf):
         raise unreadable(name, f"more than {most:,} pixels: refused as a bomb")
     try:
+        bomb = _is_bomb(dataset)
+    except Exception as error:
+        raise unreadable(name, _explain(dataset, error)) from None
+    if bomb:
+        raise unreadable(name, "its compressed pixels have another size than its header states: refused as a bomb")
+    try:
         return np.asarray(dataset.pixel_array)
     except Exception as error:
         raise unreadable(name, _explain(dataset, error)) from None
+
+
+def _is_bomb(dataset: Any) -> bool:
+    """Whether compressed pixels state another size than the DICOM header: decoders allocate theirs."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or "PixelData" not in dataset:
+        return False
+    from pydicom.encaps import generate_frames
+
+    size = int(dataset.Rows), int(dataset.Columns)
+    most = 2 * math.prod(size) * int(dataset.SamplesPerPixel) * int(dataset.BitsAllocated) // 8 + 64
+    for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
+        if syntax == "1.2.840.10008.1.2.5" and len(frame) > most:  # RLE expands up to 64 times
+            return True
+        if any(stated != size for stated in _coded_sizes(frame)):
+            return True
+    return False
+
+
+def _coded_sizes(frame: bytes) -> Iterator[tuple[int, int]]:
+    """(rows, columns) in the headers of a JPEG, JPEG-LS or JPEG 2000 codestream."""
+    # In a bare codestream only the first can be one; inside a file format, or behind anything else, each may be.
+    starts = [0] if frame.startswith(_JPEG_2000) else [found.start() for found in re.finditer(_JPEG_2000, frame)]
+    for start in starts:
+        right, bottom, left, top = struct.unpack_from(">4I", frame, start + 8)
+        yield bottom - top, right - left
+    position = 2 if frame.startswith(b"\xff\xd8") else len(frame)
+    while position + 9 <= len(frame) and frame[position] == 0xFF:
+        marker, length = struct.unpack_from(">BH", frame, position + 1)
+        if marker in _JPEG_FRAMES:
+            yield struct.unpack_from(">2H", frame, position + 5)
+            return
+        position += 1 if marker == 0xFF else 2 + length
 
 
 def _explain(dataset: Any, error: Exception) -> str:

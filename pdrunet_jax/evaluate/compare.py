@@ -17,6 +17,7 @@ import numpy as np
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.intervals import interval
 from pdrunet_jax.evaluate.scores import METRICS, ImageScores, ScoringOptions, format_score
+from pdrunet_jax.runtime.cli import printable
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
 
@@ -213,7 +214,7 @@ def comparison_text(comparison: Comparison) -> str:
     """The comparison as printed: a line per class and metric, then the images that changed most."""
     values = comparison.to_dict()
     changed = scores.aligned(changed_table(values), words=1) if values["changed"] else "Dice is equal on every image"
-    return "\n".join([caption(values), scores.aligned(comparison_table(values), words=2), changed])
+    return printable("\n".join([caption(values), scores.aligned(comparison_table(values), words=2), changed]))
 
 
 def caption(values: Mapping[str, Any]) -> str:

@@ -27,10 +27,10 @@ from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.calibration import Curves, Histograms
 from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
 from pdrunet_jax.model.network import PDRUNet
-from pdrunet_jax.model.pixels import probabilities
-from pdrunet_jax.predict.inference import predict_batches, resize_to_image
+from pdrunet_jax.predict.inference import finite_probabilities, predict_batches, resize_to_image
 from pdrunet_jax.predict.postprocess import Cleaning, clean
 from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
+from pdrunet_jax.runtime.cli import printable
 from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
@@ -83,7 +83,7 @@ class Evaluation:
         """The scores as printed: an aligned table, then remarks on empty masks and the unit of distances."""
         values = self.summary.to_dict()
         table = scores.aligned(scores.score_table(values), words=2)
-        return "\n".join([table, *scores.remarks(values), self.unit_note])
+        return printable("\n".join([table, *scores.remarks(values), self.unit_note]))
 
     def ranked(self) -> list[tuple[Sample, float]]:
         """Samples with their Dice (mean of the classes), best first, without those whose Dice is undefined."""
@@ -186,11 +186,12 @@ def predicted_probabilities(
         dataset, split, config, batch_size=place.eval_batch_size(batch_size), channels=model.in_channels, stride=stride
     )
     for batch, logits in predict_batches(model, batches, place):
-        probability = probabilities(np.asarray(logits))
+        values = np.asarray(logits)
         for number in np.flatnonzero(batch["valid"]):
             sample = samples[int(batch["index"][number])]
             truth = read_mask(sample.mask, dataset.coding)
-            yield sample, resize_to_image(probability[number], truth.shape), truth
+            probability = finite_probabilities(values[number], sample.id)
+            yield sample, resize_to_image(probability, truth.shape), truth
 
 
 def read_spacings(dataset: Dataset, samples: Sequence[Sample]) -> tuple[Mapping[str, tuple[float, float]], str, str]:

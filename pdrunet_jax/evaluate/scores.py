@@ -13,7 +13,7 @@ from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.evaluate import metrics, surface
 from pdrunet_jax.evaluate.intervals import interval
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import csv_text
+from pdrunet_jax.runtime.files import csv_name, csv_text
 
 OVERLAP = ("dice", "iou", "precision", "recall", "specificity")
 METRICS = (*OVERLAP, "hd95", "assd", "nsd", "area_error")
@@ -156,9 +156,9 @@ def read_csv(path: Path) -> list[ImageScores]:
                 )
             return [
                 ImageScores(
-                    line["image"],
-                    line["patient"],
-                    line["class"],
+                    csv_name(line["image"]),
+                    csv_name(line["patient"]),
+                    csv_name(line["class"]),
                     **{metric: float(line[metric]) for metric in METRICS},
                     pixels_true=int(line["pixels_true"]),
                     pixels_predicted=int(line["pixels_predicted"]),

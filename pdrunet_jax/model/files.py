@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -109,6 +110,10 @@ def _read_safetensors(path: Path) -> WeightsFile:
 def _read_pth(path: Path) -> WeightsFile:
     torch = import_torch(path)
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
+                    raise UserError(f"{path} is refused as a bomb: it is compressed, which PyTorch never does")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old file formats; what matters is checked by name and shape later
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -118,19 +123,21 @@ def _read_pth(path: Path) -> WeightsFile:
             f"{path} is refused: it holds Python objects other than plain arrays, and loading those could run code. "
             f"Save `model.state_dict()`, not the model itself.{f' (PyTorch: {reason[1].strip()})' if reason else ''}"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or not a PyTorch file: {str(error) or 'it ends too early'}") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; a state dict (arrays by name) is needed")
-    return WeightsFile(_to_numpy(torch, content))
+    return WeightsFile(_to_numpy(torch, content, path))
 
 
-def _to_numpy(torch: ModuleType, value: Any) -> Any:
+def _to_numpy(torch: ModuleType, value: Any, path: Path) -> Any:
     """Convert every dense tensor in `value`, at any depth of dictionaries, to a NumPy array."""
     if isinstance(value, Mapping):
-        return {str(key): _to_numpy(torch, item) for key, item in value.items()}
+        return {str(key): _to_numpy(torch, item, path) for key, item in value.items()}
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
         return value
+    if value.nbytes > value.untyped_storage().nbytes():
+        raise UserError(f"{path} is refused as a bomb: a tensor of shape {tuple(value.shape)} expands a smaller one")
     value = value.detach().contiguous()
     if value.dtype == torch.bfloat16:
         import ml_dtypes

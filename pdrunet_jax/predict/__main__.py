@@ -16,9 +16,9 @@ from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.inference import Augmentation, height_width, segment
 from pdrunet_jax.predict.inputs import find_images, name_results, parse_shard, take_shard
-from pdrunet_jax.predict.outputs import Areas, WrittenFiles, write_result
+from pdrunet_jax.predict.outputs import Areas, WrittenFiles
 from pdrunet_jax.predict.postprocess import Cleaning
-from pdrunet_jax.predict.resume import Recipe, finished_images
+from pdrunet_jax.predict.resume import Recipe, survey
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.predict.tiling import RADIUS
 from pdrunet_jax.runtime import cli
@@ -66,7 +66,8 @@ class PredictOptions:
     TPU."""
     distributed: Distributed = field(default_factory=Distributed)
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Replace results made with other weights, other options or another version of the image, instead of refusing."""
+    """Replace results made with other weights, other options or another version of the image, and files that this
+    command did not write or that were modified since, instead of refusing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
@@ -93,7 +94,9 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     labels = class_names(model, loaded.options.get("class_names"))
     settings = _settings(options, model, labels, size or loaded.options.get("size") or "own", threshold)
     recipe = Recipe(settings, tuple(labels), model.outputs, options.files)
-    finished = finished_images(recipe, targets, overwrite=options.overwrite)
+    works = survey(recipe, targets, overwrite=options.overwrite)
+    finished = [path for path, work in works.items() if work.done]
+    pending = [path for path, work in works.items() if not work.done]
     if options.tile and options.halo < RADIUS:
         print(f"--halo {options.halo}: results are approximate; exact from {RADIUS} on")
     if finished:
@@ -113,36 +116,38 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     failed: list[str] = []
     done = len(finished)
     in_table = {path: name.with_name(path.name).as_posix() for path, name in names.items()}
-    rows = ((in_table[path], record) for path, record in finished.items())
+    records = {path: work.record for path, work in works.items() if work.record is not None}
+    rows = [(in_table[path], records[path]) for path in finished]
+    others = [(in_table[path], record) for path, record in records.items()]
     with (
-        Areas(options.output / table, rows) as areas,
+        Areas(options.output / table, rows, others, overwrite=options.overwrite) as areas,
         # On a terminal; otherwise (disable=None) a line for each image.
         tqdm(total=len(names), initial=done, unit="image", dynamic_ncols=True, disable=None) as progress,
     ):
-        for path, prediction in over_devices(compute, [path for path in names if path not in finished]):
+        for path, prediction in over_devices(compute, pending):
             if stop:
                 break
             try:
                 result = prediction()
+                record = recipe.write(result, path, targets[path], overwrite=options.overwrite)
             except UserError as error:
                 failed += error.problems if isinstance(error, DataError) else [f"{path}: {error}"]
                 progress.update()
                 continue
-            record = recipe.record(result, path, targets[path])
-            write_result(result, path, targets[path], labels, options.files, record)
             areas.add(in_table[path], record)
             done += 1
             progress.update()
             if progress.disable:
                 shares = (f"{label} {pixels / result.mask.size:.1%}" for label, pixels in record["pixels"].items())
-                print(f"{done + len(failed)}/{len(names)} {path}: {', '.join(shares)}", flush=True)
+                line = f"{done + len(failed)}/{len(names)} {path}: {', '.join(shares)}"
+                print(cli.printable(line), flush=True)
 
     # Summarise.
     print(f"{done} of {len(names)} images segmented; results in {options.output}")
     unreadable = DataError(f"{len(failed)} of {len(names)} images could not be read", failed)
     if stop and done + len(failed) < len(names):
         if failed:
-            print(unreadable, file=sys.stderr)
+            print(cli.printable(str(unreadable)), file=sys.stderr)
         print(f"stopped by {stop.signal}; start the same command again to resume", file=sys.stderr)
         return cli.STOPPED
     if failed:

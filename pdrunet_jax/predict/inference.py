@@ -18,7 +18,7 @@ from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
 from pdrunet_jax.predict.tiling import RADIUS, in_tiles
 from pdrunet_jax.runtime import compile as compiling
 from pdrunet_jax.runtime.devices import Placement
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.malloc import trim_malloc
 
 Augmentation = Literal["none", "flip", "flips"]
@@ -74,6 +74,7 @@ def segment(
     Raises:
         UserError: The file is not a readable image, the pixels have the wrong shape or type, or the threshold does not
             fit the model.
+        RunError: The network computes logits that are not finite.
     """
     check_threshold(threshold, model.outputs)
     pixels, spacing = _read(image, model.config.in_channels)
@@ -83,7 +84,8 @@ def segment(
     for axes in _FLIPPED_AXES[augmentation]:
         flipped = np.flip(images, axes)
         logits = forward(model, flipped) if tile is None else forward_in_tiles(model, flipped, tile, halo)
-        total = total + np.flip(probabilities(np.asarray(logits)), axes)
+        name = "the image" if isinstance(image, np.ndarray) else str(image)
+        total = total + np.flip(finite_probabilities(logits, name), axes)
     average = np.asarray(total) / len(_FLIPPED_AXES[augmentation])
     probability = resize_to_image(average[0], shape)
     mask = apply_threshold(probability, threshold)
@@ -131,6 +133,18 @@ def resize_to_image(probability: np.ndarray, shape: tuple[int, int]) -> np.ndarr
         for channel in np.moveaxis(probability, -1, 0)
     ]
     return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
+
+
+def finite_probabilities(logits: jax.Array | np.ndarray, name: str) -> np.ndarray:
+    """Probabilities, of the same shape as `logits`. Raises `RunError` with the `name` of the image for NaN or infinity.
+
+    NaN is above no threshold: the mask would be empty without a word.
+    """
+    values = np.asarray(logits)
+    if not np.isfinite(values).all():
+        raise RunError(f"{name}: the network computes NaN or infinity from it: the weights are not usable; use others")
+    result: np.ndarray = probabilities(values)
+    return result
 
 
 def height_width(size: Sequence[int]) -> tuple[int, int] | None:

@@ -19,7 +19,6 @@ from PIL.TiffImagePlugin import TiffImageFile
 from pdrunet_jax.data.images import import_pydicom
 from pdrunet_jax.data.overlay import colour_of
 from pdrunet_jax.predict.inputs import is_dicom
-from pdrunet_jax.runtime.files import atomic_write
 
 PROJECTIONS = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.2")
 """SOP classes: computed radiography (as a prefix, also digital X-ray), angiography, fluoroscopy."""
@@ -79,8 +78,8 @@ def read_geometry(path: Path) -> Geometry:
         return Geometry((across, down, 1.0), to_stored=stored)
 
 
-def write_nifti(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
-    """Write a mask (H, W) of class indices as a NIfTI label map of one slice. Raises `OSError`."""
+def nifti_file(mask: np.ndarray, geometry: Geometry) -> bytes:
+    """A mask (H, W) of class indices as a NIfTI label map of one slice, compressed."""
     import nibabel
 
     affine = np.eye(4)
@@ -91,11 +90,11 @@ def write_nifti(path: Path, mask: np.ndarray, geometry: Geometry) -> None:
     image.set_qform(affine, _SCANNER_COORDINATES)
     image.set_sform(affine, _SCANNER_COORDINATES)
     image.header.set_xyzt_units("mm")
-    atomic_write(path, gzip.compress(image.to_bytes(), mtime=0))
+    return gzip.compress(image.to_bytes(), mtime=0)
 
 
-def write_nrrd(path: Path, mask: np.ndarray, labels: Sequence[str], geometry: Geometry) -> None:
-    """Write a mask (H, W) as a 3D Slicer segmentation; class i + 1 is named `labels[i]`. Raises `OSError`."""
+def nrrd_file(mask: np.ndarray, labels: Sequence[str], geometry: Geometry) -> bytes:
+    """A mask (H, W) as a 3D Slicer segmentation; class i + 1 is named `labels[i]`."""
     import nrrd
 
     voxels = geometry.voxels(mask)
@@ -124,7 +123,7 @@ def write_nrrd(path: Path, mask: np.ndarray, labels: Sequence[str], geometry: Ge
         header |= {f"Segment{number}_{key}": value for key, value in fields.items()}
     file = io.BytesIO()
     nrrd.write(file, voxels, header)
-    atomic_write(path, file.getvalue())
+    return file.getvalue()
 
 
 def _dicom_geometry(path: Path) -> Geometry:

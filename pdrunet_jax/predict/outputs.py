@@ -1,16 +1,18 @@
 """Output files of the predict command, all at the image's own resolution, and the table `areas.csv`.
 
-Each mask carries a record of how it was made. The mask is the last picture written for an image: if it exists, so does
-everything else, however the process ended. Images share no state, so any number of machines can write to one folder.
+Each mask carries a record of how it was made, with the digests of the image's other files (see `predict/resume.py`).
+Images share no state, so any number of machines can write to one folder.
 """
 
 import fcntl
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,10 +22,10 @@ from PIL import Image, PngImagePlugin
 from pdrunet_jax.data import overlay
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.labelme.contours import outlines
-from pdrunet_jax.data.labelme.write import write_labelme
+from pdrunet_jax.data.labelme.write import labelme_text
 from pdrunet_jax.predict.inference import Prediction
 from pdrunet_jax.predict.inputs import is_dicom
-from pdrunet_jax.predict.medical import read_geometry, write_nifti, write_nrrd
+from pdrunet_jax.predict.medical import nifti_file, nrrd_file, read_geometry
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
 
@@ -42,8 +44,8 @@ AREA_COLUMNS = ("image", "class", "pixels", "area_mm2")
 RECORD_KEY = "pdrunet_jax.predict"  # of the PNG text chunk in a mask that holds its record as JSON
 
 Record = dict[str, Any]
-"""How a mask was made: "settings", "input" (`resume.fingerprint`), "files" (suffixes of the other files written),
-"pixels" of each class by name, and "spacing" in mm or null."""
+"""How a mask was made: "settings", "input" (the image's digest), "files" (suffix to digest of each other file), "mask"
+(digest of the pixels), "pixels" of each class by name, and "spacing" in mm or null."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,31 @@ class Areas:
     It is rebuilt from the masks' records on opening, so that no row is lost or repeated, and then grows image by image.
     """
 
-    def __init__(self, path: Path, finished: Iterable[tuple[str, Record]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        finished: Iterable[tuple[str, Record]],
+        others: Iterable[tuple[str, Record]] = (),
+        *,
+        overwrite: bool = False,
+    ) -> None:
         """Open `path` with the rows of the `finished` images (names and records).
 
-        Raises `UserError` if another process has it open, `RunError` if it cannot be written.
+        Rows that come neither from them nor from `others` are lost, perhaps a person's: unless `overwrite` is set, a
+        copy of the table is kept. Raises `UserError` if this command did not write the table, or another process has it
+        open, `RunError` if it cannot be written.
         """
         self._path = path
         rows = [AREA_COLUMNS, *(row for name, record in finished for row in _area_rows(name, record))]
         text = csv_text(rows).encode()
+        known = csv_text(row for name, record in others for row in _area_rows(name, record)).encode()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
             self._lock()
-            if self._file.read() != text:
+            if (earlier := self._file.read()) != text:
+                if not overwrite:
+                    self._keep(earlier, {*text.splitlines(), *known.splitlines()})
                 # Overwritten in place: most bytes are the same, so a kill halfway leaves the rows as they were.
                 self._file.seek(0)
                 self._write(text)
@@ -125,6 +139,19 @@ class Areas:
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    def _keep(self, earlier: bytes, known: set[bytes]) -> None:
+        """Keep a copy of a table with lines that are not `known`; the last one may be torn."""
+        *lines, last = earlier.splitlines() or [b""]
+        if lines and lines[0] != ",".join(AREA_COLUMNS).encode():
+            self._file.close()
+            raise UserError(f"{self._path} was not written by this command; move it away, or give --overwrite")
+        if set(lines) <= known and any(line.startswith(last) for line in known):
+            return
+        free = (self._path.with_name(f"{self._path.stem}_earlier{number}.csv") for number in count(1))
+        copy = next(path for path in free if not os.path.lexists(path))
+        atomic_write(copy, earlier)
+        print(f"{self._path} has rows of other images or options; a copy is kept as {copy}")
 
     def _lock(self) -> None:
         try:
@@ -144,47 +171,37 @@ class Areas:
         os.fsync(self._file.fileno())
 
 
-def write_result(
-    result: Prediction, path: Path, target: Path, labels: Sequence[str], files: WrittenFiles, record: Record
-) -> None:
-    """Write the mask and the requested `files` of the image at `path` as `target`_mask.png and so on.
+def render(
+    result: Prediction, path: Path, target: Path, labels: Sequence[str], files: WrittenFiles, suffixes: Sequence[str]
+) -> dict[str, bytes]:
+    """Contents of the files `suffixes` (those of `WrittenFiles.suffixes`) of the image at `path`.
 
-    The mask is written last, except for the LabelMe file: one that no mask's record mentions belongs to a person.
-    Raises `RunError` if the folder cannot be written.
+    Raises `UserError` if the image cannot be read, `OSError`.
     """
-    with writing(target):
-        labelme_picture = files.labelme and is_dicom(path)  # LabelMe does not open DICOM
-        pixels = read_image(path, 1) if files.overlay or labelme_picture else np.empty(0)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if files.overlay:
-            overlay.save(Image.fromarray(overlay.overlay(pixels, result.mask)), with_suffix(target, OVERLAY))
-        if files.probability:
-            single = result.probability.ndim == 2
-            channels = [result.probability] if single else np.moveaxis(result.probability, -1, 0)[1:]
-            for suffix, channel in zip(_probability_suffixes(labels, single), channels, strict=True):
-                sixteen = Image.fromarray(np.rint(channel * 65535).astype(np.uint16))
-                overlay.save(sixteen, with_suffix(target, suffix))
-        if files.npz:
-            file = io.BytesIO()
-            np.savez_compressed(file, probability=result.probability, classes=np.array(["background", *labels]))
-            atomic_write(with_suffix(target, NPZ), file.getvalue())
-        if files.contours:
-            atomic_write(with_suffix(target, CONTOURS), _contours(result.mask, labels, files.tolerance))
-        if files.nrrd:
-            write_nrrd(with_suffix(target, NRRD), result.mask, labels, read_geometry(path))
-        if files.nifti:
-            write_nifti(with_suffix(target, NIFTI), result.mask, read_geometry(path))
-        if labelme_picture:
-            grey = np.rint(pixels[..., 0]).astype(np.uint8)
-            overlay.save(Image.fromarray(grey), with_suffix(target, LABELME_PICTURE))
-        text, file = PngImagePlugin.PngInfo(), io.BytesIO()
-        text.add_text(RECORD_KEY, json.dumps(record))
-        overlay.index_mask(result.mask, len(labels)).save(file, format="PNG", pnginfo=text)
-        atomic_write(with_suffix(target, MASK), file.getvalue())
-        if files.labelme:
-            shown = with_suffix(target, LABELME_PICTURE) if labelme_picture else path
-            relative = Path(os.path.relpath(shown.parent.resolve() / shown.name, target.parent.resolve())).as_posix()
-            write_labelme(with_suffix(target, LABELME), result.mask, labels, relative, tolerance=files.tolerance)
+    mask, single = result.mask, result.probability.ndim == 2
+    pixels = read_image(path, 1) if {OVERLAY, LABELME_PICTURE} & set(suffixes) else np.empty(0)
+    makers: dict[str, Callable[[], bytes | str]] = {
+        OVERLAY: lambda: overlay.png(Image.fromarray(overlay.overlay(pixels, mask))),
+        NPZ: lambda: _npz(result.probability, labels),
+        CONTOURS: lambda: _contours(mask, labels, files.tolerance),
+        NRRD: lambda: nrrd_file(mask, labels, read_geometry(path)),
+        NIFTI: lambda: nifti_file(mask, read_geometry(path)),
+        LABELME_PICTURE: lambda: overlay.png(Image.fromarray(np.rint(pixels[..., 0]).astype(np.uint8))),
+        LABELME: lambda: _labelme(mask, path, target, labels, files.tolerance),
+    }
+    channels = [result.probability] if single else np.moveaxis(result.probability, -1, 0)[1:]
+    for suffix, channel in zip(_probability_suffixes(labels, single), channels, strict=True):
+        makers[suffix] = partial(_sixteen_bits, channel)
+    contents = {suffix: makers[suffix]() for suffix in suffixes}
+    return {suffix: data.encode() if isinstance(data, str) else data for suffix, data in contents.items()}
+
+
+def mask_png(mask: np.ndarray, classes: int, record: Record) -> bytes:
+    """Content of NAME_mask.png, with its record."""
+    text, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    text.add_text(RECORD_KEY, json.dumps(record))
+    overlay.index_mask(mask, classes).save(file, format="PNG", pnginfo=text)
+    return file.getvalue()
 
 
 def with_suffix(target: Path, suffix: str) -> Path:
@@ -196,7 +213,25 @@ def _probability_suffixes(labels: Sequence[str], single: bool) -> list[str]:
     if single:
         return [PROBABILITY]
     safe = ["".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label) for label in labels]
+    if len({label.lower() for label in safe}) < len(safe):
+        safe = [f"{number}_{label}" for number, label in enumerate(safe, 1)]
     return [f"_probability_{label}.png" for label in safe]
+
+
+def _sixteen_bits(probability: np.ndarray) -> bytes:
+    return overlay.png(Image.fromarray(np.rint(probability * 65535).astype(np.uint16)))
+
+
+def _npz(probability: np.ndarray, labels: Sequence[str]) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, probability=probability, classes=np.array(["background", *labels]))
+    return file.getvalue()
+
+
+def _labelme(mask: np.ndarray, path: Path, target: Path, labels: Sequence[str], tolerance: float) -> str:
+    shown = with_suffix(target, LABELME_PICTURE) if is_dicom(path) else path  # LabelMe does not open DICOM
+    relative = Path(os.path.relpath(shown.parent.resolve() / shown.name, target.parent.resolve())).as_posix()
+    return labelme_text(mask, labels, relative, tolerance=tolerance)
 
 
 def _contours(mask: np.ndarray, labels: Sequence[str], tolerance: float) -> str:

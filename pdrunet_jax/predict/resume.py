@@ -1,21 +1,46 @@
-"""Resume a prediction run: find finished images, and refuse to mix results made with different settings."""
+"""Resume a prediction run: what is left to do for each image, and the files that may not be replaced.
 
+The mask of an image is written first. Its record holds the digest of every other file, so the next run knows which
+files are its own, whenever the process ended, and writes only those that are missing.
+"""
+
+import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pdrunet_jax.predict.inference import Prediction
-from pdrunet_jax.predict.outputs import LABELME, MASK, RECORD_KEY, Record, WrittenFiles, with_suffix
+from pdrunet_jax.predict.outputs import MASK, RECORD_KEY, Record, WrittenFiles, mask_png, render, with_suffix
 from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import atomic_write, writing
 
 MAX_LISTED = 10  # conflicts in an error message
+
+
+class Work(NamedTuple):
+    """What is left to do for one image."""
+
+    record: Record | None
+    """Of the existing mask, if this command wrote it."""
+    fits: bool
+    """Whether the record has the settings and the image of this run."""
+    missing: list[str]
+    """Suffixes of the files to write."""
+    conflicts: list[tuple[str, str]]
+    """Suffix of each file that may not be replaced without --overwrite, and the reason."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all results of this run exist."""
+        return self.fits and not self.missing
 
 
 @dataclass(frozen=True)
@@ -31,61 +56,80 @@ class Recipe:
     outputs: int
     files: WrittenFiles
 
-    def record(self, result: Prediction, path: Path, target: Path) -> Record:
-        """The record of a new result; deletes files of an earlier result that no longer match it."""
-        files, image = self.files.suffixes(path, self.labels, self.outputs), fingerprint(path)
-        earlier = read_record(target)
-        if earlier is not None:
-            others = [suffix for suffix in earlier["files"] if suffix not in files]
-            if earlier["settings"] == self.settings and earlier["input"]["sha256"] == image["sha256"]:
-                files += others
-            else:
-                for suffix in others:
-                    with_suffix(target, suffix).unlink(missing_ok=True)
-        pixels = {label: int(np.sum(result.mask == index)) for index, label in enumerate(self.labels, 1)}
-        spacing = None if result.spacing is None else list(result.spacing)
-        return {"settings": self.settings, "input": image, "files": files, "pixels": pixels, "spacing": spacing}
+    def inspect(self, path: Path, target: Path) -> Work:
+        """Compare the image at `path` and the files at `target` with the record. Raises `OSError` for the image."""
+        record = read_record(target)
+        wanted = [MASK, *self.files.suffixes(path, self.labels, self.outputs)]
+        known = {} if record is None else {MASK: None, **record["files"]}
+        present = [suffix for suffix in wanted if os.path.lexists(with_suffix(target, suffix))]
+        conflicts = []
+        if record is not None:
+            then = record["settings"]
+            for name, now in self.settings.items():
+                if then.get(name) != now:
+                    changed = "other weights" if name == "weights" else f"{name} was {then.get(name)}, is {now}"
+                    conflicts.append((MASK, changed))
+            if record["input"]["sha256"] != sha256(path):
+                conflicts.append((MASK, "the image has changed"))
+        fits = record is not None and not conflicts
+        foreign = [suffix for suffix in present if suffix not in known]
+        missing = [suffix for suffix in wanted if suffix not in present or suffix in foreign] if fits else wanted
+        conflicts += [(suffix, "not written by this command, or modified since") for suffix in foreign]
+
+        # New digests go into the mask's record, so the mask itself is written again.
+        if fits and missing:
+            if _mask_digest(target) != record["mask"]:
+                conflicts.append((MASK, "modified since, or written by an earlier version"))
+            missing = [MASK, *(suffix for suffix in missing if suffix != MASK)]
+        return Work(record, fits, missing, conflicts)
+
+    def write(self, result: Prediction, path: Path, target: Path, *, overwrite: bool) -> Record:
+        """Write the missing files of the image at `path` as `target`_mask.png and so on; returns the new record.
+
+        Files of an earlier result that no longer match are deleted, unless they were modified. Raises `UserError` for
+        a file that appeared during the run and may not be replaced, `RunError` if the folder cannot be written.
+        """
+        with writing(target):
+            work = self.inspect(path, target)
+            _require_free({target: work}, overwrite=overwrite)
+            suffixes = [suffix for suffix in work.missing if suffix != MASK]
+            contents = render(result, path, target, self.labels, self.files, suffixes)
+            earlier = {} if work.record is None else work.record["files"]
+            record = {
+                "settings": self.settings,
+                "input": {"sha256": sha256(path)},
+                "files": (earlier if work.fits else {})
+                | {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+                "mask": _pixel_digest(result.mask),
+                "pixels": {label: int(np.sum(result.mask == index)) for index, label in enumerate(self.labels, 1)},
+                "spacing": None if result.spacing is None else list(result.spacing),
+            }
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # Deleted first: next to the new record, an old file would pass for one that a person has modified.
+            for suffix in {*earlier, *suffixes} - (record["files"].keys() - contents.keys()):
+                file = with_suffix(target, suffix)
+                if suffix in contents or (file.is_file() and sha256(file) == earlier[suffix]):
+                    file.unlink(missing_ok=True)
+            atomic_write(with_suffix(target, MASK), mask_png(result.mask, len(self.labels), record))
+            for suffix, data in contents.items():
+                atomic_write(with_suffix(target, suffix), data)
+        return record
 
 
-def finished_images(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: bool) -> dict[Path, Record]:
-    """The images whose results are complete, with their records.
+def survey(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: bool) -> dict[Path, Work]:
+    """What is left to do for each image.
 
-    `targets` maps each image to the path of its results, without suffix. Raises `UserError` if existing results
-    conflict with the `recipe`, unless `overwrite` is set.
+    `targets` maps each image to the path of its results, without suffix. Raises `UserError` if existing files conflict
+    with the `recipe`, unless `overwrite` is set.
     """
-    finished: dict[Path, Record] = {}
-    reasons: Counter[str] = Counter()
-    examples: dict[str, Path] = {}
+    works = {}
     for path, target in targets.items():
-        record, conflicts = _inspect(recipe, path, target)
-        reasons.update(conflicts.keys())
-        examples = {**conflicts, **examples}
-        if record is not None and not conflicts:
-            finished[path] = record
-    if reasons and not overwrite:
-        lines = [
-            f"  - {examples[reason]}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
-            for reason, count in reasons.most_common(MAX_LISTED)
-        ]
-        raise UserError(
-            "the output folder contains results made with other settings:\n"
-            + "\n".join(lines)
-            + "\nTo continue, use the earlier weights and options, another --output, or --overwrite to replace them."
-        )
-    return finished
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Identity of an image: its digest, and its size and modification time, which are quick to compare."""
-    state = path.stat()
-    return {"bytes": state.st_size, "changed": state.st_mtime_ns, "sha256": sha256(path)}
-
-
-def unchanged(path: Path, known: Mapping[str, Any]) -> bool:
-    """Whether the image at `path` still has the fingerprint `known`."""
-    state = path.stat()
-    same_time = state.st_mtime_ns == known["changed"]
-    return state.st_size == known["bytes"] and (same_time or sha256(path) == known["sha256"])
+        try:
+            works[path] = recipe.inspect(path, target)
+        except OSError:  # the image cannot be opened; reported when its turn comes
+            works[path] = Work(None, False, [MASK], [])
+    _require_free({targets[path]: work for path, work in works.items()}, overwrite=overwrite)
+    return works
 
 
 def read_record(target: Path) -> Record | None:
@@ -95,31 +139,37 @@ def read_record(target: Path) -> Record | None:
             record = json.loads(image.info.get(RECORD_KEY, "null"))
     except (OSError, ValueError, SyntaxError):
         return None
-    return record if isinstance(record, dict) and {"settings", "input", "files", "pixels"} <= record.keys() else None
+    if not isinstance(record, dict) or not {"settings", "input", "files", "pixels"} <= record.keys():
+        return None
+    if isinstance(record["files"], list):  # version 0.1.0 recorded no digests
+        record["files"] = dict.fromkeys(record["files"])
+    return {"mask": None, **record}
 
 
-def _inspect(recipe: Recipe, path: Path, target: Path) -> tuple[Record | None, dict[str, Path]]:
-    """The record of an image whose results are complete, and conflicts, each with the file concerned."""
-    mask, labelme = with_suffix(target, MASK), with_suffix(target, LABELME)
-    record = read_record(target)
+def _require_free(works: Mapping[Path, Work], *, overwrite: bool) -> None:
+    """Raise `UserError` that lists the conflicts, unless `overwrite` is set."""
+    found = [(conflict, target) for target, work in works.items() for conflict in work.conflicts]
+    if not found or overwrite:
+        return
+    counts, examples = Counter(conflict for conflict, _ in found), dict(reversed(found))
+    lines = [
+        f"  - {with_suffix(examples[suffix, reason], suffix)}{f' and {count - 1} more' if count > 1 else ''}: {reason}"
+        for (suffix, reason), count in counts.most_common(MAX_LISTED)
+    ]
+    raise UserError(
+        "the output folder contains results made with other settings, or files that are not this command's:\n"
+        + "\n".join(lines)
+        + "\nTo continue, use the earlier weights and options, another --output, or --overwrite to replace them."
+    )
+
+
+def _mask_digest(target: Path) -> str | None:
     try:
-        wanted = recipe.files.suffixes(path, recipe.labels, recipe.outputs)
-        changed = record is not None and not unchanged(path, record["input"])
-    except OSError:  # the image cannot be opened; reported when its turn comes
-        return None, {}
-    if record is None:
-        conflicts = {"not written by this command, or modified since": mask} if mask.exists() else {}
-    else:
-        then = record["settings"]
-        differences = [name for name in recipe.settings if then.get(name) != recipe.settings[name]]
-        conflicts = {
-            "other weights" if name == "weights" else f"{name} was {then.get(name)}, is {recipe.settings[name]}": mask
-            for name in differences
-        }
-        if changed:
-            conflicts["the image has changed"] = mask
-    known = [] if record is None else record["files"]
-    if LABELME in wanted and LABELME not in known and labelme.exists():
-        conflicts["a LabelMe file that this command did not write"] = labelme
-    complete = all(suffix in known and with_suffix(target, suffix).exists() for suffix in wanted)
-    return (record if complete else None), conflicts
+        with Image.open(with_suffix(target, MASK), formats=("PNG",)) as image:
+            return _pixel_digest(np.asarray(image))
+    except (OSError, ValueError, SyntaxError):
+        return None
+
+
+def _pixel_digest(mask: np.ndarray) -> str:
+    return hashlib.sha256(f"{mask.shape} ".encode() + mask.tobytes()).hexdigest()

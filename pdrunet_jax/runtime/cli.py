@@ -65,6 +65,11 @@ def first_value(arguments: Sequence[str], option: str) -> str | None:
     return value
 
 
+def printable(text: str) -> str:
+    """Escape control characters in `text`: a file name must not drive the terminal."""
+    return "".join(letter if letter.isprintable() or letter in " \n\t" else ascii(letter)[1:-1] for letter in text)
+
+
 def run(command: Callable[[], int | None]) -> NoReturn:
     """Run `command` and exit with the code it returns.
 
@@ -75,7 +80,7 @@ def run(command: Callable[[], int | None]) -> NoReturn:
     try:
         code = command()
     except (UserError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # whoever read our output is gone, e.g. `| head`
         sys.stderr.close()

@@ -33,10 +33,31 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows of cells as CSV, with a line feed after each."""
+    """Rows of cells as CSV, with a line feed after each.
+
+    Spreadsheets run text that begins as a formula. Such a cell, unless it is a number, gets an apostrophe in front;
+    `csv_name` removes it.
+    """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    safe = ([f"'{cell}" if isinstance(cell, str) and _is_formula(cell) else cell for cell in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(safe)
     return text.getvalue()
+
+
+def csv_name(cell: str) -> str:
+    """The text that `csv_text` wrote as `cell`."""
+    return cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
+
+
+def _is_formula(cell: str) -> bool:
+    # Also behind apostrophes, so that every name can be read back.
+    if not cell.lstrip("'").startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Hostile files: none is executed or writes outside its target, and each is refused with one message."""
 
+import csv
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from pdrunet_jax.evaluate import __main__ as evaluate
+from pdrunet_jax.evaluate.scores import read_csv
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.run_folder import read_entries
 from tests.support import hostile_files as hostile
 from tests.support.live import Place, record
+from tests.support.tiny import run_command
 
 FILES: dict[str, Callable[[Path, Path], hostile.Action]] = {
     "a .pth that runs code": hostile.pickled_pth,
@@ -29,6 +32,19 @@ FILES: dict[str, Callable[[Path, Path], hostile.Action]] = {
     "an image of 3.6 billion pixels": hostile.pixel_bomb,
     "an image with half a gigabyte of text": hostile.text_bomb,
     "a DICOM file that claims four gigabytes": hostile.truncated_dicom,
+    "a JPEG 2000 of 81 million pixels in a small DICOM image": lambda f, c: hostile.dicom_bomb(
+        f, "1.2.840.10008.1.2.4.90", hostile.huge("JPEG2000", no_jp2=True)
+    ),
+    "the same in JPEG 2000's own file format": lambda f, c: hostile.dicom_bomb(
+        f, "1.2.840.10008.1.2.4.90", hostile.huge("JPEG2000")
+    ),
+    "a JPEG of 81 million pixels in a small DICOM image": lambda f, c: hostile.dicom_bomb(
+        f, "1.2.840.10008.1.2.4.50", hostile.huge("JPEG")
+    ),
+    "an RLE frame of 256 million pixels": hostile.rle_bomb,
+    "a deflated DICOM file": hostile.deflated_dicom,
+    "a .pth that expands an array": hostile.expanded_pth,
+    "a .pth that is compressed": hostile.inflated_pth,
     "a configuration nested deeply": hostile.nested_toml,
     "a configuration that is no text": hostile.binary_toml,
     "a dataset.toml nested deeply": hostile.nested_dataset_toml,
@@ -38,6 +54,8 @@ FILES: dict[str, Callable[[Path, Path], hostile.Action]] = {
 }
 OF_A_RUN: dict[str, Callable[[Path, Path], hostile.Action]] = {
     "weights that are NaN": hostile.nan_weights,
+    "weights with negative variances": hostile.negative_variance,
+    "a checkpoint of zeros without end": hostile.checkpoint_bomb,
     "weights of wrong shapes": hostile.wrong_shapes,
     "weights with a name that is a path": hostile.weights_and_more,
     "a configuration of a run with a billion filters": hostile.odd_configuration,
@@ -94,6 +112,34 @@ def test_a_hostile_part_of_a_run_is_refused(
 def test_a_hostile_line_of_metrics_is_passed_over(place: Place, tmp_path: Path) -> None:
     run = hostile.nested_metrics(place.undisturbed, tmp_path)
     assert len(read_entries(run / "metrics.jsonl")) == len(read_entries(place.undisturbed / "metrics.jsonl"))
+
+
+def test_names_neither_drive_a_terminal_nor_run_in_a_spreadsheet(place: Place, tmp_path: Path) -> None:
+    root = hostile.dataset(tmp_path / "data")
+    (root / "dataset.toml").write_text('[classes]\n"=1+1" = 255\n')
+    rows = ["image,mask,patient"]
+    for number, patient in enumerate(("=cmd|' /C calc'!A0", "'=x", "-1", "@a\x1b]0;title\x07")):
+        image = f"images/\x1b[2J{number}.png"
+        (root / f"images/p{number}.png").rename(root / image)
+        rows.append(f"{image},masks/p{number}.png,{patient}")
+    (root / "manifest.csv").write_text("\n".join(rows))
+    done = run_command(
+        "evaluate", "--weights", place.undisturbed, "--data.root", root, "--split", "all", "--output", "o", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    table = tmp_path / "o/per_image.csv"
+    with table.open(newline="") as file:
+        cells = {cell for row in csv.reader(file) for cell in row[:3]}
+    assert {"'=cmd|' /C calc'!A0", "''=x", "-1", "'@a\x1b]0;title\x07", "'=1+1"} <= cells
+    read = read_csv(table)
+    assert {row.patient for row in read} == {"=cmd|' /C calc'!A0", "'=x", "-1", "@a\x1b]0;title\x07"}
+    assert {row.class_name for row in read} == {"=1+1"}
+
+    predicted = run_command("predict", root / "images", "--weights", place.undisturbed, "--output", "p", cwd=tmp_path)
+    assert predicted.returncode == 0, predicted.stderr
+    assert r"\x1b[2J0.png" in predicted.stdout
+    assert "\x1b" not in predicted.stdout + predicted.stderr
 
 
 def test_names_in_a_report_are_text_not_markup(place: Place, tmp_path: Path) -> None:

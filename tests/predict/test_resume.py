@@ -1,7 +1,10 @@
 """A run that ends early, by whatever cause, goes on where it stopped: nothing is lost, done twice, or mixed."""
 
 import csv
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from pdrunet_jax.data import overlay
 from pdrunet_jax.predict.__main__ import main
+from pdrunet_jax.predict.outputs import RECORD_KEY
 from pdrunet_jax.runtime.errors import UserError
 from tests.support import ROOT
 from tests.support.tiny import bright_square, brightness_model, run_command, save_image, save_model
@@ -146,6 +151,18 @@ def test_a_changed_image_is_refused_and_a_copied_one_is_not(one):
     assert Path("out/areas.csv").read_text().splitlines()[1:] == ["11.png,bone,25,"]
 
 
+def test_a_changed_image_of_the_same_size_and_time_is_noticed(place):
+    image = save_image(Path("one/x.bmp"), bright_square(24, 32, 4, 0, 12))
+    command = ["one", "--weights", "w.safetensors", "--output", "out"]
+    main(command)
+    state = image.stat()
+    save_image(image, bright_square(24, 32, 4, 9, 7))
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert image.stat().st_size == state.st_size
+    with pytest.raises(UserError, match="the image has changed"):
+        main(command)
+
+
 def test_a_mask_of_somebody_else_is_not_replaced(one):
     Image.fromarray(np.ones((24, 32), np.uint8)).save(one)
     with pytest.raises(UserError, match="not written by this command"):
@@ -155,7 +172,7 @@ def test_a_mask_of_somebody_else_is_not_replaced(one):
 
 def test_a_labelme_file_of_somebody_else_is_not_replaced(one):
     Path("out/11.json").write_text("drawn by hand")
-    with pytest.raises(UserError, match="a LabelMe file that this command did not write"):
+    with pytest.raises(UserError, match=r"11\.json: not written by this command"):
         predict_in("--labelme")
     assert Path("out/11.json").read_text() == "drawn by hand"
 
@@ -176,6 +193,76 @@ def test_an_output_that_is_asked_for_later_is_added(one):
         "11_probability.npz",
         "areas.csv",
     }
+
+
+def test_corrected_files_stay_while_what_is_missing_is_written(one):
+    predict_in("--overlay", "--labelme", "--contours")
+    corrected = {name: Path("out") / name for name in ("11.json", "11_contours.csv")}
+    for path in corrected.values():
+        path.write_text("corrected by hand")
+    Path("out/11_overlay.png").unlink()
+    assert predict_in("--overlay", "--labelme", "--contours", "--npz") is None
+    assert Path("out/11_overlay.png").exists()
+    assert Path("out/11_probability.npz").exists()
+    assert {path.read_text() for path in corrected.values()} == {"corrected by hand"}
+    predict_in("--threshold", "0.3", "--overwrite")
+    assert {path.read_text() for path in corrected.values()} == {"corrected by hand"}
+    assert not Path("out/11_probability.npz").exists()
+
+
+def test_a_file_that_predict_did_not_write_is_never_replaced(one):
+    shutil.rmtree("out")
+    options = ("--overlay", "--contours", "--npz", "--nifti", "--probability")
+    for name in ("_overlay.png", "_contours.csv", "_probability.npz", "_mask.nii.gz", "_probability.png", "_mask.png"):
+        other = Path(f"out/11{name}")
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("work of a person")
+        with pytest.raises(UserError, match=re.escape(f"{other}: not written by this command")):
+            predict_in(*options)
+        assert [path.name for path in Path("out").iterdir()] == [other.name]
+        assert other.read_text() == "work of a person"
+        other.unlink()
+    table = Path("out/areas.csv")
+    table.write_text("image,reader,grade\n11.png,me,3\n")
+    with pytest.raises(UserError, match=r"areas\.csv was not written by this command"):
+        predict_in()
+    assert table.read_text().endswith("me,3\n")
+    assert predict_in("--overwrite") is None
+
+
+def test_a_corrected_mask_is_not_replaced_when_another_output_is_asked_for(one):
+    with Image.open(one) as image:
+        corrected, text = np.array(image), PngImagePlugin.PngInfo()
+        text.add_text(RECORD_KEY, image.info[RECORD_KEY])
+    corrected[:3] = 1
+    overlay.index_mask(corrected, 1).save(one, pnginfo=text)
+    with pytest.raises(UserError, match=r"11_mask\.png: modified since"):
+        predict_in("--npz")
+    np.testing.assert_array_equal(np.asarray(Image.open(one)), corrected)
+    assert predict_in() is None
+
+
+def test_rows_of_a_person_are_kept_in_a_copy_of_the_table(one, capsys):
+    table = Path("out/areas.csv")
+    corrected = table.read_text().replace("144", "150") + "other.png,bone,7,\n"
+    table.write_text(corrected)
+    predict_in()
+    assert Path("out/areas_earlier1.csv").read_text() == corrected
+    assert "areas_earlier1.csv" in capsys.readouterr().out
+    predict_in("--npz")
+    assert not Path("out/areas_earlier2.csv").exists()
+
+
+def test_results_of_an_earlier_version_are_complete(one):
+    with Image.open(one) as image:
+        record, text = json.loads(image.info[RECORD_KEY]), PngImagePlugin.PngInfo()
+        record["files"] = list(record["files"])
+        del record["mask"]
+        text.add_text(RECORD_KEY, json.dumps(record))
+        image.save(one, pnginfo=text)
+    changed = one.stat().st_mtime_ns
+    predict_in()
+    assert one.stat().st_mtime_ns == changed
 
 
 def test_what_does_not_fit_any_more_is_removed(one):

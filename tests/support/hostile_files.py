@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save
 from pdrunet_jax import config
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.evaluate.report.page import write_report
 from pdrunet_jax.model.load import load_model
@@ -27,6 +28,7 @@ from pdrunet_jax.predict.inference import segment
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.digest import DIGEST
 from pdrunet_jax.train.tracking import MetricsLog
+from tests.support.small_data import write_dicom
 
 Action = Callable[[], object]
 DEEP = 200_000
@@ -130,6 +132,82 @@ def truncated_dicom(folder: Path, canary: Path) -> Action:
     return opened(root)
 
 
+def dicom_bomb(folder: Path, syntax: str, frame: bytes) -> Action:
+    """A DICOM file whose header states 16x16 pixels, whatever the compressed frame holds."""
+    import pydicom
+
+    path = write_dicom(folder / "x.dcm", np.zeros((16, 16), np.uint16))
+    dataset = pydicom.dcmread(path)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 8, 8, 7
+    dataset.PixelData = pydicom.encaps.encapsulate([frame])
+    dataset["PixelData"].is_undefined_length = True
+    dataset.save_as(path)
+    return lambda: bounded(lambda: read_image(path))
+
+
+def huge(format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (9_000, 9_000)).save(file, format=format, **options)
+    return file.getvalue()
+
+
+def rle_bomb(folder: Path, canary: Path) -> Action:
+    return dicom_bomb(
+        folder, "1.2.840.10008.1.2.5", struct.pack("<16I", 1, 64, *[0] * 14) + bytes([129, 0]) * 2_000_000
+    )
+
+
+def deflated_dicom(folder: Path, canary: Path) -> Action:
+    """The transfer syntax comes after a long element."""
+    import pydicom
+
+    path = write_dicom(folder / "x.dcm", np.zeros((16, 16), np.uint16))
+    meta = pydicom.dcmread(path).file_meta
+    meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    head = pydicom.filebase.DicomBytesIO()
+    head.is_little_endian, head.is_implicit_VR = True, False
+    pydicom.filewriter.write_file_meta_info(head, meta, enforce_standard=False)
+    long = struct.pack("<HH2sHI", 0x0002, 0x0001, b"OB", 0, 6000) + bytes(6000)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = deflate.compress(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, 300 << 20) + bytes(300 << 20))
+    path.write_bytes(bytes(128) + b"DICM" + long + head.getvalue() + bomb + deflate.flush())
+    return lambda: bounded(lambda: read_image(path))
+
+
+def expanded_pth(folder: Path, canary: Path) -> Action:
+    import torch
+
+    torch.save({"final_conv.weight": torch.zeros(1).expand(60 << 20)}, folder / "w.pth")
+    return lambda: bounded(lambda: load_model(folder / "w.pth"))
+
+
+def inflated_pth(folder: Path, canary: Path) -> Action:
+    import torch
+
+    file = io.BytesIO()
+    torch.save({"final_conv.weight": torch.zeros(60 << 20)}, file)
+    with zipfile.ZipFile(file) as plain, zipfile.ZipFile(folder / "w.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in plain.infolist():
+            packed.writestr(entry.filename, plain.read(entry))
+    return lambda: bounded(lambda: load_model(folder / "w.pth"))
+
+
+def bounded(action: Action) -> object:
+    """Run `action`, which may not take 100 MiB of memory, even for a moment."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = memory("VmRSS")
+    try:
+        return action()
+    finally:
+        assert memory("VmHWM") - before < 100 << 10
+
+
+def memory(kind: str) -> int:
+    """KiB of this process."""
+    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0])
+
+
 def labelme(folder: Path, **changes: Any) -> Action:
     source = folder / "labelme"
     picture(source / "a.png")
@@ -199,6 +277,15 @@ def changed_weights(run: Path, folder: Path, change: Callable[[dict[str, np.ndar
 
 def nan_weights(run: Path, folder: Path) -> Action:
     return changed_weights(run, folder, lambda arrays: arrays["final_conv.bias"].fill(np.nan))
+
+
+def negative_variance(run: Path, folder: Path) -> Action:
+    return changed_weights(run, folder, lambda arrays: arrays["e1.bnorm1.running_var"].fill(-1.0))
+
+
+def checkpoint_bomb(run: Path, folder: Path) -> Action:
+    Checkpoints(folder / "run/checkpoints", 1, 1).save(3, {"params": {"x": np.zeros(80 << 20, np.float32)}}, {})
+    return lambda: bounded(lambda: load_model(folder / "run", which="latest"))
 
 
 def wrong_shapes(run: Path, folder: Path) -> Action:

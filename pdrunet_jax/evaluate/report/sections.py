@@ -13,6 +13,7 @@ from pdrunet_jax.evaluate import compare
 from pdrunet_jax.evaluate.report.charts import curve
 from pdrunet_jax.evaluate.report.html import Cell, Section, embedded, html_table, legend, note
 from pdrunet_jax.evaluate.scores import METRICS, format_score, remarks, score_table
+from pdrunet_jax.runtime.files import csv_name
 
 MOST_ROWS = 2_000  # in the table of every image: more would make the page too heavy for a phone
 OPEN_ROWS = 40  # largest number of rows shown unfolded
@@ -122,6 +123,7 @@ def _every_image(scored: EvaluationFolder) -> str:
         return note("per_image.csv is missing.")
     with path.open(newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
+    rows = [[csv_name(cell) for cell in row] for row in rows]
     images, limit = len({row[0] for row in rows}), ""
     if len(rows) > MOST_ROWS:
         dice = head.index("dice")
