@@ -280,13 +280,11 @@ def _stored_pixels(dataset: Any, name: str) -> np.ndarray:
     if not math.prod(sides) <= (most := Image.MAX_IMAGE_PIXELS or math.inf):
         raise unreadable(name, f"more than {most:,} pixels: refused as a bomb")
     try:
-        bomb = _is_bomb(dataset)
-    except Exception as error:
-        raise unreadable(name, _explain(dataset, error)) from None
-    if bomb:
-        raise unreadable(name, "its compressed pixels have another size than its header states: refused as a bomb")
-    try:
+        if _is_bomb(dataset):
+            raise unreadable(name, "its compressed pixels have another size than its header states: refused as a bomb")
         return np.asarray(dataset.pixel_array)
+    except DataError:
+        raise
     except Exception as error:
         raise unreadable(name, _explain(dataset, error)) from None
 

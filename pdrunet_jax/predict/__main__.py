@@ -95,12 +95,12 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     settings = _settings(options, model, labels, size or loaded.options.get("size") or "own", threshold)
     recipe = Recipe(settings, tuple(labels), model.outputs, options.files)
     works = survey(recipe, targets, overwrite=options.overwrite)
-    finished = [path for path, work in works.items() if work.done]
     pending = [path for path, work in works.items() if not work.done]
     if options.tile and options.halo < RADIUS:
         print(f"--halo {options.halo}: results are approximate; exact from {RADIUS} on")
-    if finished:
-        print(f"{len(finished)} of {len(names)} images are done already")
+    done = len(works) - len(pending)
+    if done:
+        print(f"{done} of {len(names)} images are done already")
 
     # Segment the others.
     compute = partial(
@@ -114,13 +114,11 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
         cleaning=options.cleaning,
     )
     failed: list[str] = []
-    done = len(finished)
     in_table = {path: name.with_name(path.name).as_posix() for path, name in names.items()}
-    records = {path: work.record for path, work in works.items() if work.record is not None}
-    rows = [(in_table[path], records[path]) for path in finished]
-    others = [(in_table[path], record) for path, record in records.items()]
+    records = {in_table[path]: work.record for path, work in works.items() if work.record is not None}
+    finished = {in_table[path] for path, work in works.items() if work.done}
     with (
-        Areas(options.output / table, rows, others, overwrite=options.overwrite) as areas,
+        Areas(options.output / table, records, finished, overwrite=options.overwrite) as areas,
         # On a terminal; otherwise (disable=None) a line for each image.
         tqdm(total=len(names), initial=done, unit="image", dynamic_ncols=True, disable=None) as progress,
     ):

@@ -8,7 +8,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -100,30 +100,25 @@ class Areas:
     """
 
     def __init__(
-        self,
-        path: Path,
-        finished: Iterable[tuple[str, Record]],
-        others: Iterable[tuple[str, Record]] = (),
-        *,
-        overwrite: bool = False,
+        self, path: Path, records: Mapping[str, Record], finished: Container[str], *, overwrite: bool = False
     ) -> None:
-        """Open `path` with the rows of the `finished` images (names and records).
+        """Open `path` with the rows of the `finished` images, by name.
 
-        Rows that come neither from them nor from `others` are lost, perhaps a person's: unless `overwrite` is set, a
-        copy of the table is kept. Raises `UserError` if this command did not write the table, or another process has it
-        open, `RunError` if it cannot be written.
+        Unless `overwrite` is set, a copy is kept of a table with rows from none of the `records`: they may be a
+        person's. Raises `UserError` if this command did not write the table, or another process has it open, `RunError`
+        if it cannot be written.
         """
         self._path = path
-        rows = [AREA_COLUMNS, *(row for name, record in finished for row in _area_rows(name, record))]
-        text = csv_text(rows).encode()
-        known = csv_text(row for name, record in others for row in _area_rows(name, record)).encode()
+        rows = {name: csv_text(_area_rows(name, record)) for name, record in records.items()}
+        head = csv_text([AREA_COLUMNS])
+        text = "".join([head, *(lines for name, lines in rows.items() if name in finished)]).encode()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
             self._lock()
             if (earlier := self._file.read()) != text:
                 if not overwrite:
-                    self._keep(earlier, {*text.splitlines(), *known.splitlines()})
+                    self._keep(earlier, "".join([head, *rows.values()]).encode().splitlines())
                 # Overwritten in place: most bytes are the same, so a kill halfway leaves the rows as they were.
                 self._file.seek(0)
                 self._write(text)
@@ -140,18 +135,17 @@ class Areas:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def _keep(self, earlier: bytes, known: set[bytes]) -> None:
+    def _keep(self, earlier: bytes, known: Sequence[bytes]) -> None:
         """Keep a copy of a table with lines that are not `known`; the last one may be torn."""
         *lines, last = earlier.splitlines() or [b""]
-        if lines and lines[0] != ",".join(AREA_COLUMNS).encode():
+        if not known[0].startswith((*lines, last)[0]):
             self._file.close()
             raise UserError(f"{self._path} was not written by this command; move it away, or give --overwrite")
-        if set(lines) <= known and any(line.startswith(last) for line in known):
-            return
-        free = (self._path.with_name(f"{self._path.stem}_earlier{number}.csv") for number in count(1))
-        copy = next(path for path in free if not os.path.lexists(path))
-        atomic_write(copy, earlier)
-        print(f"{self._path} has rows of other images or options; a copy is kept as {copy}")
+        if not set(lines) <= set(known) or not any(line.startswith(last) for line in known):
+            free = (self._path.with_name(f"{self._path.stem}_earlier{number}.csv") for number in count(1))
+            copy = next(path for path in free if not os.path.lexists(path))
+            atomic_write(copy, earlier)
+            print(f"{self._path} has rows of other images, or modified ones; a copy is kept as {copy}")
 
     def _lock(self) -> None:
         try:

@@ -77,7 +77,7 @@ class Recipe:
         conflicts += [(suffix, "not written by this command, or modified since") for suffix in foreign]
 
         # New digests go into the mask's record, so the mask itself is written again.
-        if fits and missing:
+        if record is not None and fits and missing:
             if _mask_digest(target) != record["mask"]:
                 conflicts.append((MASK, "modified since, or written by an earlier version"))
             missing = [MASK, *(suffix for suffix in missing if suffix != MASK)]
@@ -94,22 +94,24 @@ class Recipe:
             _require_free({target: work}, overwrite=overwrite)
             suffixes = [suffix for suffix in work.missing if suffix != MASK]
             contents = render(result, path, target, self.labels, self.files, suffixes)
-            earlier = {} if work.record is None else work.record["files"]
-            record = {
+            earlier: dict[str, str | None] = {} if work.record is None else work.record["files"]
+            digests = {suffix: hashlib.sha256(data).hexdigest() for suffix, data in contents.items()}
+            record: Record = {
                 "settings": self.settings,
                 "input": {"sha256": sha256(path)},
-                "files": (earlier if work.fits else {})
-                | {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+                "files": {**(earlier if work.fits else {}), **digests},
                 "mask": _pixel_digest(result.mask),
                 "pixels": {label: int(np.sum(result.mask == index)) for index, label in enumerate(self.labels, 1)},
                 "spacing": None if result.spacing is None else list(result.spacing),
             }
             target.parent.mkdir(parents=True, exist_ok=True)
             # Deleted first: next to the new record, an old file would pass for one that a person has modified.
-            for suffix in {*earlier, *suffixes} - (record["files"].keys() - contents.keys()):
+            for suffix in suffixes:
+                with_suffix(target, suffix).unlink(missing_ok=True)
+            for suffix in earlier.keys() - record["files"].keys():
                 file = with_suffix(target, suffix)
-                if suffix in contents or (file.is_file() and sha256(file) == earlier[suffix]):
-                    file.unlink(missing_ok=True)
+                if file.is_file() and sha256(file) == earlier[suffix]:
+                    file.unlink()
             atomic_write(with_suffix(target, MASK), mask_png(result.mask, len(self.labels), record))
             for suffix, data in contents.items():
                 atomic_write(with_suffix(target, suffix), data)

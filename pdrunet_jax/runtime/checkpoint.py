@@ -39,7 +39,6 @@ from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import sync, writing
 from pdrunet_jax.runtime.processes import Group
 
-_MOST_COMPRESSION, _SMALL = 100, 1 << 28  # bytes of arrays for each byte of files; less than 256 MiB is no bomb
 _WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
 
 
@@ -245,12 +244,12 @@ def read_checkpoint(path: str | Path, template: Callable[[dict[str, Any]], Any])
 def read_state(folder: Path) -> dict[str, Any]:
     """Nested dictionaries of NumPy arrays; their types are the stored ones, whatever precision JAX is set to.
 
-    Raises `UserError` if the arrays are far larger than the files: weights hardly compress.
+    Raises `UserError` for arrays of over 256 MiB in files of less than a hundredth: weights hardly compress.
     """
     tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute() / "state").tree
     declared = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
     stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if declared > max(_MOST_COMPRESSION * stored, _SMALL):
+    if declared > max(100 * stored, 1 << 28):
         raise UserError(
             f"checkpoint {folder} is refused as a bomb: {declared:,} bytes of arrays in {stored:,} of files"
         )

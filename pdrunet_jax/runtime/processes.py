@@ -99,7 +99,7 @@ class Group:
     def log(self, line: str) -> None:
         """Print a line in the main process."""
         if self.is_main:
-            print(line, flush=True)
+            print(cli.printable(line), flush=True)
 
     def wait(self) -> None:
         """Return once every process has called this."""

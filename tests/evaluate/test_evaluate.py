@@ -17,10 +17,10 @@ from pdrunet_jax.evaluate.evaluation import EvaluationOptions, evaluate_split, w
 from pdrunet_jax.evaluate.scores import CSV_COLUMNS, METRICS, read_csv
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.train.run import open_run
-from tests.support.tiny import brightness_model, run_command, save_dataset, save_image, save_model
+from tests.support.tiny import brightness_model, overflowing_model, run_command, save_dataset, save_image, save_model
 
 LINE = re.compile(
     r"(train|val|test|all) dice \d\.\d{3} \(95% (\d\.\d{3}-\d\.\d{3}|nan-nan), \d+ images, \d+ patients\)"
@@ -42,6 +42,12 @@ def test_a_perfect_model_scores_one(tmp_path):
     assert [(row.dice, row.iou, row.precision, row.recall) for row in evaluation.rows] == [(1, 1, 1, 1)] * 3
     assert [(row.pixels_true, row.pixels_predicted) for row in evaluation.rows] == [(144, 144)] * 3
     assert scores.dice_line("test", evaluation.summary) == "test dice 1.000 (95% 1.000-1.000, 3 images, 2 patients)"
+
+
+def test_logits_that_are_not_finite_are_an_error_not_a_low_score(tmp_path):
+    dataset, config = opened(save_dataset(tmp_path))
+    with pytest.raises(RunError, match=r"3\.png: the network computes NaN"):
+        evaluate_split(overflowing_model(), dataset, "test", config)
 
 
 def test_scores_of_a_known_error_are_those_on_paper(tmp_path):

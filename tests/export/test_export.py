@@ -30,7 +30,7 @@ from pdrunet_jax.model.load import load_model
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import forward, segment
 from pdrunet_jax.runtime.errors import RunError, UserError
-from tests.support.tiny import brightness_model, save_image, save_model
+from tests.support.tiny import brightness_model, overflowing_model, save_image, save_model
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -53,6 +53,14 @@ def trained(**options: object) -> PDRUNet:
                 jnp.asarray(numbers.uniform(0.3, 2, model.config.filters), norm.running_var[...].dtype)
             )
     return model
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_model_whose_logits_are_not_finite_is_not_exported(tmp_path: Path, form: str) -> None:
+    weights = save_model(overflowing_model(), tmp_path / "w.safetensors")
+    with pytest.raises(RunError, match="the network computes NaN"):
+        main(["--weights", str(weights), "--format", form, "--output", str(tmp_path / "x"), "--size", "16"])
+    assert not (tmp_path / "x").exists()
 
 
 def opened(model: PDRUNet, form: str, size: tuple[int, int], threshold: float = 0.5, tall_first: bool = True) -> Run:

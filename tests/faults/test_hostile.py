@@ -33,13 +33,13 @@ FILES: dict[str, Callable[[Path, Path], hostile.Action]] = {
     "an image with half a gigabyte of text": hostile.text_bomb,
     "a DICOM file that claims four gigabytes": hostile.truncated_dicom,
     "a JPEG 2000 of 81 million pixels in a small DICOM image": lambda f, c: hostile.dicom_bomb(
-        f, "1.2.840.10008.1.2.4.90", hostile.huge("JPEG2000", no_jp2=True)
+        f, "1.2.840.10008.1.2.4.90", hostile.huge("JPEG2000", 9_000, no_jp2=True)
     ),
     "the same in JPEG 2000's own file format": lambda f, c: hostile.dicom_bomb(
-        f, "1.2.840.10008.1.2.4.90", hostile.huge("JPEG2000")
+        f, "1.2.840.10008.1.2.4.90", hostile.huge("JPEG2000", 9_000)
     ),
-    "a JPEG of 81 million pixels in a small DICOM image": lambda f, c: hostile.dicom_bomb(
-        f, "1.2.840.10008.1.2.4.50", hostile.huge("JPEG")
+    "a JPEG of 169 million pixels in a small DICOM image": lambda f, c: hostile.dicom_bomb(
+        f, "1.2.840.10008.1.2.4.50", hostile.huge("JPEG", 13_000)
     ),
     "an RLE frame of 256 million pixels": hostile.rle_bomb,
     "a deflated DICOM file": hostile.deflated_dicom,
@@ -119,7 +119,7 @@ def test_names_neither_drive_a_terminal_nor_run_in_a_spreadsheet(place: Place, t
     (root / "dataset.toml").write_text('[classes]\n"=1+1" = 255\n')
     rows = ["image,mask,patient"]
     for number, patient in enumerate(("=cmd|' /C calc'!A0", "'=x", "-1", "@a\x1b]0;title\x07")):
-        image = f"images/\x1b[2J{number}.png"
+        image = f"images/={number}\x1b[2J.png"
         (root / f"images/p{number}.png").rename(root / image)
         rows.append(f"{image},masks/p{number}.png,{patient}")
     (root / "manifest.csv").write_text("\n".join(rows))
@@ -138,8 +138,9 @@ def test_names_neither_drive_a_terminal_nor_run_in_a_spreadsheet(place: Place, t
 
     predicted = run_command("predict", root / "images", "--weights", place.undisturbed, "--output", "p", cwd=tmp_path)
     assert predicted.returncode == 0, predicted.stderr
-    assert r"\x1b[2J0.png" in predicted.stdout
+    assert r"=0\x1b[2J.png" in predicted.stdout
     assert "\x1b" not in predicted.stdout + predicted.stderr
+    assert all(line.startswith("'=") for line in (tmp_path / "p/areas.csv").read_text().splitlines()[1:])
 
 
 def test_names_in_a_report_are_text_not_markup(place: Place, tmp_path: Path) -> None:

@@ -3,11 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pdrunet_jax.predict.__main__ import main
 from pdrunet_jax.predict.inference import forward, resize_to_image, segment
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.predict.threshold import apply_threshold
-from pdrunet_jax.runtime.errors import UserError
-from tests.support.tiny import bright_square, brightness_model, save_image
+from pdrunet_jax.runtime.errors import RunError, UserError
+from tests.support.tiny import bright_square, brightness_model, overflowing_model, save_image, save_model
 
 
 def test_a_bright_square_is_segmented_exactly_at_its_own_resolution():
@@ -101,6 +102,16 @@ def test_a_mask_is_cleaned():
 def test_pixels_of_another_form_are_refused(pixels, message):
     with pytest.raises(UserError, match=message):
         segment(brightness_model(), pixels)
+
+
+def test_logits_that_are_not_finite_are_an_error_not_an_empty_mask(tmp_path):
+    path = save_image(tmp_path / "in/x.png", bright_square(24, 32, 4, 4, 9))
+    weights = save_model(overflowing_model(), tmp_path / "w.safetensors")
+    with pytest.raises(RunError, match="the image: the network computes NaN"):
+        segment(overflowing_model(), np.asarray(bright_square(24, 32, 4, 4, 9)))
+    with pytest.raises(RunError, match=r"x\.png: the network computes NaN"):
+        main([str(path), "--weights", str(weights), "--output", str(tmp_path / "out")])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["areas.csv"]
 
 
 def test_a_threshold_makes_no_sense_for_competing_classes():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.predict.__main__ import main
+from pdrunet_jax.predict.outputs import WrittenFiles
 from tests.support.tiny import bright_square, brightness_model, save_image, save_model
 
 SQUARE = bright_square(40, 60, 12, 20, 15)
@@ -190,3 +192,8 @@ def test_contours_are_rows_of_points_in_the_images_pixels(tmp_path, weights):
         {(20.5, 12.5), (34.5, 12.5), (34.5, 26.5), (20.5, 26.5)},
         {(50.5, 2.5), (54.5, 2.5), (54.5, 6.5), (50.5, 6.5)},
     ]
+
+
+def test_classes_with_similar_names_have_a_probability_file_each():
+    suffixes = WrittenFiles(overlay=False, probability=True).suffixes(Path("x.png"), ["a b", "A_b"], 3)
+    assert suffixes == ["_probability_1_a_b.png", "_probability_2_A_b.png"]

@@ -146,9 +146,9 @@ def dicom_bomb(folder: Path, syntax: str, frame: bytes) -> Action:
     return lambda: bounded(lambda: read_image(path))
 
 
-def huge(format: str, **options: Any) -> bytes:
+def huge(format: str, side: int, **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.new("L", (9_000, 9_000)).save(file, format=format, **options)
+    Image.new("L", (side, side)).save(file, format=format, **options)
     return file.getvalue()
 
 

@@ -42,6 +42,14 @@ def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
     return model
 
 
+def overflowing_model() -> PDRUNet:
+    """Build a model of finite weights whose logits are NaN or infinite."""
+    model = brightness_model()
+    for conv in (model.std_block.first, model.std_block.second):
+        conv.kernel.set_value(conv.kernel[...] * 3e38)
+    return model
+
+
 def save_model(model: PDRUNet, path: Path, **options: object) -> Path:
     _, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     stated = {"shortcut": "input", "dropout": 0.0, **options}

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,25 +10,9 @@ from pdrunet_jax.data.labelme.contours import Ring, outlines
 from pdrunet_jax.data.labelme.read import IGNORE_LABEL
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
 
 VERSION = "5.5.0"
 """LabelMe version of the file format."""
-
-
-def write_labelme(
-    path: Path, mask: np.ndarray, class_names: Sequence[str], image_path: str, *, tolerance: float = 1.0
-) -> None:
-    """Write a mask as a LabelMe 5 file of polygons: `labelme_text`. The folder of `path` must exist.
-
-    Raises `UserError` for a class without a name, `RunError` if the file cannot be written.
-    """
-    try:
-        text = labelme_text(mask, class_names, image_path, tolerance=tolerance)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    with writing(path):
-        atomic_write(path, text)
 
 
 def labelme_text(mask: np.ndarray, class_names: Sequence[str], image_path: str, *, tolerance: float = 1.0) -> str:

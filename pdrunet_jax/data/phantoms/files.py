@@ -10,7 +10,7 @@ from PIL import Image
 
 from pdrunet_jax.data.folder import write_manifest
 from pdrunet_jax.data.importers.common import write_description, write_mask
-from pdrunet_jax.data.labelme.write import write_labelme
+from pdrunet_jax.data.labelme.write import labelme_text
 from pdrunet_jax.data.phantoms.anatomy import BONES
 from pdrunet_jax.data.phantoms.phantom import Difficulty, Phantom, draw, generator
 from pdrunet_jax.runtime.errors import UserError
@@ -81,7 +81,8 @@ def _write_phantom(index: int, folder: Path, drawing: PhantomOptions) -> dict[st
         Image.fromarray(phantom.image).save(folder / image)
     if drawing.annotations == "labelme":
         classes, names = (phantom.bones, BONES) if drawing.by_bone else (phantom.mask, ("bone",))
-        write_labelme(folder / f"annotations/{stem}.json", classes, names, f"../{image}")
+        text = labelme_text(classes, names, f"../{image}")
+        (folder / f"annotations/{stem}.json").write_text(text, encoding="utf-8")
     elif drawing.by_bone:
         write_mask(phantom.bones, folder / mask)
     else:
