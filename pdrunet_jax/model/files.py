@@ -113,7 +113,7 @@ def _read_pth(path: Path) -> WeightsFile:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
-                    raise UserError(f"{path} is refused as a bomb: it is compressed, which PyTorch never does")
+                    raise UserError(f"{path} is refused as a bomb: it is compressed, as no state dict of PyTorch is")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old file formats; what matters is checked by name and shape later
             content = torch.load(path, map_location="cpu", weights_only=True)
