@@ -97,8 +97,8 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
     problems = [f"{row.public} {problem}" for row in rows if (problem := _problem(row, values.get(row.public)))]
     diverged = [row.public for row in rows if _nonfinite(values.get(row.public))]
     problems += [f"{key} holds NaN or infinity: its training diverged" for key in diverged]
-    negative = [row.public for row in rows if row.path[-1] == "running_var" and _negative(values.get(row.public))]
-    problems += [f"{key} holds negative variances" for key in negative]
+    variances = [row.public for row in rows if row.path[-1] == "running_var" and row.public in values]
+    problems += [f"{key} holds negative variances" for key in variances if (values[key] < 0).any()]
     problems += [f"{key} is unused: PDR-UNet has no such array" for key in values if key not in known]
     dtypes = {values[row.public].dtype.name for row in rows if row.public in values and not row.count}
     if not problems and len(dtypes) > 1:
@@ -214,7 +214,3 @@ def _problem(row: Entry, array: np.ndarray | None) -> str | None:
 
 def _nonfinite(array: np.ndarray | None) -> bool:
     return array is not None and array.dtype.kind == "f" and not np.isfinite(array).all()
-
-
-def _negative(array: np.ndarray | None) -> bool:
-    return array is not None and array.dtype.kind == "f" and bool((array < 0).any())

@@ -136,15 +136,11 @@ def resize_to_image(probability: np.ndarray, shape: tuple[int, int]) -> np.ndarr
 
 
 def finite_probabilities(logits: jax.Array | np.ndarray, name: str) -> np.ndarray:
-    """Probabilities, of the same shape as `logits`. Raises `RunError` with the `name` of the image for NaN or infinity.
-
-    NaN is above no threshold: the mask would be empty without a word.
-    """
+    """Probabilities, of the same shape as `logits`. Raises `RunError` with the image's `name` for NaN or infinity."""
     values = np.asarray(logits)
-    if not np.isfinite(values).all():
+    if not np.isfinite(values).all():  # NaN is above no threshold: the mask would be empty without a word
         raise RunError(f"{name}: the network computes NaN or infinity from it: the weights are not usable; use others")
-    result: np.ndarray = probabilities(values)
-    return result
+    return np.asarray(probabilities(values))
 
 
 def height_width(size: Sequence[int]) -> tuple[int, int] | None:
