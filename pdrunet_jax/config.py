@@ -6,6 +6,8 @@ options and their docstrings into `--help`.
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -17,6 +19,10 @@ import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pdrunet_jax.runtime.errors import DataError, UserError
+
+MAY_CHANGE = ("tracking", "data.root", "data.threads", "data.cache")
+"""Settings that a resumed run may change, since they do not affect the result. The data must still have the fingerprint
+that the checkpoints were saved with."""
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -354,6 +360,20 @@ def diff(old: Config, new: Config, ignore: tuple[str, ...] = ()) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key not in ignore and key.split(".")[0] not in ignore
     ]
+
+
+def settings_digest(config: Config) -> str:
+    """SHA-256 of the settings that decide the result of a run, all but `MAY_CHANGE`.
+
+    Settings at their default are left out, so that a setting added later changes no digest.
+    """
+    default, own = _flat(to_dict(Config(), none=True)), _flat(to_dict(config, none=True))
+    values = {
+        key: value
+        for key, value in own.items()
+        if value != default.get(key) and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -146,6 +146,7 @@ def torch_to_run(content: Mapping[str, Any], src: Path, dst: Path, config_name: 
     with run.lock():
         checkpoints = Checkpoints(run.checkpoints, config.train.keep_latest, config.train.keep_best)
         checkpoints.save(step, state, position_after(step), Progress(data=fingerprint).to_dict())
+        run.note_checkpoint()
     return [
         f"{src}: step {step}, {config.optim.name}",
         *notes,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Cache, keeps
 from pdrunet_jax.data.folder import find_pairs, read_description, some
 from pdrunet_jax.data.masks import MaskCoding, codes_to_classes, resolve
-from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, scan
+from pdrunet_jax.data.scan import ScanResult, class_shares, files_digest, foreground_share, scan
 from pdrunet_jax.data.split import Sample, assign, identical, partition, split_counts, together
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import is_vacant
@@ -73,6 +74,23 @@ class Dataset:
         """SHA-256 of files, splits, patients and coding: everything that a run's data depend on."""
         content = [[sample.id, sample.split, sample.patient, sample.digest] for sample in self.samples]
         return hashlib.sha256(json.dumps([content, repr(self.coding)]).encode()).hexdigest()
+
+    def require_unchanged(self, threads: int) -> None:
+        """Raise `DataError` with every sample whose files are not those that `open_dataset` has read.
+
+        Every byte is read again, `threads` files at a time: sizes and times do not show every change.
+        """
+        with ThreadPoolExecutor(max(1, threads)) as pool:
+            digests = pool.map(lambda sample: files_digest(sample.image, sample.mask), self.samples)
+            changed = [
+                sample.id for sample, digest in zip(self.samples, digests, strict=True) if digest != sample.digest
+            ]
+        if changed:
+            raise DataError(
+                f"{len(changed)} images or masks of {self.root} have changed since training was started, so the scores "
+                "would be of other data. Restore them and start the same command again",
+                changed,
+            )
 
 
 @dataclass(frozen=True)

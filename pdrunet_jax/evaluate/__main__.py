@@ -28,14 +28,14 @@ from pdrunet_jax.evaluate.evaluation import (
 )
 from pdrunet_jax.evaluate.report.page import write_evaluation_report
 from pdrunet_jax.evaluate.scores import ScoringOptions
-from pdrunet_jax.model.load import Loaded, build_loaded, load_weights
+from pdrunet_jax.model.load import Loaded, build_loaded, find_run, load_weights
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.processes import DetectCluster, Distributed, Group, join
-from pdrunet_jax.runtime.run_folder import RunFolder, environment
+from pdrunet_jax.runtime.run_folder import environment
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--empty-dice {scoring.empty_dice}: must be between 0 and 1, or nan")
     with join(options.distributed, options.detect) as group:
         _run(options, loaded or load_weights(options.weights), group)
-
-
-def find_run(weights: str | Path) -> RunFolder | None:
-    """Find the run folder that `weights` is or belongs to; None if there is none."""
-    path = Path(weights)
-    places = [path, path.parent if path.name == "best.safetensors" else path]
-    if path.parent.name == "checkpoints":
-        places.append(path.parent.parent)
-    return next((RunFolder(place) for place in places if (place / "config.toml").is_file()), None)
 
 
 def _parse(arguments: list[str]) -> tuple[EvaluateOptions, Loaded | None]:

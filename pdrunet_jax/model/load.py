@@ -18,7 +18,7 @@ from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.compile import disable_async_dispatch
-from pdrunet_jax.runtime.digest import CONTENT, content_digest
+from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.run_folder import RunFolder
 
@@ -32,6 +32,10 @@ MODEL_OPTIONS = (*WIRING, "dropout")
 
 PUBLIC_DEFAULTS = {"shortcut": "input", "dropout": 0.3}
 """Options of the public code, which its files do not state."""
+
+
+class ForeignWeightsError(DataError):
+    """The weights in a run folder are not those of its config.toml."""
 
 
 class Loaded(NamedTuple):
@@ -116,6 +120,9 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
         loaded = _from_best(best)
     else:
         loaded = _from_checkpoint(path, which)
+    settings = loaded.options.pop(SETTINGS, None)
+    if run := find_run(path):
+        _require_own(loaded.options, settings, run, path)
     stated = loaded.options.get("shortcut")
     if shortcut is not None and stated not in (None, shortcut):
         raise UserError(f"{path} has shortcut = {stated!r}; leave the option {shortcut!r} out")
@@ -150,6 +157,15 @@ def start_from(model: PDRUNet, weights: str | Path) -> None:
     nnx.update(model, jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state, given))
 
 
+def find_run(weights: str | Path) -> RunFolder | None:
+    """Find the run folder that `weights` is or belongs to; None if there is none."""
+    path = Path(weights)
+    places = [path, path.parent if path.name == "best.safetensors" else path]
+    if path.absolute().parent.name == "checkpoints":
+        places.append(path.absolute().parent.parent)
+    return next((RunFolder(place) for place in places if (place / "config.toml").is_file()), None)
+
+
 def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
     """Names of the foreground classes: `names` if they fit the model, numbers otherwise."""
     count = model.foreground_classes
@@ -162,8 +178,8 @@ def restore_weights(path: str | Path, which: Which = "best") -> tuple[dict[str, 
     """Read parameters and statistics, as nested dictionaries of arrays, and model options from a checkpoint.
 
     `choose_intact` finds the checkpoint. Its averaged weights are taken where the run keeps an average. The options are
-    `[model]` of the run's config.toml, updated by `extra["options"]` of the checkpoint. Raises `UserError` if no
-    checkpoint is intact.
+    `extra["options"]` of the checkpoint; what an older one lacks comes from the run's config.toml. Raises `UserError`
+    if no checkpoint is intact.
     """
     from pdrunet_jax.runtime.checkpoint import choose_intact, read_meta, read_state  # Orbax, needed here only
 
@@ -172,9 +188,15 @@ def restore_weights(path: str | Path, which: Which = "best") -> tuple[dict[str, 
     options: dict[str, Any] = {}
     run = RunFolder(folder.parent.parent)
     if run.config_file.is_file():
-        options = config.to_dict(config.read(run.config_file))["model"]
+        settings = config.read(run.config_file)
+        options = config.to_dict(settings)["model"]
+        if "options" not in meta["extra"]:  # before version 0.2
+            options |= {"size": list(settings.data.height_width)}
+            options |= {"class_names": list(settings.data.classes)} if settings.data.classes else {}
     params = state.get("ema") or state["params"]
-    return params, state.get("stats", {}), options | meta["extra"].get("options", {})
+    options |= meta["extra"].get("options", {})
+    options |= {SETTINGS: meta["extra"][SETTINGS]} if SETTINGS in meta["extra"] else {}
+    return params, state.get("stats", {}), options
 
 
 def _from_best(best: Path) -> Loaded:
@@ -213,6 +235,31 @@ def _from_checkpoint(path: Path, which: Which) -> Loaded:
     imported = from_public(to_public(params, stats, dead_block=False), str(path))
     _check_options(options, imported.options, path)
     return Loaded({**options, **imported.options}, imported.params, imported.stats, imported.notes)
+
+
+def _require_own(stated: Mapping[str, Any], settings: str | None, run: RunFolder, path: Path) -> None:
+    """Raise `ForeignWeightsError` if weights in a run folder are of another network or other settings than the run.
+
+    `settings` is the digest stored with them; older weights have none.
+    """
+    try:
+        own = config.read(run.config_file)
+    except UserError:  # a damaged config.toml: whoever needs its settings reports that
+        return
+    wanted = {name: getattr(own.model, name) for name in WIRING} | {"size": list(own.data.height_width)}
+    problems = [
+        f"{name} is {value} in config.toml, {stated[name]} in the weights"
+        for name, value in wanted.items()
+        if value is not None and stated.get(name, value) != value
+    ]
+    if not problems and settings not in (None, config.settings_digest(own)):
+        problems = ["settings of data or training differ"]
+    if problems:
+        raise ForeignWeightsError(
+            f"{path} and {run.config_file} are not of the same run: one of them was replaced or edited. Restore it "
+            "from a backup, or move the weights out of the folder to use them alone",
+            problems,
+        )
 
 
 def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:

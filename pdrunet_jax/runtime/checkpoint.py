@@ -39,6 +39,9 @@ from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import sync, writing
 from pdrunet_jax.runtime.processes import Group
 
+ENTRIES = 40
+"""More files and folders than a checkpoint has."""
+
 _WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
 
 
@@ -186,8 +189,17 @@ class Checkpoints:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of all checkpoints in a folder, intact or not; a file or broken link named by a number is damage."""
-    return sorted(int(path.name) for path in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", path.name))
+    """Steps of all checkpoints in a folder, intact or not; a file or broken link named by a number is damage.
+
+    Raises `RunError` if the folder exists but cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error.strerror}); check its owner and permissions") from None
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def checkpoint_faults(folder: Path) -> list[str]:
@@ -308,16 +320,26 @@ def _checkpointer() -> ocp.Checkpointer:
 def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     """Write both items and seal them. Raises `OSError`, `ValueError` or `RuntimeError`."""
     shutil.rmtree(folder, ignore_errors=True)
+    _require_room(folder)
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
     logger = logging.getLogger("absl")
     level = logger.level
-    # Orbax raises an error and also logs a traceback for each of its threads, some of them later. So the level stays
-    # where it is after a failure.
+    # Orbax raises an error and also logs a traceback for each of its threads, some of them later: after a failure the
+    # level stays.
     logger.setLevel(logging.CRITICAL)
     with _checkpointer() as checkpointer:
         checkpointer.save(folder, args=items)
     logger.setLevel(level)
     seal(folder)
+
+
+def _require_room(folder: Path) -> None:
+    """Raise `OSError` if no folders can be made at `folder`: some of Orbax's threads would wait 5 minutes for them."""
+    try:
+        for number in range(ENTRIES):
+            (folder / str(number)).mkdir(parents=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

@@ -15,6 +15,8 @@ from pdrunet_jax.runtime.files import atomic_write, sync
 DIGEST = "digest.sha256"
 CONTENT = "digest"
 """Key of `content_digest` in the options of a weights file."""
+SETTINGS = "settings"
+"""Key of `config.settings_digest` in the options of a run's best weights and in its checkpoints."""
 _GUARD = "# sha256 of the lines above: "
 
 

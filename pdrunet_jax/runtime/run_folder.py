@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.runtime.errors import RunError, UserError
-from pdrunet_jax.runtime.files import writing
+from pdrunet_jax.runtime.files import atomic_write, writing
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -27,10 +27,32 @@ class RunFolder:
         self.config_file = self.path / "config.toml"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.saved = self.path / "checkpoints.txt"
         self.best = self.path / "best.safetensors"
         self.report = self.path / "report.html"
         self.samples = self.path / "samples"
         self.wandb = self.path / "wandb"
+
+    def note_checkpoint(self) -> None:
+        """Note outside `checkpoints/` that it has held a checkpoint. Raises `RunError`."""
+        if not self.saved.exists():
+            with writing(self.saved):
+                atomic_write(self.saved, "This run has saved checkpoints: without them it is not begun again.\n")
+
+    def require_new(self, first: int) -> None:
+        """Raise `UserError` if this folder without checkpoints has had some; the run saves its `first` at that step.
+
+        A process that is killed before its first checkpoint leaves metrics of no later step, and nothing else.
+        """
+        found = [path.name for path in (self.saved, self.best, self.report) if path.exists()]
+        if any(entry and entry["step"] > first for entry in read_entries(self.metrics)):
+            found.append(self.metrics.name)
+        if found:
+            raise UserError(
+                f"{self.checkpoints} has no checkpoint, but {self.path} holds a run ({', '.join(found)}): its "
+                "checkpoints were moved or deleted. Restore them to resume the run, or choose another --workdir to "
+                "start a new one; nothing was overwritten."
+            )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

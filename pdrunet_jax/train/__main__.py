@@ -6,6 +6,7 @@ Heavy imports are deferred so that SIGTERM is handled even while they load.
 import sys
 
 from pdrunet_jax.runtime import cli
+from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.processes import join
 from pdrunet_jax.runtime.stop import StopFlag
 
@@ -21,6 +22,7 @@ def main() -> int:
             from pdrunet_jax.train.verify import verify
 
             return verify(arguments.verify)
+        output = cli.guard_output(stop)
         distributed = arguments.distributed.wanted(arguments.detect)
         if not distributed:  # before JAX is loaded: a quick answer for a folder that is in use
             RunFolder(arguments.run_folder).require_free()
@@ -30,7 +32,13 @@ def main() -> int:
         # Before the processes meet, which starts the devices.
         configure_jax(arguments.settings.train.precision, arguments.settings.train.deterministic)
         with join(arguments.distributed, arguments.detect, stop) as group:
-            return run(arguments, group, stop)
+            code = run(arguments, group, stop)
+        if output.lost and code == 0:
+            raise RunError(
+                f"training is done and everything is saved in {arguments.run_folder}, but lines are missing on "
+                f"standard output, which could not be written ({output.lost})"
+            )
+        return code
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pdrunet_jax.config import Config, DataConfig
+from pdrunet_jax.config import Config, DataConfig, settings_digest
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask
@@ -29,7 +29,7 @@ from pdrunet_jax.model.load import MODEL_OPTIONS, load_model
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.threshold import store_threshold
-from pdrunet_jax.runtime.digest import CONTENT, content_digest
+from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.runtime.stop import StopFlag
 from pdrunet_jax.train.progress import Progress
@@ -77,14 +77,22 @@ def save_best(
     """Write best.safetensors: the weights of `progress.best_step` under the public names. Raises `RunError`."""
     arrays = to_public(state.ema or state.params, state.stats)
     options = {
+        **weights_options(config, dataset, outputs),
+        "step": progress.best_step,
+        "val_dice": progress.best_dice,
+        SETTINGS: settings_digest(config),
+    }
+    write_safetensors(run.best, arrays, {**options, CONTENT: content_digest(arrays, options)})
+
+
+def weights_options(config: Config, dataset: Dataset, outputs: int) -> dict[str, Any]:
+    """What weights need to be used, as JSON values: the network's options, its input size and the class names."""
+    return {
         **{name: getattr(config.model, name) for name in MODEL_OPTIONS},
         "outputs": outputs,
         "size": list(config.data.height_width),
         "class_names": list(dataset.class_names),
-        "step": progress.best_step,
-        "val_dice": progress.best_dice,
     }
-    write_safetensors(run.best, arrays, {**options, CONTENT: content_digest(arrays, options)})
 
 
 class Choice(NamedTuple):
@@ -117,26 +125,30 @@ def choose_threshold(
 def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> str | None:
     """Pick a threshold on the validation set, score the best weights on the test set, and write the report.
 
-    The threshold is stored with the weights; the scores are those at 0.5.
+    The threshold is stored with the weights; the scores are those at 0.5. Before and after scoring, the data is
+    compared with what the run was started on.
 
     Returns:
         The line with the test Dice, to be printed last; None if asked to stop, in which case the next start does it.
     """
+    dataset.require_unchanged(config.data.threads)
     model, batch_size = load_model(run.path), config.train.batch_size
     about: dict[str, Any] = {"weights": str(run.best), "threshold": 0.5}
+    choice = None
     if model.outputs == 1:
         choice = choose_threshold(model, dataset, config.data, batch_size=batch_size, stop=stop)
         if choice is None:
             tracker.status = "stopped"
             return None
-        if store_threshold(run.best, choice.threshold):
-            about["validation_threshold"] = choice.threshold
-            tracker.say(
-                f"best threshold on the validation set: {choice.threshold:g} (Dice {choice.dice:.3f}, "
-                f"{choice.dice_at_half:.3f} at 0.5); use it with --threshold validation"
-            )
     split = "test" if dataset.of("test") else "val"
     result = evaluate_split(model, dataset, split, config.data, EvaluationOptions(batch_size=batch_size))
+    dataset.require_unchanged(config.data.threads)
+    if choice and store_threshold(run.best, choice.threshold):
+        about["validation_threshold"] = choice.threshold
+        tracker.say(
+            f"best threshold on the validation set: {choice.threshold:g} (Dice {choice.dice:.3f}, "
+            f"{choice.dice_at_half:.3f} at 0.5); use it with --threshold validation"
+        )
     write_evaluation(result, run.path / "evaluation" / split, about)
     report = write_report(run.path)
     tracker.scores(split, _numbers(result), _table(result), _pictures(result))

@@ -6,19 +6,20 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from pdrunet_jax.config import Config
+from pdrunet_jax.config import Config, settings_digest
 from pdrunet_jax.data import overlay
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.pipeline import TrainBatches, eval_batches, position_after
 from pdrunet_jax.model.layers import State
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.devices import Placement
-from pdrunet_jax.runtime.files import writing
+from pdrunet_jax.runtime.digest import SETTINGS
+from pdrunet_jax.runtime.files import sync, writing
 from pdrunet_jax.runtime.malloc import trim_malloc
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.runtime.stop import StopFlag
-from pdrunet_jax.train.final import save_best
+from pdrunet_jax.train.final import save_best, weights_options
 from pdrunet_jax.train.progress import DivergedError, Progress, StepLog
 from pdrunet_jax.train.step import Batch, Metrics, TrainState
 from pdrunet_jax.train.tracking import Tracker
@@ -71,9 +72,13 @@ def train(training: Training, tracker: Tracker, stop: StopFlag) -> bool:
                 result = score_validation(training, state, stop)
                 if result is not None:
                     progress = progress.scored(result.dice)
-                    keep_validation(training, state, progress, result, tracker)
+                    keep_validation(training, progress, result, tracker)
                     save(training, state, progress, dice=result.dice)
                     saved = progress.step
+                    if writes and progress.best_step == progress.step:
+                        # Last, so that best.safetensors never exists without a checkpoint. If this is not reached, the
+                        # resumed run writes it.
+                        save_best(training.run, training.config, training.dataset, training.outputs, state, progress)
                 log.clock.restart()
 
             if stop.ask() or progress.finished(settings):
@@ -110,9 +115,20 @@ def train(training: Training, tracker: Tracker, stop: StopFlag) -> bool:
 
 
 def save(training: Training, state: TrainState, progress: Progress, dice: float | None = None) -> None:
-    """Write the checkpoint of `progress.step`. Raises `RunError`."""
+    """Write the checkpoint of `progress.step`, after its metrics. Raises `RunError`."""
     position = training.batches.get_state() | position_after(progress.step)
-    training.checkpoints.save(progress.step, state, position, progress.to_dict(), dice)
+    if training.group.is_main and training.run.metrics.exists():
+        with writing(training.run.metrics):
+            sync(training.run.metrics)
+            sync(training.run.path)
+    extra = {
+        **progress.to_dict(),
+        "options": weights_options(training.config, training.dataset, training.outputs),
+        SETTINGS: settings_digest(training.config),
+    }
+    training.checkpoints.save(progress.step, state, position, extra, dice)
+    if training.group.is_main:
+        training.run.note_checkpoint()
 
 
 def score_validation(training: Training, state: TrainState, stop: StopFlag) -> Validation | None:
@@ -139,17 +155,11 @@ def score_validation(training: Training, state: TrainState, stop: StopFlag) -> V
     )
 
 
-def keep_validation(
-    training: Training, state: TrainState, progress: Progress, result: Validation, tracker: Tracker
-) -> None:
-    """Report a validation, draw its samples, and keep the weights if they are the best so far. Raises `RunError`."""
+def keep_validation(training: Training, progress: Progress, result: Validation, tracker: Tracker) -> None:
+    """Report a validation and draw its samples. Raises `RunError`."""
     tracker.validation(progress.step, result.metrics(), result.pictures())
-    if not training.group.is_main:
-        return
-    if result.cases:
+    if training.group.is_main and result.cases:
         path = training.run.samples / f"step_{progress.step:06}.png"
         with writing(path):
             training.run.samples.mkdir(exist_ok=True)
             overlay.save(result.sheet(), path)
-    if progress.best_step == progress.step:
-        save_best(training.run, training.config, training.dataset, training.outputs, state, progress)

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from pdrunet_jax.config import TrainConfig
 from pdrunet_jax.data.split import Sample
+from pdrunet_jax.runtime.digest import SETTINGS
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.run_folder import RunFolder
@@ -73,15 +74,23 @@ class Progress:
         return {name: value for name, value in asdict(self).items() if name != "step"}
 
     @classmethod
-    def resumed(cls, saved: Mapping[str, Any], step: int, data: str, run: Path) -> "Progress":
-        """Progress of the checkpoint of `step`. Raises `UserError` if `data`, the dataset's fingerprint, changed."""
+    def resumed(cls, saved: Mapping[str, Any], step: int, data: str, settings: str, run: Path) -> "Progress":
+        """Progress of the checkpoint of `step`.
+
+        Raises `UserError` if `data`, the dataset's fingerprint, or `settings`, their digest, has changed.
+        """
+        if saved.get(SETTINGS, settings) != settings:
+            raise UserError(
+                f"the checkpoint of step {step} in {run} was saved by a run with other settings than those of its "
+                "config.toml: one of them was replaced or edited. Restore it from a backup, or choose another "
+                "--workdir for a new run."
+            )
         if saved["data"] not in ("", data):
             raise UserError(
                 f"{run} was trained on other data: images, masks or splits of data.root have changed since. "
                 "Restore them to resume it, or choose another --workdir for a new run."
             )
-        # Runs begun before 0.2 also stored batches that were skipped.
-        known = {name: value for name, value in saved.items() if name != "skipped"}
+        known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
         return cls(**{**known, "data": data, "step": step})
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import tomli_w
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pdrunet_jax.config import Config, diff, parse, read, to_toml
+from pdrunet_jax.config import MAY_CHANGE, Config, diff, parse, read, settings_digest, to_toml
 from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
 from pdrunet_jax.data.pipeline import train_batches
-from pdrunet_jax.model.load import load_same, start_from
+from pdrunet_jax.model.load import ForeignWeightsError, load_same, load_weights, start_from
 from pdrunet_jax.model.network import foreground_classes
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.checkpoint import Checkpoints
@@ -26,16 +26,12 @@ from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
 from pdrunet_jax.runtime.stop import SIGNALS, StopFlag
-from pdrunet_jax.train.final import final_evaluation
+from pdrunet_jax.train.final import final_evaluation, save_best
 from pdrunet_jax.train.loop import Training, train
 from pdrunet_jax.train.options import TrainOptions
 from pdrunet_jax.train.progress import Progress
 from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
 from pdrunet_jax.train.tracking import Tracker
-
-MAY_CHANGE = ("tracking", "data.root", "data.threads", "data.cache")
-"""Settings that a resumed run may change, since they do not affect the result. The data must still have the fingerprint
-that the checkpoints were saved with."""
 
 
 def run(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
@@ -93,7 +89,8 @@ def prepare(
     """Build network, steps and batches, and restore the newest checkpoint if there is one.
 
     Raises:
-        UserError: the checkpoints are of other data or settings, or none of them is intact.
+        UserError: the checkpoints or best weights are of other data or settings, no checkpoint is intact, or all are
+            missing.
     """
     settings = config.train
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_latest, settings.keep_best, group)
@@ -111,11 +108,17 @@ def prepare(
     )
     fingerprint = dataset.fingerprint()
     progress = Progress(data=fingerprint)
+    best = best_step(folder) if group.is_main else None
     restored = checkpoints.restore(state)
     if restored is not None:
         state = restored.state
         batches.set_state(restored.position)
-        progress = Progress.resumed(restored.extra, restored.step, fingerprint, folder.path)
+        digest = settings_digest(config)
+        progress = Progress.resumed(restored.extra, restored.step, fingerprint, digest, folder.path)
+        if group.is_main and progress.best_step == progress.step != best and progress.step:
+            save_best(folder, config, dataset, outputs, state, progress)  # the last run ended just before
+    elif group.is_main:
+        folder.require_new(min(settings.save_every, settings.eval_every, settings.steps))
     return Training(
         config,
         folder,
@@ -131,6 +134,16 @@ def prepare(
         progress,
         resumed=restored is not None,
     )
+
+
+def best_step(folder: RunFolder) -> int | None:
+    """The step of best.safetensors; None if it is missing or damaged. Raises `UserError` if it is of another run."""
+    try:
+        return load_weights(folder.best).options.get("step")
+    except ForeignWeightsError:
+        raise
+    except UserError:
+        return None
 
 
 def choose_outputs(config: Config, dataset: Dataset) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdrunet_jax.config import Config, DataConfig
+from pdrunet_jax.config import Config, DataConfig, ModelConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.evaluate import evaluation, scores
 from pdrunet_jax.evaluate.__main__ import main
@@ -205,7 +205,8 @@ def test_the_folder_holds_table_summary_and_pictures(tmp_path):
 
 def test_the_command_scores_a_run_with_its_own_settings(tmp_path):
     root = save_dataset(tmp_path / "data", errors={3: 2})
-    run = open_run(tmp_path / "run", Config(data=DataConfig(root=str(root), size=(24, 32), threads=1)))
+    data, model = DataConfig(root=str(root), size=(24, 32), threads=1), ModelConfig(filters=1, norm="none")
+    run = open_run(tmp_path / "run", Config(data=data, model=model))
     save_model(brightness_model(), run.best, size=[24, 32], class_names=["square"])
     done = run_command("evaluate", "--weights", run.path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

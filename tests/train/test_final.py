@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pdrunet_jax.config import Config, DataConfig, TrackingConfig, TrainConfig
+from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrackingConfig, TrainConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.model.load import load_weights
@@ -31,6 +31,7 @@ def trained(tmp_path, monkeypatch):
     config = Config(
         data=DataConfig(root=str(save_dataset(tmp_path / "data", errors={4: 3})), size=(24, 32), threads=1),
         train=TrainConfig(steps=20),
+        model=ModelConfig(filters=1, norm="none", dropout=0.0),
         tracking=TrackingConfig(wandb="offline", artifact=True),
     )
     run, dataset = open_run(tmp_path / "run", config), open_dataset(config.data)

@@ -28,16 +28,23 @@ def test_the_best_is_kept_and_of_equal_ones_the_first() -> None:
 
 def test_a_run_is_not_resumed_on_other_data() -> None:
     saved = {"data": "x", "sequence": "s", "best_dice": 0.5, "best_step": 10, "validated": 10}
-    progress = Progress.resumed(saved, 12, "x", Path("run"))
+    progress = Progress.resumed(saved, 12, "x", "s", Path("run"))
     assert (progress.best_dice, progress.step, progress.data) == (0.5, 12, "x")
-    assert Progress.resumed({**saved, "data": ""}, 12, "y", Path("run")).data == "y"  # converted: it fits any data
+    assert Progress.resumed({**saved, "data": ""}, 12, "y", "s", Path("run")).data == "y"  # converted: it fits any data
     with pytest.raises(UserError, match="run was trained on other data"):
-        Progress.resumed(saved, 12, "y", Path("run"))
+        Progress.resumed(saved, 12, "y", "s", Path("run"))
+
+
+def test_a_run_is_not_resumed_from_a_checkpoint_with_other_settings() -> None:
+    saved = {**Progress(data="x").to_dict(), "settings": "one", "options": {"outputs": 1}}
+    assert Progress.resumed(saved, 3, "x", "one", Path("run")).step == 3
+    with pytest.raises(UserError, match="other settings"):
+        Progress.resumed(saved, 3, "x", "two", Path("run"))
 
 
 def test_checkpoints_of_runs_begun_before_skipping_was_cut_are_resumed() -> None:
     saved = {**Progress(data="x", sequence="s").to_dict(), "skipped": []}
-    assert Progress.resumed(saved, 3, "x", Path("run")) == Progress(data="x", step=3, sequence="s")
+    assert Progress.resumed(saved, 3, "x", "s", Path("run")) == Progress(data="x", step=3, sequence="s")
 
 
 def test_what_is_due_at_each_step() -> None:
