@@ -7,7 +7,6 @@ options and their docstrings into `--help`.
 import dataclasses
 import difflib
 import hashlib
-import json
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -367,13 +366,7 @@ def settings_digest(config: Config) -> str:
 
     Settings at their default are left out, so that a setting added later changes no digest.
     """
-    default, own = _flat(to_dict(Config(), none=True)), _flat(to_dict(config, none=True))
-    values = {
-        key: value
-        for key, value in own.items()
-        if value != default.get(key) and key not in MAY_CHANGE and key.split(".")[0] not in MAY_CHANGE
-    }
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256("\n".join(diff(Config(), config, ignore=MAY_CHANGE)).encode()).hexdigest()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

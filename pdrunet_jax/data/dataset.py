@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from typing import Any
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Cache, keeps
 from pdrunet_jax.data.folder import find_pairs, read_description, some
+from pdrunet_jax.data.images import read_bytes
 from pdrunet_jax.data.masks import MaskCoding, codes_to_classes, resolve
-from pdrunet_jax.data.scan import ScanResult, class_shares, files_digest, foreground_share, scan
+from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, scan
 from pdrunet_jax.data.split import Sample, assign, identical, partition, split_counts, together
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import is_vacant
@@ -75,22 +75,14 @@ class Dataset:
         content = [[sample.id, sample.split, sample.patient, sample.digest] for sample in self.samples]
         return hashlib.sha256(json.dumps([content, repr(self.coding)]).encode()).hexdigest()
 
-    def require_unchanged(self, threads: int) -> None:
-        """Raise `DataError` with every sample whose files are not those that `open_dataset` has read.
+    def changed(self) -> list[str]:
+        """Ids of the samples whose files are no longer those that `open_dataset` read. Reads every byte again."""
 
-        Every byte is read again, `threads` files at a time: sizes and times do not show every change.
-        """
-        with ThreadPoolExecutor(max(1, threads)) as pool:
-            digests = pool.map(lambda sample: files_digest(sample.image, sample.mask), self.samples)
-            changed = [
-                sample.id for sample, digest in zip(self.samples, digests, strict=True) if digest != sample.digest
-            ]
-        if changed:
-            raise DataError(
-                f"{len(changed)} images or masks of {self.root} have changed since training was started, so the scores "
-                "would be of other data. Restore them and start the same command again",
-                changed,
-            )
+        def digest(sample: Sample) -> str:
+            contents = (read_bytes(sample.image, sample.id), read_bytes(sample.mask, f"the mask of {sample.id}"))
+            return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
+
+        return [sample.id for sample in self.samples if digest(sample) != sample.digest]
 
 
 @dataclass(frozen=True)

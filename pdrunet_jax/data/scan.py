@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -78,17 +77,6 @@ def count_codes(codes: np.ndarray) -> dict[int, int]:
 def digest_of(pixels: np.ndarray) -> str:
     """SHA-256 of decoded pixels, their shape and type."""
     return hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes()).hexdigest()
-
-
-def files_digest(image: Path, mask: Path) -> str:
-    """`ScanResult.digest` of the files as they are now; empty if one cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        for path in (image, mask):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
-    except OSError:
-        return ""
-    return digest.hexdigest()
 
 
 def _scan_one(pair: Pair, coding: MaskCoding, keep: tuple[int, int] | None) -> ScanResult:

@@ -34,10 +34,6 @@ PUBLIC_DEFAULTS = {"shortcut": "input", "dropout": 0.3}
 """Options of the public code, which its files do not state."""
 
 
-class ForeignWeightsError(DataError):
-    """The weights in a run folder are not those of its config.toml."""
-
-
 class Loaded(NamedTuple):
     """Weights, and everything that their source says about them."""
 
@@ -238,7 +234,7 @@ def _from_checkpoint(path: Path, which: Which) -> Loaded:
 
 
 def _require_own(stated: Mapping[str, Any], settings: str | None, run: RunFolder, path: Path) -> None:
-    """Raise `ForeignWeightsError` if weights in a run folder are of another network or other settings than the run.
+    """Raise `DataError` if weights in a run folder are of another network or other settings than the run.
 
     `settings` is the digest stored with them; older weights have none.
     """
@@ -255,11 +251,8 @@ def _require_own(stated: Mapping[str, Any], settings: str | None, run: RunFolder
     if not problems and settings not in (None, config.settings_digest(own)):
         problems = ["settings of data or training differ"]
     if problems:
-        raise ForeignWeightsError(
-            f"{path} and {run.config_file} are not of the same run: one of them was replaced or edited. Restore it "
-            "from a backup, or move the weights out of the folder to use them alone",
-            problems,
-        )
+        remedy = "restore the one that was replaced or edited, or move the weights out of the folder"
+        raise DataError(f"{path} and {run.config_file} are not of one run; {remedy}", problems)
 
 
 def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Path) -> None:

@@ -39,9 +39,6 @@ from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import sync, writing
 from pdrunet_jax.runtime.processes import Group
 
-ENTRIES = 40
-"""More files and folders than a checkpoint has."""
-
 _WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
 
 
@@ -320,7 +317,11 @@ def _checkpointer() -> ocp.Checkpointer:
 def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     """Write both items and seal them. Raises `OSError`, `ValueError` or `RuntimeError`."""
     shutil.rmtree(folder, ignore_errors=True)
-    _require_room(folder)
+    try:  # more folders than a checkpoint has entries: if Orbax cannot make one, some of its threads wait for 5 minutes
+        for number in range(40):
+            (folder / str(number)).mkdir(parents=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
     logger = logging.getLogger("absl")
     level = logger.level
@@ -331,15 +332,6 @@ def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
         checkpointer.save(folder, args=items)
     logger.setLevel(level)
     seal(folder)
-
-
-def _require_room(folder: Path) -> None:
-    """Raise `OSError` if no folders can be made at `folder`: some of Orbax's threads would wait 5 minutes for them."""
-    try:
-        for number in range(ENTRIES):
-            (folder / str(number)).mkdir(parents=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

@@ -4,24 +4,18 @@ Imports nothing heavy: `train` has to install its signal handlers before JAX loa
 """
 
 import argparse
-import contextlib
 import difflib
 import importlib
 import io
 import os
 import select
 import sys
-import threading
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.malloc import configure_malloc
-
-LINGER = 3
-"""Seconds that threads of a library may take to end after a failure."""
 
 STOPPED = 75
 """Exit code of a run that was stopped by a signal and saved its state (EX_TEMPFAIL of sysexits.h: try again later)."""
@@ -90,8 +84,6 @@ def run(command: Callable[[], int | None]) -> NoReturn:
         code = command()
     except (UserError, RunError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        if isinstance(error, RunError):
-            _leave_threads(error.exit_code)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # whoever read our output is gone, e.g. `| head`
         sys.stderr.close()
@@ -100,23 +92,18 @@ def run(command: Callable[[], int | None]) -> NoReturn:
 
 
 class Output(io.FileIO):
-    """A standard stream whose writes never fail: after the first failure everything is dropped.
-
-    Once `stop` is true they do not wait for a stalled reader either.
-    """
+    """A standard stream whose writes never fail. What cannot be written is dropped, from the first failure on."""
 
     lost = ""
     """Why the first write failed; empty if none did."""
-
-    def __init__(self, descriptor: int, stop: object) -> None:
-        super().__init__(descriptor, "w", closefd=False)
-        self._stop = stop
+    stop: object = None
+    """Once this is true, nothing waits for a stalled reader."""
 
     def write(self, data: Any) -> int:
         """Write some of `data`; returns how many bytes need no further attempt."""
         try:
             while not self.lost and not select.select([], [self], [], 0.2)[1]:
-                if self._stop:
+                if self.stop:
                     return len(data)
             # A pipe that can be written to takes this much without waiting.
             return len(data) if self.lost else super().write(data[: select.PIPE_BUF]) or 0
@@ -128,32 +115,15 @@ class Output(io.FileIO):
 
 
 def guard_output(stop: object) -> Output:
-    """Let no failing or stalled print end or delay the command, from here on; returns the new standard output."""
-    raw = []
+    """Let no print fail, or wait for a reader once `stop` is true, from here on; returns the new standard output."""
     for name in ("stderr", "stdout"):
-        stream = getattr(sys, name)
-        with contextlib.suppress(OSError, AttributeError):
-            stream.flush()
         # Python sets a stream to None if whoever started the command has closed it.
-        descriptor = os.open(os.devnull, os.O_WRONLY) if stream is None else stream.fileno()
-        raw.append(Output(descriptor, stop))
-        encoding = stream.encoding if stream else "utf-8"
-        text = io.TextIOWrapper(io.BufferedWriter(raw[-1]), encoding, "backslashreplace", line_buffering=True)
+        stream = getattr(sys, name) or open(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)  # noqa: SIM115
+        raw = Output(stream.fileno(), "w", closefd=False)
+        raw.stop = stop
+        text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, text)
-    return raw[-1]
-
-
-def _leave_threads(code: int) -> None:
-    """End the process with `code` if a failed library call has left threads behind, which Python would wait for."""
-    end = time.monotonic() + LINGER
-    others = [each for each in threading.enumerate() if each is not threading.main_thread() and not each.daemon]
-    for thread in others:
-        thread.join(max(0.0, end - time.monotonic()))
-    if any(thread.is_alive() for thread in others):
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
+    return raw
 
 
 def _usage() -> str:

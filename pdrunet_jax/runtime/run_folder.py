@@ -40,18 +40,14 @@ class RunFolder:
                 atomic_write(self.saved, "This run has saved checkpoints: without them it is not begun again.\n")
 
     def require_new(self, first: int) -> None:
-        """Raise `UserError` if this folder without checkpoints has had some; the run saves its `first` at that step.
-
-        A process that is killed before its first checkpoint leaves metrics of no later step, and nothing else.
-        """
+        """Raise `UserError` if this folder without checkpoints has had one; the run saves the first at step `first`."""
         found = [path.name for path in (self.saved, self.best, self.report) if path.exists()]
         if any(entry and entry["step"] > first for entry in read_entries(self.metrics)):
             found.append(self.metrics.name)
         if found:
             raise UserError(
-                f"{self.checkpoints} has no checkpoint, but {self.path} holds a run ({', '.join(found)}): its "
-                "checkpoints were moved or deleted. Restore them to resume the run, or choose another --workdir to "
-                "start a new one; nothing was overwritten."
+                f"{self.checkpoints} has no checkpoint, but {self.path} holds a run ({', '.join(found)}). Restore its "
+                "checkpoints to resume it, or choose another --workdir for a new run; nothing was overwritten."
             )
 
     @contextlib.contextmanager

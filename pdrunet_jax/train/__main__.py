@@ -34,10 +34,8 @@ def main() -> int:
         with join(arguments.distributed, arguments.detect, stop) as group:
             code = run(arguments, group, stop)
         if output.lost and code == 0:
-            raise RunError(
-                f"training is done and everything is saved in {arguments.run_folder}, but lines are missing on "
-                f"standard output, which could not be written ({output.lost})"
-            )
+            missing = f"lines are missing on standard output ({output.lost})"
+            raise RunError(f"training is done and everything is saved in {arguments.run_folder}, but {missing}")
         return code
 
 

@@ -30,6 +30,7 @@ from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.threshold import store_threshold
 from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
+from pdrunet_jax.runtime.errors import DataError
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.runtime.stop import StopFlag
 from pdrunet_jax.train.progress import Progress
@@ -125,13 +126,12 @@ def choose_threshold(
 def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> str | None:
     """Pick a threshold on the validation set, score the best weights on the test set, and write the report.
 
-    The threshold is stored with the weights; the scores are those at 0.5. Before and after scoring, the data is
-    compared with what the run was started on.
+    The threshold is stored with the weights; the scores are those at 0.5. Raises `DataError` if the data has
+    changed since it was opened.
 
     Returns:
         The line with the test Dice, to be printed last; None if asked to stop, in which case the next start does it.
     """
-    dataset.require_unchanged(config.data.threads)
     model, batch_size = load_model(run.path), config.train.batch_size
     about: dict[str, Any] = {"weights": str(run.best), "threshold": 0.5}
     choice = None
@@ -142,7 +142,9 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
             return None
     split = "test" if dataset.of("test") else "val"
     result = evaluate_split(model, dataset, split, config.data, EvaluationOptions(batch_size=batch_size))
-    dataset.require_unchanged(config.data.threads)
+    if changed := dataset.changed():
+        remedy = "Restore them and start the same command again; no scores were written"
+        raise DataError(f"images or masks of {dataset.root} have changed since training was started. {remedy}", changed)
     if choice and store_threshold(run.best, choice.threshold):
         about["validation_threshold"] = choice.threshold
         tracker.say(

@@ -76,8 +76,7 @@ def train(training: Training, tracker: Tracker, stop: StopFlag) -> bool:
                     save(training, state, progress, dice=result.dice)
                     saved = progress.step
                     if writes and progress.best_step == progress.step:
-                        # Last, so that best.safetensors never exists without a checkpoint. If this is not reached, the
-                        # resumed run writes it.
+                        # Last: without a checkpoint there is no best.safetensors. A resumed run makes up for it.
                         save_best(training.run, training.config, training.dataset, training.outputs, state, progress)
                 log.clock.restart()
 

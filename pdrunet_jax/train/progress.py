@@ -80,11 +80,8 @@ class Progress:
         Raises `UserError` if `data`, the dataset's fingerprint, or `settings`, their digest, has changed.
         """
         if saved.get(SETTINGS, settings) != settings:
-            raise UserError(
-                f"the checkpoint of step {step} in {run} was saved by a run with other settings than those of its "
-                "config.toml: one of them was replaced or edited. Restore it from a backup, or choose another "
-                "--workdir for a new run."
-            )
+            what = f"the checkpoint of step {step} in {run} was saved with other settings than those of config.toml"
+            raise UserError(f"{what}. Restore the one that was replaced, or choose another --workdir for a new run.")
         if saved["data"] not in ("", data):
             raise UserError(
                 f"{run} was trained on other data: images, masks or splits of data.root have changed since. "

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pdrunet_jax.config import MAY_CHANGE, Config, diff, parse, read, settings_digest, to_toml
 from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
 from pdrunet_jax.data.pipeline import train_batches
-from pdrunet_jax.model.load import ForeignWeightsError, load_same, load_weights, start_from
+from pdrunet_jax.model.load import load_same, load_weights, start_from
 from pdrunet_jax.model.network import foreground_classes
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.devices import Placement, describe_device, make_mesh, require_divisible
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
@@ -108,15 +108,21 @@ def prepare(
     )
     fingerprint = dataset.fingerprint()
     progress = Progress(data=fingerprint)
-    best = best_step(folder) if group.is_main else None
     restored = checkpoints.restore(state)
     if restored is not None:
         state = restored.state
         batches.set_state(restored.position)
         digest = settings_digest(config)
         progress = Progress.resumed(restored.extra, restored.step, fingerprint, digest, folder.path)
-        if group.is_main and progress.best_step == progress.step != best and progress.step:
-            save_best(folder, config, dataset, outputs, state, progress)  # the last run ended just before
+        if group.is_main:
+            try:
+                best = load_weights(folder.best).options.get("step")
+            except DataError:  # of another run
+                raise
+            except UserError:  # missing or damaged
+                best = None
+            if progress.best_step == progress.step != best and progress.step:  # the run was killed just before this
+                save_best(folder, config, dataset, outputs, state, progress)
     elif group.is_main:
         folder.require_new(min(settings.save_every, settings.eval_every, settings.steps))
     return Training(
@@ -134,16 +140,6 @@ def prepare(
         progress,
         resumed=restored is not None,
     )
-
-
-def best_step(folder: RunFolder) -> int | None:
-    """The step of best.safetensors; None if it is missing or damaged. Raises `UserError` if it is of another run."""
-    try:
-        return load_weights(folder.best).options.get("step")
-    except ForeignWeightsError:
-        raise
-    except UserError:
-        return None
 
 
 def choose_outputs(config: Config, dataset: Dataset) -> int:

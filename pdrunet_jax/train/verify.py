@@ -1,13 +1,11 @@
 """Integrity check of a run folder: configuration, checkpoints, best weights, metrics."""
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from pdrunet_jax import config
 from pdrunet_jax.model.load import load_weights
-from pdrunet_jax.runtime.checkpoint import checkpoint_faults, checkpoint_steps, read_meta
-from pdrunet_jax.runtime.digest import SETTINGS
+from pdrunet_jax.runtime.checkpoint import checkpoint_faults, checkpoint_steps
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.run_folder import RunFolder, read_entries
 
@@ -44,16 +42,15 @@ def verify(path: Path) -> int:
 
 def findings(run: RunFolder) -> Iterator[Finding]:
     """Check every part of a run folder, one finding each."""
-    yield _file(run.config_file, config.read)
-    own = None
-    with suppress(UserError):
-        own = config.settings_digest(config.read(run.config_file))
+    settings = _file(run.config_file, config.read)
+    yield settings
     steps = checkpoint_steps(run.checkpoints)
     for step in steps:
-        faults = checkpoint_faults(run.checkpoints / str(step))
-        if not faults and own and read_meta(run.checkpoints / str(step))["extra"].get(SETTINGS, own) != own:
-            faults = ["it was saved with other settings than those of config.toml"]
-        yield f"checkpoints/{step}", "; ".join(faults)
+        path = run.checkpoints / str(step)
+        fault = "; ".join(checkpoint_faults(path))
+        if not fault and not settings[1]:
+            fault = _file(path, load_weights)[1]
+        yield f"checkpoints/{step}", fault
     if not steps:
         yield "checkpoints", "there is none"
     if run.best.exists():

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -37,7 +36,7 @@ def until(condition: Any, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def python(program: str, **streams: Any) -> "subprocess.CompletedProcess[str]":
@@ -123,7 +122,7 @@ def test_a_run_without_its_checkpoints_is_refused_and_nothing_is_overwritten(pla
     result = place.train(workdir=run.path)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {run.checkpoints} has no checkpoint, but {run.path} holds a run")
-    assert "Restore them to resume the run, or choose another --workdir" in result.stderr
+    assert "Restore its checkpoints to resume it, or choose another --workdir" in result.stderr
     after = everything(run.path)
     assert all(after[path] == data for path, data in before.items() if path.name not in ("config.toml", "lock"))
 
@@ -219,7 +218,7 @@ def test_an_edited_configuration_is_not_trusted(place: Place) -> None:
         for weights in (run.path, run.best, run.checkpoints / str(STEPS)):
             with pytest.raises(UserError, match=message):
                 evaluate(["--weights", str(weights), "--data.root", str(place.path / "data")])
-        with pytest.raises(RunError, match="it was saved with other settings"):
+        with pytest.raises(RunError, match=rf"checkpoints/{STEPS}: .* not of one run"):
             verify(run.path)
 
 
@@ -230,14 +229,14 @@ def test_weights_and_checkpoints_of_another_run_are_refused(place: Place) -> Non
     shutil.copy(other.best, run.best)
     with pytest.raises(UserError, match="settings of data or training differ"):
         load_weights(run.path)
-    with pytest.raises(RunError, match=r"best\.safetensors.* not of the same run"):
+    with pytest.raises(RunError, match=r"best\.safetensors.* not of one run"):
         verify(run.path)
     shutil.copy(place.undisturbed / "best.safetensors", run.best)
     shutil.rmtree(run.checkpoints)
     shutil.copytree(other.checkpoints, run.checkpoints)
     result = place.train(workdir=run.path)
     assert result.returncode == 2
-    assert "was saved by a run with other settings" in result.stderr
+    assert "was saved with other settings" in result.stderr
     assert run.best.read_bytes() == (place.undisturbed / "best.safetensors").read_bytes()
 
 
@@ -250,18 +249,20 @@ def test_data_that_changed_during_training_is_not_scored(place: Place) -> None:
         assert read_until(process, EVAL_EVERY + 1, [])
         mask = next((data / "masks").glob("*.png"))
         before, times = mask.read_bytes(), mask.stat()
-        Image.fromarray(255 - np.asarray(Image.open(mask))).save(mask)
+        Image.open(mask).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(mask)
         os.utime(mask, ns=(times.st_atime_ns, times.st_mtime_ns))
         out, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert err.startswith("error: 1 images or masks of shifted have changed since training was started")
+    assert err.startswith("error: images or masks of shifted have changed since training was started")
     assert mask.stem in err
     assert "test dice" not in out
     assert not (run.path / "evaluation").exists()
 
     # As if the process had been killed between the last checkpoint and the best weights.
     mask.write_bytes(before)
-    run.best.unlink()
+    meta = json.loads((run.checkpoints / str(STEPS) / "meta" / "metadata").read_text())
+    if meta["extra"]["best_step"] == STEPS:
+        run.best.unlink()
     result = place.train("--data.root", "shifted", workdir=run.path)
     assert (result.returncode, result.stderr) == (0, "")
     assert resumed_at(result.stdout) == STEPS
@@ -293,15 +294,3 @@ def test_without_inodes_saving_fails_at_once_with_one_message() -> None:
         assert "No space left on device" in result.stderr
         assert result.stderr.count("\n") == 1
     assert time.monotonic() - began < 60
-
-
-def test_a_thread_that_a_failed_call_left_behind_does_not_keep_the_process() -> None:
-    program = (
-        "import threading, time; from pdrunet_jax.runtime import cli; from pdrunet_jax.runtime.errors import RunError\n"
-        "def fail():\n    threading.Thread(target=time.sleep, args=(50,)).start()\n    raise RunError('full')\n"
-        "cli.run(fail)"
-    )
-    began = time.monotonic()
-    result = python(program, stdout=subprocess.PIPE)
-    assert (result.returncode, result.stderr) == (1, "error: full\n")
-    assert time.monotonic() - began < 20
