@@ -8,6 +8,7 @@ wrong command line is refused before JAX loads.
 import contextlib
 import os
 import re
+import socket
 import sys
 import time
 import traceback
@@ -68,7 +69,8 @@ class Distributed:
                 "--distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I, or --distributed "
                 "alone on SLURM, Kubernetes or Cloud TPU"
             )
-        if not re.fullmatch(r"[^:\s]+:[0-9]{1,5}|\[[0-9a-fA-F:.]+\]:[0-9]{1,5}", self.coordinator):
+        address = re.fullmatch(r"([^:\s]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})", self.coordinator)
+        if not address or int(address[2]) > 65535:
             raise UserError(f"--distributed.coordinator {self.coordinator}: give HOST:PORT, as in node1:9000")
         if self.processes < 1:
             raise UserError(f"--distributed.processes {self.processes}: give at least 1")
@@ -218,6 +220,15 @@ def _connect(options: Distributed, stop: StopFlag | None) -> None:
 
     where = f"--distributed.coordinator {options.coordinator}"
     who = "" if options.index is None else f"process {options.index} of {options.processes}: "
+    if options.coordinator is not None and options.index == 0:
+        # JAX listens at this port on all addresses. If it is taken, JAX's service may crash instead of raising.
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        port = int(options.coordinator.rpartition(":")[2])
+        try:
+            socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise UserError(f"{who}cannot listen at {where} ({reason}); choose a free port") from None
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `StopFlag`
     # In a thread, since the call does not return for signals, and aborts the process when its own time is over.
     thread = ThreadPoolExecutor(1)
@@ -244,12 +255,12 @@ def _connect(options: Distributed, stop: StopFlag | None) -> None:
         _leave(cli.STOPPED)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        if options.coordinator is None:
-            raise UserError(
-                f"--distributed: JAX detects no cluster ({reason}). On SLURM start the command with srun; elsewhere "
-                "give --distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
-            ) from None
-        raise UserError(f"{who}cannot listen at {where} ({reason}); choose a free port") from None
+        if options.coordinator is not None:
+            raise UserError(f"{who}cannot start at {where}: {reason}") from None
+        raise UserError(
+            f"--distributed: JAX detects no cluster ({reason}). On SLURM start the command with srun; elsewhere "
+            "give --distributed.coordinator HOST:PORT --distributed.processes N --distributed.index I"
+        ) from None
     thread.shutdown()
 
 

@@ -69,6 +69,7 @@ def test_a_single_process_is_a_group_of_one() -> None:
         ({"coordinator": "host:1", "processes": 0, "index": 0}, "--distributed.processes 0"),
         ({"coordinator": "host", "processes": 2, "index": 0}, "give HOST:PORT"),
         ({"coordinator": "host:port", "processes": 2, "index": 0}, "give HOST:PORT"),
+        ({"coordinator": "host:65536", "processes": 2, "index": 0}, "give HOST:PORT"),
         ({"timeout": 0}, "--distributed.timeout 0"),
     ],
 )
@@ -104,7 +105,10 @@ def test_a_coordinator_port_that_is_taken_is_named(site: Site) -> None:
         options = ["--distributed.coordinator", address, "--distributed.processes", 2, "--distributed.index", 0]
         [(code, _, err)] = ends([site.train(site.path / "taken", *options)], timeout=60)
     assert code == 2
-    assert f"error: process 0 of 2: cannot listen at --distributed.coordinator {address}" in err
+    assert err == (
+        f"error: process 0 of 2: cannot listen at --distributed.coordinator {address} (Address already in use); "
+        "choose a free port\n"
+    )
 
 
 def test_without_a_cluster_the_options_that_are_needed_are_named(site: Site) -> None:
