@@ -219,9 +219,14 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
     return coding, notes
 
 
+def colour_name(code: int) -> str | None:
+    """ "#rrggbb" for the code of a colour; None for a number."""
+    return f"#{code - COLOUR:06x}" if code >= COLOUR else None
+
+
 def _describe_code(code: int) -> str:
     """Write a code as a user would declare it."""
-    return f'"#{code - COLOUR:06x}"' if code >= COLOUR else str(code)
+    return f'"{colour_name(code)}"' if code >= COLOUR else str(code)
 
 
 def _unknown_values(codes: set[int]) -> str:

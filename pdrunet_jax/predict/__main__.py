@@ -25,7 +25,6 @@ from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.devices import over_devices
 from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
-from pdrunet_jax.runtime.processes import DetectCluster, Distributed, place_among
 from pdrunet_jax.runtime.stop import StopFlag
 
 
@@ -61,10 +60,6 @@ class PredictOptions:
     files: Annotated[WrittenFiles, tyro.conf.arg(name="")] = field(default_factory=WrittenFiles)
     shard: str | None = None
     """K/N: process only the K-th of N shards of the images; several machines can write to one folder."""
-    detect: DetectCluster = False
-    """Take this process's shard of the images, as one of several processes started by SLURM, Kubernetes or Cloud
-    TPU."""
-    distributed: Distributed = field(default_factory=Distributed)
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Replace results made with other weights, other options or another version of the image, and files that this
     command did not write or that were modified since, instead of refusing."""
@@ -79,7 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
 
 def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     # Check everything that can be checked before the weights are loaded.
-    shard, table = _shard(options, stop)
+    shard = parse_shard(options.shard) if options.shard else (1, 1)
+    table = f"areas_{shard[0]}of{shard[1]}.csv" if options.shard else "areas.csv"
     size: tuple[int, int] | Literal["own"] | None = "own" if options.size == "own" else height_width(options.size)
     if (options.tile is not None and options.tile < 1) or options.halo < 0:
         raise UserError(f"--tile {options.tile} --halo {options.halo}: give at least 1 and 0 pixels")
@@ -151,17 +147,6 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     if failed:
         raise RunError(str(unreadable))
     return None
-
-
-def _shard(options: PredictOptions, stop: StopFlag) -> tuple[tuple[int, int], str]:
-    """(K, N) for the K-th of N shards, and the file name of its table."""
-    among = place_among(options.distributed, options.detect, stop)
-    if among is None and options.shard is None:
-        return (1, 1), "areas.csv"
-    if among is not None and options.shard is not None:
-        raise UserError(f"--shard {options.shard}: leave it out, --distributed gives each process its shard")
-    number, count = (among[0] + 1, among[1]) if among is not None else parse_shard(options.shard or "")
-    return (number, count), f"areas_{number}of{count}.csv"
 
 
 def _settings(

@@ -195,25 +195,6 @@ def join(options: Distributed, detect: bool, stop: StopFlag | None = None) -> It
     jax.distributed.shutdown()  # waits for all processes
 
 
-def place_among(options: Distributed, detect: bool, stop: StopFlag | None = None) -> tuple[int, int] | None:
-    """Return (index, count) of this process for work that needs no exchange, or None if it is alone.
-
-    Raises `UserError` as `join`.
-    """
-    if not options.wanted(detect):
-        return None
-    if options.index is not None and options.processes is not None:
-        return options.index, options.processes
-    _connect(options, stop)
-    import jax
-    from jax.extend.backend import clear_backends
-
-    place = _start_devices()
-    jax.distributed.shutdown()
-    clear_backends()  # the next use of JAX finds the devices of this process only
-    return place
-
-
 def _connect(options: Distributed, stop: StopFlag | None) -> None:
     """Call `jax.distributed.initialize`, with a message for each way in which it fails."""
     import jax

@@ -180,7 +180,7 @@ def test_every_problem_is_reported_at_once(mura: Path, drawn: Path) -> None:
         "valid_XR_HUMERUS_patient00001_study1_positive_image1.png: a mask without an image",
         "notes.png: notes is not the path of an image in MURA",
         f"{PATHS[0]} already has a mask: train",
-        f"{PATHS[1]}.png: 24x10 pixels, but the image has 24x20",
+        f"{PATHS[1]}: 24x20 pixels, but its mask {PATHS[1]}.png has 24x10",
         f"{PATHS[2]}.png: undeclared mask value 85",
         f"{PATHS[3]}.png: the file is empty",
         f"{PATHS[4]}: damaged or truncated",
@@ -270,7 +270,8 @@ def test_soft_masks_are_cut_at_the_threshold(mura: Path, tmp_path: Path) -> None
     import_mura(
         ImportMura(mura, tmp_path / "target", tmp_path / "masks", HUMERUS, classes={"humerus": 255}, threshold=200)
     )
-    mask = np.asarray(Image.open(tmp_path / "target" / "masks" / f"{PATHS[0]}.png"))
+    dataset = open_dataset(config(tmp_path / "target"))
+    mask = read_mask(tmp_path / "target" / "masks" / f"{PATHS[0]}.png", dataset.coding)
     assert mask[0].tolist() == [0] * 17 + [1] * 3 + [0] * 4
     with pytest.raises(UserError, match="--threshold 0"):
         import_mura(

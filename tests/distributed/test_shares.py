@@ -71,14 +71,14 @@ def test_several_processes_of_several_devices_evaluate_every_image_once_as_one_d
     assert rows == (tmp_path / "alone" / "per_image.csv").read_text()
 
 
-def test_several_processes_of_several_devices_segment_every_image_once_as_one_does(tmp_path: Path, site: Site) -> None:
+def test_shards_on_several_devices_segment_every_image_once_as_one_process_does(tmp_path: Path, site: Site) -> None:
     images = save_squares(tmp_path / "data", 11, "test") / "images"
     weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[32, 32])
     command = [images, "--weights", weights, "--output"]
     [(code, _, err)] = ends([site.command("predict", *command, tmp_path / "alone")])
     assert (code, err) == (0, "")
-    with site.together(2, "predict", *command, tmp_path / "both", devices=2) as processes:
-        found = ends(processes)
+    shards = [site.command("predict", *command, tmp_path / "both", "--shard", f"{k}/2", devices=2) for k in (1, 2)]
+    found = ends(shards)
     assert [(code, err) for code, _, err in found] == [(0, "")] * 2
     assert [out.splitlines()[-1].split()[0] for _, out, _ in found] == ["6", "5"]
     expected = sorted((tmp_path / "alone").glob("*.png"))
@@ -87,21 +87,19 @@ def test_several_processes_of_several_devices_segment_every_image_once_as_one_do
         assert np.array_equal(np.asarray(Image.open(tmp_path / "both" / path.name)), np.asarray(Image.open(path)))
 
 
-def test_predict_takes_its_share_from_the_cluster(tmp_path: Path, site: Site) -> None:
-    images = save_squares(tmp_path / "data", 3, "test") / "images"
+def test_evaluate_finds_the_other_processes_of_a_cluster(tmp_path: Path, site: Site) -> None:
+    data = save_squares(tmp_path / "data", 3, "test")
     weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[32, 32])
     slurm = {"SLURM_JOB_ID": str(free_port()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    command = ["evaluate", "--weights", weights, "--data.root", data, "--output", tmp_path / "out", "--distributed"]
     processes = []
     for index in range(2):
         task = {**slurm, "SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
-        place = Site(site.path, {**site.environment, **task})
-        processes.append(
-            place.command("predict", images, "--weights", weights, "--output", tmp_path / "out", "--distributed")
-        )
+        processes.append(Site(site.path, {**site.environment, **task}).command(*command))
     found = ends(processes)
     assert [(code, err) for code, _, err in found] == [(0, "")] * 2
-    assert [out.splitlines()[-1].split()[0] for _, out, _ in found] == ["2", "1"]
-    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    assert [out.count("test dice") for _, out, _ in found] == [1, 0]
+    assert len((tmp_path / "out" / "per_image.csv").read_text().splitlines()) == 1 + 3
 
 
 def test_a_state_saved_on_4_devices_comes_back_bit_for_bit_on_1_2_and_8(tmp_path: Path) -> None:

@@ -79,10 +79,17 @@ def write_mask(mask: np.ndarray, path: Path) -> None:
 
 
 def write_description(
-    folder: Path, name: str, classes: Mapping[str, int], *, ignore: bool, licence: str | None = None
+    folder: Path,
+    name: str,
+    classes: Mapping[str, int | str],
+    *,
+    ignore: int | str | None = None,
+    threshold: int | None = None,
+    licence: str | None = None,
 ) -> None:
-    """Write dataset.toml."""
-    content: dict[str, object] = {"name": name, "classes": dict(classes)}
-    content |= {"ignore": IGNORE} if ignore else {}
-    content |= {"licence": licence} if licence else {}
+    """Write dataset.toml, without what is None."""
+    others = {"ignore": ignore, "threshold": threshold, "licence": licence}
+    content = {"name": name, "classes": dict(classes)} | {
+        key: value for key, value in others.items() if value is not None
+    }
     (folder / DESCRIPTION).write_text(tomli_w.dumps(content), encoding="utf-8")

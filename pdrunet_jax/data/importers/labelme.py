@@ -144,7 +144,9 @@ def import_labelme(options: ImportLabelme) -> list[str]:
         if problems:
             raise DataError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
         write_manifest(folder, rows)
-        write_description(folder, source.resolve().name, table.classes, ignore=IGNORE in index_of.values())
+        write_description(
+            folder, source.resolve().name, table.classes, ignore=IGNORE if IGNORE in index_of.values() else None
+        )
     notes = [*table.notes, *survey.notes()]
     if writer.embedded:
         notes.append(f"{writer.embedded} images have no file: taken from imageData")

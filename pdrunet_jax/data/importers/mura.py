@@ -5,21 +5,28 @@ MURA has no masks. They come as LabelMe files or as images in any coding, named 
 
 import os
 import re
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-import numpy as np
-from numpy.typing import NDArray
-
-from pdrunet_jax.data.folder import files_below, some, write_manifest
+from pdrunet_jax.config import DataConfig
+from pdrunet_jax.data.folder import Pair, files_below, some, write_manifest
 from pdrunet_jax.data.images import SUFFIXES, decode_image, read_bytes
-from pdrunet_jax.data.importers.common import Source, Target, check_classes, label_table, write_description, write_mask
-from pdrunet_jax.data.importers.labelme import Boxes, Survey, to_draw
-from pdrunet_jax.data.labelme.read import Annotation, rasterise, read_annotation
-from pdrunet_jax.data.masks import IGNORE, codes_to_classes, declare, decode_codes, resolve
-from pdrunet_jax.data.scan import ScanResult, count_codes, digest_of
+from pdrunet_jax.data.importers.common import (
+    LabelTable,
+    Source,
+    Target,
+    check_classes,
+    label_table,
+    write_description,
+    write_mask,
+)
+from pdrunet_jax.data.importers.labelme import Boxes, Survey
+from pdrunet_jax.data.labelme.read import rasterise, read_annotation
+from pdrunet_jax.data.masks import IGNORE, MaskCoding, colour_name, declare, resolve
+from pdrunet_jax.data.scan import ScanResult, foreground_share, scan
 from pdrunet_jax.data.split import Sample, assign, manifest_rows, overlaps, split_counts, together
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import new_folder, require_vacant
@@ -117,63 +124,74 @@ class View:
 
 
 def import_mura(options: ImportMura) -> list[str]:
-    """Write the dataset folder `options.dst`, completely or not at all: index masks, and references to the images.
+    """Write the dataset folder `options.dst`, completely or not at all: masks, and references to the images.
 
-    Returns remarks for the user. Raises `UserError`, or `DataError` with all problems.
+    Mask images are copied as they are; LabelMe files become index masks. Returns remarks for the user. Raises
+    `UserError`, or `DataError` with all problems.
     """
-    masks = options.masks
     require_vacant(options.dst)
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"--val-fraction {options.val_fraction} must be at least 0 and less than 1")
+    if options.threshold is not None and not 0 < options.threshold < 256:
+        raise UserError(f"--threshold {options.threshold} must be a grey value from 1 to 255")
     # Find the images, and the mask of each.
     chosen = list(dict.fromkeys(_region(name) for name in options.region))
-    root = mura_root(options.source, masks)
-    if not masks.is_dir():
-        raise UserError(f"--masks {masks} is not a folder; name the one with the LabelMe files or mask images")
+    root = mura_root(options.source, options.masks)
+    if not options.masks.is_dir():
+        raise UserError(f"--masks {options.masks} is not a folder; name the one with the LabelMe files or mask images")
     views = find_views(root, chosen)
     if not views:
         raise UserError(f"{root} has no images of {', '.join(chosen)} (train/XR_*/patient*/study*/image*.png)")
-    matched, notes, problems = match_masks(masks, views, chosen)
+    matched, notes, problems = match_masks(options.masks, views, chosen)
     if not matched and not problems:
-        raise UserError(f"--masks {masks}: no LabelMe file and no mask image of {', '.join(chosen)} in it or below")
-    # Check everything, so that problems are reported at once and before anything is written.
-    drawn = any(path.suffix.lower() == ".json" for path in matched.values())
-    kind = DrawnMasks(options) if drawn else ImageMasks(options)
-    found = _survey(views, matched, masks, kind, problems)
-    problems += kind.settle()
-    both = overlaps([view.name for view in views], [view.patient for view in views], [view.split for view in views])
-    problems += [f"patient in MURA's train and valid: {' and '.join(where.values())}" for where in both.values()]
-    if problems:
-        raise DataError(f"{options.source}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
-    tested = {item.pixels for view, item in found.items() if view.split == "valid"}
-    twins = [view for view, item in found.items() if view.split == "train" and item.pixels in tested]
-    if twins:
-        notes.append(f"left out of train because valid has the same pixels: {some([view.name for view in twins])}")
-    kept = {view: item for view, item in found.items() if view not in twins}
-    # Write the masks, and draw the split by patient and share of foreground.
-    with new_folder(options.dst) as folder:
-        files = {view: folder / "masks" / f"{view.name}.png" for view in kept}
-        shares = {}
-        for view, item in kept.items():
-            mask = kind.read(matched[view], item.size, view.name)
-            write_mask(mask, files[view])
-            counted = mask[mask != IGNORE]
-            shares[view] = float((counted > 0).mean()) if counted.size else 0.0
-        splits = _splits(kept, shares, options)
-        samples = [
-            Sample(Path(os.path.abspath(view.path)).as_posix(), view.path, files[view], view.patient, splits[view])
-            for view in kept
-        ]
-        write_manifest(folder, manifest_rows(folder, samples))
-        name = "_".join(["mura", *(region.removeprefix("XR_").lower() for region in chosen)])
-        write_description(folder, name, kind.classes, ignore=kind.ignores, licence=_LICENCE)
+        words = f"no LabelMe file and no mask image of {', '.join(chosen)} in it or below"
+        raise UserError(f"--masks {options.masks}: {words}")
     if without := len(views) - len(matched):
         notes.append(f"{without} of {len(views)} images have no mask and are left out")
-    notes += kind.notes
+    with new_folder(options.dst) as folder:
+        # Read everything, so that all problems are reported at once.
+        files, ignore, threshold = matched, options.ignore, options.threshold
+        classes: Mapping[str, int | str] = options.classes
+        if drawn := any(path.suffix.lower() == ".json" for path in matched.values()):
+            files, table, more = _draw(matched, options, folder, problems)
+            classes, ignore, threshold = table.classes, IGNORE if IGNORE in table.index_of.values() else None, None
+            notes += more
+        coding = declare(classes, ignore, threshold, source="--classes")
+        pairs = {view: _pair(view, files[view], options.masks) for view in views if view in files}
+        scanned = dict(zip(pairs, scan(list(pairs.values()), coding, DataConfig().threads), strict=True))
+        problems += [problem for item in scanned.values() for problem in item.problems]
+        try:
+            coding, more = resolve(coding, [(pairs[view].mask_id, item.codes) for view, item in scanned.items()])
+            notes += more
+        except DataError as error:
+            problems += error.problems
+        both = overlaps([view.name for view in views], [view.patient for view in views], [view.split for view in views])
+        problems += [f"patient in MURA's train and valid: {' and '.join(where.values())}" for where in both.values()]
+        if problems:
+            raise DataError(f"{options.source}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
+        # Draw the split by patient and share of foreground, and write the rest.
+        tested = {item.pixels for view, item in scanned.items() if view.split == "valid"}
+        twins = [view for view, item in scanned.items() if view.split == "train" and item.pixels in tested]
+        if twins:
+            notes.append(f"left out of train because valid has the same pixels: {some([view.name for view in twins])}")
+        kept = {view: item for view, item in scanned.items() if view not in twins}
+        splits = _splits(kept, coding, options)
+        samples = []
+        for view in kept:
+            mask = folder / "masks" / f"{view.name}{files[view].suffix.lower()}"
+            if not drawn:
+                mask.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(files[view], mask)
+            image = Path(os.path.abspath(view.path)).as_posix()
+            samples.append(Sample(image, view.path, mask, view.patient, splits[view]))
+        write_manifest(folder, manifest_rows(folder, samples))
+        name = "_".join(["mura", *(region.removeprefix("XR_").lower() for region in chosen)])
+        classes = classes or {name: colour_name(codes[0]) or codes[0] for name, codes in coding.classes}
+        write_description(folder, name, classes, ignore=ignore, threshold=threshold, licence=_LICENCE)
     empty = [split for split in ("train", "test") if not any(sample.split == split for sample in samples)]
     if empty:
         notes.append(f"warning: no image with a mask is left for {' and '.join(empty)}")
-    return [*notes, split_counts(samples), f"{len(samples)} images, classes {', '.join(kind.classes)}"]
+    return [*notes, split_counts(samples), f"{len(samples)} images, classes {', '.join(coding.names)}"]
 
 
 def mura_root(source: Path, masks: Path) -> Path:
@@ -247,68 +265,6 @@ def match_masks(
     return matched, notes, problems
 
 
-class DrawnMasks:
-    """Masks drawn in LabelMe: call `add` for every file, then `settle`, then `read`."""
-
-    def __init__(self, options: ImportMura) -> None:
-        numbers = {label: value for label, value in options.classes.items() if isinstance(value, int)}
-        if len(numbers) < len(options.classes):
-            raise UserError("--classes: LabelMe labels need numbers, such as --classes humerus 1 ulna 2")
-        check_classes(numbers)
-        self._declared, self._boxes = numbers, options.boxes
-        self._survey = Survey()
-
-    def add(self, path: Path, size: tuple[int, int], name: str) -> None:
-        """Check the mask of an image of `size` (height, width). Raises `DataError`."""
-        shapes = self._survey.add(_read_annotation(path, size, name), self._boxes).shapes
-        rasterise(shapes, dict.fromkeys((shape.label for shape in shapes), 1), size, name)
-
-    def settle(self) -> list[str]:
-        """Number the labels; returns problems. Sets `classes` with their mask values, `ignores` and `notes`."""
-        self._table = table = label_table(self._survey.labels, self._declared)
-        self.classes = table.classes
-        self.ignores = any(table.index_of.get(label) == IGNORE for label in self._survey.labels)
-        self.notes = [*table.notes, *self._survey.notes()]
-        return list(table.problems)
-
-    def read(self, path: Path, size: tuple[int, int], name: str) -> NDArray[np.uint8]:
-        """(H, W) mask values. Raises `DataError`."""
-        annotation = to_draw(_read_annotation(path, size, name), self._boxes)
-        return rasterise(annotation.shapes, self._table.index_of, size, name)
-
-
-class ImageMasks:
-    """Mask images in any coding of a dataset folder: call `add` for every file, then `settle`, then `read`."""
-
-    def __init__(self, options: ImportMura) -> None:
-        if options.threshold is not None and not 0 < options.threshold < 256:
-            raise UserError(f"--threshold {options.threshold} must be a grey value from 1 to 255")
-        self._coding = declare(options.classes, options.ignore, options.threshold, source="--classes")
-        self._found: list[tuple[str, dict[int, int]]] = []
-
-    def add(self, path: Path, size: tuple[int, int], name: str) -> None:
-        """Check the mask of an image of `size` (height, width). Raises `DataError`."""
-        codes = decode_codes(read_bytes(path, name), name, self._coding)
-        if codes.shape != size:
-            is_size = f"{codes.shape[1]}x{codes.shape[0]} pixels"
-            raise DataError("mask", [f"{name}: {is_size}, but the image has {size[1]}x{size[0]}"])
-        self._found.append((name, count_codes(codes)))
-
-    def settle(self) -> list[str]:
-        """Find the coding of all masks; returns problems. Sets `classes` with their mask values, `ignores`, `notes`."""
-        try:
-            self._coding, self.notes = resolve(self._coding, self._found)
-        except DataError as error:
-            return list(error.problems)
-        self.classes = {name: index for index, name in enumerate(self._coding.names, start=1)}
-        self.ignores = bool(self._coding.ignore)
-        return []
-
-    def read(self, path: Path, size: tuple[int, int], name: str) -> NDArray[np.uint8]:
-        """(H, W) class indices. Raises `DataError`."""
-        return codes_to_classes(decode_codes(read_bytes(path, name), name, self._coding), self._coding, name)
-
-
 def _is_root(folder: Path) -> bool:
     return any(path.is_dir() for split in ("train", "valid") for path in (folder / split).glob("XR_*"))
 
@@ -338,14 +294,6 @@ def _candidates(folder: Path, views: Sequence[View]) -> tuple[list[tuple[Path, s
     return drawn or images, problems
 
 
-def _read_annotation(path: Path, size: tuple[int, int], name: str) -> Annotation:
-    annotation = read_annotation(path, name)
-    if annotation is None:
-        raise DataError("unreadable annotation", [f"{name}: JSON, but not a LabelMe file"])
-    annotation.check_size(*size, "the image")
-    return annotation
-
-
 def _region(name: str) -> str:
     word = name.upper().removeprefix("XR_")
     if word not in REGIONS:
@@ -353,30 +301,48 @@ def _region(name: str) -> str:
     return f"XR_{word}"
 
 
-def _survey(
-    views: Sequence[View],
-    matched: Mapping[View, Path],
-    folder: Path,
-    kind: DrawnMasks | ImageMasks,
-    problems: list[str],
-) -> dict[View, ScanResult]:
-    """Read every image that has a mask, and check the mask."""
-    found = {}
-    for view in (view for view in views if view in matched):
+def _draw(
+    matched: Mapping[View, Path], options: ImportMura, folder: Path, problems: list[str]
+) -> tuple[dict[View, Path], LabelTable, list[str]]:
+    """Draw LabelMe files as index masks in `folder`; returns them, the table of labels, and notes."""
+    numbers = {label: value for label, value in options.classes.items() if isinstance(value, int)}
+    if len(numbers) < len(options.classes):
+        raise UserError("--classes: LabelMe labels need numbers, such as --classes humerus 1 ulna 2")
+    check_classes(numbers)
+    survey, annotations = Survey(), {}
+    for view, path in matched.items():
+        name = path.relative_to(options.masks).as_posix()
         try:
-            image, mode = decode_image(read_bytes(view.path, view.name), view.name)
-            size = (image.shape[0], image.shape[1])
-            found[view] = ScanResult(size, mode, pixels=digest_of(image))
-            kind.add(matched[view], size, matched[view].relative_to(folder).as_posix())
+            if (annotation := read_annotation(path, name)) is None:
+                raise DataError("unreadable annotation", [f"{name}: JSON, but not a LabelMe file"])
+            annotations[view] = survey.add(annotation, options.boxes)
         except DataError as error:
             problems += error.problems
-    return found
+    table = label_table(survey.labels, numbers)
+    problems += table.problems
+    index_of = {label: table.index_of.get(label, 0) for label in survey.labels}
+    files = {}
+    for view, annotation in annotations.items():
+        try:
+            height, width = decode_image(read_bytes(view.path, view.name), view.name)[0].shape[:2]
+            annotation.check_size(height, width, "the image")
+            mask = rasterise(annotation.shapes, index_of, (height, width), annotation.name)
+        except DataError as error:
+            problems += error.problems
+            continue
+        files[view] = folder / "masks" / f"{view.name}.png"
+        write_mask(mask, files[view])
+    return files, table, [*table.notes, *survey.notes()]
 
 
-def _splits(kept: Mapping[View, ScanResult], shares: Mapping[View, float], options: ImportMura) -> dict[View, str]:
+def _pair(view: View, mask: Path, folder: Path) -> Pair:
+    return Pair(view.name, view.path, os.path.relpath(mask, folder), mask)
+
+
+def _splits(kept: Mapping[View, ScanResult], coding: MaskCoding, options: ImportMura) -> dict[View, str]:
     """Our splits for MURA's: train becomes train and val, by patient; valid becomes test."""
     train = [view for view in kept if view.split == "train"]
     groups = together([view.patient for view in train], [kept[view].pixels for view in train])
-    train_shares = [shares[view] for view in train]
-    chosen = assign(groups, train_shares, val=options.val_fraction, test=0.0, seed=options.split_seed)
+    shares = [foreground_share(kept[view].codes, coding) for view in train]
+    chosen = assign(groups, shares, val=options.val_fraction, test=0.0, seed=options.split_seed)
     return dict.fromkeys(kept, "test") | {view: chosen[group] for view, group in zip(train, groups, strict=True)}

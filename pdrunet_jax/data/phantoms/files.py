@@ -66,7 +66,7 @@ def write_phantoms(root: Path, drawing: PhantomOptions) -> None:
         # Long bones only: ribs, wrist and ankle bones, metal and markers are background.
         classes = {name: value for value, name in enumerate(BONES, start=1)} if drawing.by_bone else {"bone": 255}
         licence = f"Synthetic: drawn by pdrunet_jax (seed {drawing.seed}); no rights reserved, no patients"
-        write_description(folder, "phantoms", classes, ignore=False, licence=licence)
+        write_description(folder, "phantoms", classes, licence=licence)
 
 
 def _write_phantom(index: int, folder: Path, drawing: PhantomOptions) -> dict[str, str]:
