@@ -104,8 +104,6 @@ def phantom(options: Phantom) -> None:
     """Write phantoms. Raises `UserError` if the folder is not empty."""
     write_phantoms(options.root, options)
     print(f"{options.root}: {options.count} images of {options.size}x{options.size} pixels")
-    if options.annotations == "labelme":
-        print(f"next      python -m pdrunet_jax.data import-labelme {options.root} FOLDER")
 
 
 def main() -> None:

@@ -220,7 +220,7 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
 
 
 def colour_name(code: int) -> str | None:
-    """ "#rrggbb" for the code of a colour; None for a number."""
+    """Write the code of a colour as "#rrggbb"; None for a number."""
     return f"#{code - COLOUR:06x}" if code >= COLOUR else None
 
 

@@ -7,7 +7,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +18,14 @@ from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image, read_spacing
 from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
+from pdrunet_jax.data.labelme.write import labelme_text
 from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.phantoms.anatomy import BONES
 from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 from pdrunet_jax.data.phantoms.phantom import Difficulty, Phantom, draw
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.train.final import threshold_dice
+from tests.support.dicom_phantom import save_dicom
 
 
 @pytest.fixture(scope="module")
@@ -217,30 +219,37 @@ def test_levels_differ_in_how_well_bones_stand_out() -> None:
     assert standard > 1.3 * hard
 
 
-@pytest.mark.parametrize("images", ["png", "dicom"])
-def test_phantoms_come_back_through_the_labelme_importer(tmp_path: Path, images: Literal["png", "dicom"]) -> None:
-    drawing = PhantomOptions(9, size=96, by_bone=True, images=images, annotations="labelme")
-    write_phantoms(tmp_path / "drawn", drawing)
+@pytest.mark.parametrize("suffix", ["png", "dcm"])
+def test_phantoms_come_back_through_the_labelme_importer(tmp_path: Path, suffix: str) -> None:
+    for name in ("images", "annotations"):
+        (tmp_path / "drawn" / name).mkdir(parents=True)
+    for index in range(9):
+        phantom, image = draw(index, size=96), f"images/{index}.{suffix}"
+        if suffix == "png":
+            Image.fromarray(phantom.image).save(tmp_path / "drawn" / image)
+        else:
+            save_dicom(phantom, index, 300 / 96, tmp_path / "drawn" / image)
+        text = labelme_text(phantom.bones, BONES, f"../{image}")
+        (tmp_path / "drawn" / "annotations" / f"{index}.json").write_text(text)
     classes = {name: value for value, name in enumerate(BONES, start=1)}
     import_labelme(ImportLabelme(tmp_path / "drawn", tmp_path / "data", classes=classes))
     dataset = open_dataset(DataConfig(root=str(tmp_path / "data"), threads=1))
+    assert len(dataset.samples) == 9
     for index, sample in enumerate(dataset.samples):
         phantom = draw(index, size=96)
         read = np.array([0, *(classes[name] for name in dataset.class_names)])[read_mask(sample.mask, dataset.coding)]
         assert dice(read > 0, phantom.bones > 0) > 0.985
         assert (read == phantom.bones).mean() > 0.99
         seen = read_image(sample.image)[:, :, 0].astype(float)
-        assert np.abs(seen - phantom.brightness * 255).max() < (1.01 if images == "png" else 0.1) or index % 5 == 4
-        if images == "dicom":
+        assert np.abs(seen - phantom.brightness * 255).max() < (1.01 if suffix == "png" else 0.1) or index % 5 == 4
+        if suffix == "dcm":
             assert read_spacing(sample.image) == (300 / 96, 300 / 96)
 
 
 def test_the_command_draws_every_kind(run: Callable[..., Any], tmp_path: Path) -> None:
-    options = ["--count", "5", "--size", "64", "--difficulty", "hard", "--by-bone", "--images", "dicom"]
+    options = ["--count", "5", "--size", "64", "--difficulty", "hard", "--by-bone"]
     assert run("phantom", tmp_path / "p", *options).returncode == 0
-    report = run("check", tmp_path / "p").stdout
-    for words in ("femur", "DICOM MONOCHROME1 12-bit", "DICOM MONOCHROME2 12-bit"):
-        assert words in report
+    assert "femur" in run("check", tmp_path / "p").stdout
     again = run("phantom", tmp_path / "p", *options)
     assert again.returncode == 2
     assert "not empty" in again.stderr
