@@ -316,8 +316,12 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
     Raises `UserError` that names `source` (a file or option) and lists every unknown key, wrong type and value out of
     bounds.
     """
+    train = values.get("train")
+    if isinstance(train, Mapping) and train.get("spike", "off") == "off":  # version 0.1 wrote it into every config.toml
+        kept = {key: value for key, value in train.items() if key not in ("spike", "spike_factor", "spike_window")}
+        values = {**values, "train": kept}
     try:
-        config = _adapter().validate_python(_without_spikes(values, source))
+        config = _adapter().validate_python(values)
     except ValidationError as error:
         raise DataError(f"{source} is not a valid configuration", map(_explain, error.errors())) from None
     if problems := _conflicts(config):
@@ -380,18 +384,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 @cache
 def _adapter() -> TypeAdapter[Config]:
     return TypeAdapter(Config)
-
-
-def _without_spikes(values: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """Drop the settings of spike detection, which version 0.1 wrote into every config.toml; refuse any that is on."""
-    train = values.get("train")
-    if not isinstance(train, Mapping):
-        return values
-    if train.get("spike", "off") != "off":
-        problem = f"train.spike = {train['spike']!r}: spike detection was removed in version 0.2; delete this setting"
-        raise DataError(f"{source} is not a valid configuration", [problem])
-    removed = ("spike", "spike_factor", "spike_window")
-    return {**values, "train": {key: value for key, value in train.items() if key not in removed}}
 
 
 def _explain(item: Any) -> str:

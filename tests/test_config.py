@@ -122,7 +122,7 @@ def test_spike_detection_that_was_off_in_an_older_run_is_ignored(removed: str) -
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_spike_detection_that_was_on_in_an_older_run_is_refused_by_name(policy: str) -> None:
-    with pytest.raises(UserError, match=rf"config\.toml.*\n.*train\.spike = '{policy}': .*removed.*delete"):
+    with pytest.raises(UserError, match=r"config\.toml.*\n.*unknown setting train\.spike"):
         parse(f'[train]\nspike = "{policy}"\n', "config.toml")
 
 

@@ -19,7 +19,7 @@ from pdrunet_jax.model.weights import DEAD_BLOCK, dead_entries, to_public
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import writing
+from pdrunet_jax.runtime.files import require_replaceable, writing
 
 CONVERTED = {"config.toml", "best.safetensors", "checkpoints"}
 """Contents of a converted run folder; a folder with anything else in it is never replaced."""
@@ -100,16 +100,14 @@ def _check_target(src: Path, dst: Path, force: bool) -> None:
         raise UserError(f"{dst}: DST must be a .pth, .pt or .safetensors file, or a run folder (a name without suffix)")
     if not dst.exists():
         return
-    if src.resolve() == dst.resolve():
-        raise UserError(f"{dst} is SRC itself; give another DST")
     if dst.is_dir() and dst.suffix:
         raise UserError(f"{dst} is a folder; give the name of a file")
     if not dst.is_dir() and not dst.suffix:
         raise UserError(f"{dst} is a file; give the name of a new run folder")
     if dst.is_dir() and (others := sorted({path.name for path in dst.iterdir()} - CONVERTED)):
         raise UserError(f"{dst} contains more than weights ({', '.join(others[:5])}); give the name of a new folder")
-    if not force and (dst.is_file() or any(dst.iterdir())):
-        raise UserError(f"{dst} exists; give --force to replace it")
+    if dst.is_file() or any(dst.iterdir()):
+        require_replaceable(dst, src, force)
 
 
 def _write_run_folder(dst: Path, arrays: dict[str, np.ndarray], loaded: Loaded) -> None:

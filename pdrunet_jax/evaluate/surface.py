@@ -99,12 +99,6 @@ def _directed(start: Mask, goal: Mask, sampling: Sequence[float]) -> NDArray[np.
 
 
 def _check_masks(prediction: Mask, truth: Mask) -> None:
-    for name, mask in (("prediction", prediction), ("truth", truth)):
-        if mask.ndim != 2:
-            raise ValueError(f"{name} has shape {mask.shape}; expected two axes (H, W)")
-        if mask.dtype != np.bool_:
-            raise ValueError(f"{name} has dtype {mask.dtype}; expected booleans, for example `classes == 1`")
-    if truth.shape != prediction.shape:
-        raise ValueError(
-            f"truth has shape {truth.shape}, but the prediction has {prediction.shape}; expected equal shapes"
-        )
+    found = [f"{mask.dtype} {mask.shape}" for mask in (prediction, truth)]
+    if prediction.ndim != 2 or prediction.dtype != np.bool_ or found[0] != found[1]:
+        raise ValueError(f"prediction is {found[0]}, truth {found[1]}; expected booleans (H, W) of one shape")

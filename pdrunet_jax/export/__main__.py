@@ -18,7 +18,7 @@ from pdrunet_jax.predict.inference import height_width
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import atomic_write, require_replaceable, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,9 @@ def export(options: ExportOptions) -> list[str]:
         UserError: The weights, an option or an image are invalid, the output exists, or a package is missing.
         RunError: The file does not agree with the model, or cannot be written. An existing output is left alone.
     """
-    _check_target(Path(options.weights), options.output, options.force)
+    if options.output.is_dir():
+        raise UserError(f"{options.output} is a folder; give the name of a file")
+    require_replaceable(options.output, Path(options.weights), options.force)
     build, open_file = _tools(options.format)
     loaded = load_weights(options.weights)
     model = build_loaded(loaded, param_dtype=jnp.float32)
@@ -112,17 +114,6 @@ def _tools(format: str) -> tuple[Callable[[PDRUNet, GraphSpec], bytes], Callable
         require("onnxruntime")
         return build_onnx, open_onnx
     return build_stablehlo, open_stablehlo
-
-
-def _check_target(weights: Path, output: Path, force: bool) -> None:
-    if output.is_dir():
-        raise UserError(f"{output} is a folder; give the name of a file")
-    if not output.exists():
-        return
-    if weights.exists() and weights.resolve() == output.resolve():
-        raise UserError(f"{output} is the --weights file itself; give another --output")
-    if not force:
-        raise UserError(f"{output} exists; give --force to replace it")
 
 
 if __name__ == "__main__":

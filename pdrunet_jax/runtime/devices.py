@@ -4,15 +4,13 @@ A mesh has one axis, "data": each batch is split over it, and parameters and opt
 """
 
 import os
-import shutil
-import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import cycle
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import jax
@@ -61,28 +59,15 @@ def describe_device(precision: str, deterministic: bool = False) -> str:
     if here[0].platform != "cpu":
         suffix = ", deterministic" if deterministic else ""
         return f"{here[0].platform} ({len(here)} x {here[0].device_kind}), {precision}{suffix}"
-    gpu = nvidia_gpu()
-    if gpu and os.environ.get("JAX_PLATFORMS", "") != "cpu":
-        print(
-            f"warning: this machine has a GPU ({gpu}) but JAX runs on the CPU; pip install 'pdrunet-jax[cuda12]'",
-            file=sys.stderr,
-        )
+    if nvidia_gpu() and os.environ.get("JAX_PLATFORMS", "") != "cpu":
+        remedy = "pip install 'pdrunet-jax[cuda12]'"
+        print(f"warning: this machine has an NVIDIA GPU but JAX runs on the CPU; {remedy}", file=sys.stderr)
     return f"cpu ({_cores()} cores), {precision}"
 
 
-def nvidia_gpu() -> str | None:
-    """Return the name of this machine's first NVIDIA GPU, whether or not JAX can use it; None without one."""
-    if not (Path("/proc/driver/nvidia/gpus").is_dir() or Path("/dev/nvidia0").exists()):
-        return None
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        try:
-            names = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        except (OSError, subprocess.SubprocessError):
-            names = []
-        if names:
-            return names[0].strip()
-    return "NVIDIA"
+def nvidia_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU, usable by JAX or not."""
+    return Path("/proc/driver/nvidia/gpus").is_dir() or Path("/dev/nvidia0").exists()
 
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -177,38 +162,29 @@ class Placement:
 def over_devices(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, Callable[[], R]]]:
     """Yield each of `items`, in order, with a function that returns (or raises) the result of `function(item)`.
 
-    Each device of this process computes one item at a time, ahead of the consumer; a single device computes on demand.
+    The devices of this process take turns, ahead of the consumer; a single device computes on demand.
     """
     devices = jax.local_devices()
     if len(devices) == 1:
-        for item in items:
-            yield item, partial(function, item)
+        yield from ((item, partial(function, item)) for item in items)
         return
-    free: SimpleQueue[jax.Device] = SimpleQueue()
-    for device in devices:
-        free.put(device)
 
-    def compute(item: T) -> R:
-        device = free.get()
-        try:
-            with jax.default_device(device):
-                return function(item)
-        finally:
-            free.put(device)
+    def compute(device: jax.Device, item: T) -> R:
+        with jax.default_device(device):
+            return function(item)
 
-    pool = ThreadPoolExecutor(len(devices))
+    pools = [ThreadPoolExecutor(1) for _ in devices]
     ahead: deque[tuple[T, Future[R]]] = deque()
     try:
-        for item in items:
-            ahead.append((item, pool.submit(compute, item)))
-            if len(ahead) > len(devices):
+        for item, (device, pool) in zip(items, cycle(zip(devices, pools, strict=True)), strict=False):
+            ahead.append((item, pool.submit(compute, device, item)))
+            if len(ahead) > 2 * len(devices):
                 first, future = ahead.popleft()
                 yield first, future.result
-        while ahead:
-            first, future = ahead.popleft()
-            yield first, future.result
+        yield from ((item, future.result) for item, future in ahead)
     finally:
-        pool.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
 
 def _cores() -> int:

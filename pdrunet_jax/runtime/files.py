@@ -60,6 +60,16 @@ def _is_formula(cell: str) -> bool:
     return False
 
 
+def require_replaceable(path: Path, source: Path, force: bool) -> None:
+    """Raise `UserError` if `path` exists and is the `source` itself, or may not be replaced without `force`."""
+    if not path.exists():
+        return
+    if source.exists() and source.resolve() == path.resolve():
+        raise UserError(f"{path} is the file to read itself; give another name")
+    if not force:
+        raise UserError(f"{path} exists; give --force to replace it")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an `OSError` inside the block into a `RunError` that names `path`."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pdrunet_jax.config import Config, DataConfig, settings_digest
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.images import read_image, resize_image
-from pdrunet_jax.data.masks import IGNORE, read_mask
+from pdrunet_jax.data.masks import IGNORE, read_mask, resize_mask
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.calibration import THRESHOLDS, Histograms
 from pdrunet_jax.evaluate.evaluation import (
@@ -182,11 +182,7 @@ def _pictures(result: Evaluation) -> Iterator[Picture]:
         height, width = image.shape[:2]
         scale = min(1.0, LONGEST_SIDE / max(height, width))
         size = max(1, round(height * scale)), max(1, round(width * scale))
-        # Masks take the nearest pixel, since class indices have no mean.
-        down, across = (
-            ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, (height, width), strict=True)
-        )
-        masks = [mask[np.ix_(down, across)] for mask in result.masks_of(sample)]
+        masks = [resize_mask(mask, size) for mask in result.masks_of(sample)]
         cases.append((f"{kind}, dice {dice:.3f}  {sample.id}", [resize_image(image, size)[..., 0], *masks]))
     high, wide = np.max([pixels[0].shape for _, pixels in cases], axis=0) if cases else (0, 0)
     for name, pixels in cases:

@@ -150,7 +150,7 @@ class ProgressBar:
             self._bar.update(step - self._bar.n)
             return
         left = (time.monotonic() - self._began) / max(step - self._first, 1) * (self._total - step)
-        self.say(", ".join([f"step {step}/{self._total}", *parts, f"{_duration(left)} left"]))
+        self.say(", ".join([f"step {step}/{self._total}", *parts, f"{tqdm.format_interval(left)} left"]))
 
     def say(self, line: str) -> None:
         """Print a line on standard output, above the bar if there is one."""
@@ -177,9 +177,3 @@ def _plain(value: Any) -> Any:
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
     """The values that W&B can plot."""
     return {name: value for name, value in entry.items() if isinstance(value, int | float) and name != "step"}
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -185,7 +185,7 @@ def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_bad_targets_are_user_errors(public: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a name without suffix"):
         convert(public, tmp_path / "weights.onnx")
-    with pytest.raises(UserError, match="is SRC itself"):
+    with pytest.raises(UserError, match="is the file to read itself"):
         convert(public, public, force=True)
     (tmp_path / "folder.pth").mkdir()
     with pytest.raises(UserError, match="is a folder"):

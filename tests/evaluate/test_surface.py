@@ -169,9 +169,9 @@ def test_the_area_error_is_signed_and_relative_to_the_truth():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"truth": np.ones((4, 5), bool)}, r"truth has shape \(4, 5\), but the prediction has \(4, 4\)"),
-        ({"prediction": np.ones((1, 4, 4), bool)}, "prediction .* two axes"),
-        ({"truth": np.ones((4, 4), np.uint8)}, "truth has dtype uint8; expected booleans"),
+        ({"truth": np.ones((4, 5), bool)}, r"prediction is bool \(4, 4\), truth bool \(4, 5\)"),
+        ({"prediction": np.ones((1, 4, 4), bool)}, r"prediction is bool \(1, 4, 4\)"),
+        ({"truth": np.ones((4, 4), np.uint8)}, "truth uint8"),
         ({"tolerance": -0.1}, "tolerance is -0.1"),
         ({"tolerance": math.nan}, "tolerance is nan"),
         ({"tolerance": math.inf}, "tolerance is inf"),
@@ -188,5 +188,5 @@ def test_input_that_makes_no_sense_is_refused_with_its_reason(changes, message):
 
 
 def test_areas_of_masks_of_different_shapes_are_not_compared():
-    with pytest.raises(ValueError, match="truth has shape"):
+    with pytest.raises(ValueError, match="expected booleans .H, W. of one shape"):
         area_error(np.ones((4, 4), bool), np.ones((4, 5), bool))

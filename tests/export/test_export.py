@@ -241,7 +241,7 @@ def test_nothing_is_overwritten_without_force(weights: Path, tmp_path: Path) -> 
     assert target.read_text() == "precious"
     export(weights, target, format="onnx", force=True)
     onnx.checker.check_model(str(target))
-    with pytest.raises(UserError, match="is the --weights file itself"):
+    with pytest.raises(UserError, match="is the file to read itself"):
         export(weights, weights, format="onnx", force=True)
     with pytest.raises(UserError, match="is a folder"):
         export(weights, tmp_path, format="onnx", force=True)

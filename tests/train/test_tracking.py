@@ -89,7 +89,7 @@ def test_away_from_a_terminal_every_log_step_is_a_line(run: RunFolder, capsys: p
         tracker.validation(10, {"val/dice": 0.9, "val/loss": float("nan")})
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0].startswith("step 10/20, loss 0.5000, Dice 0.2500, images/s 12.3, data wait 7%, 0:0")
+    assert lines[0].startswith("step 10/20, loss 0.5000, Dice 0.2500, images/s 12.3, data wait 7%, 00:0")
     assert lines[1] == "validation at step 10: dice 0.9000"
     assert (len(lines), err) == (2, "")
 
