@@ -39,11 +39,12 @@ def run(image: str, tile: int, weights: str | None, logits: str) -> None:
     configure_malloc()  # as every command does, before any library starts its threads
     from flax import nnx
 
+    from pdrunet_jax.config import ModelConfig
     from pdrunet_jax.model.load import load_model
     from pdrunet_jax.model.network import PDRUNet
     from pdrunet_jax.predict.inference import forward, forward_in_tiles
 
-    model = PDRUNet.from_options(rngs=nnx.Rngs(0)) if weights is None else load_model(weights)
+    model = PDRUNet(ModelConfig(), rngs=nnx.Rngs(0)) if weights is None else load_model(weights)
     pixels = np.load(image)
     found = forward_in_tiles(model, pixels, tile) if tile else np.asarray(forward(model, pixels))
     np.save(logits, found)

@@ -26,6 +26,7 @@ from pdrunet_jax import config as configuration
 from pdrunet_jax.config import Config, OptimConfig
 from pdrunet_jax.data.pipeline import position_after
 from pdrunet_jax.model.files import import_torch, write_pth
+from pdrunet_jax.model.load import find_run
 from pdrunet_jax.model.weights import (
     DEAD_BLOCK,
     HWIO,
@@ -37,9 +38,8 @@ from pdrunet_jax.model.weights import (
     name_table,
     to_public,
 )
-from pdrunet_jax.runtime.checkpoint import Checkpoints, read_checkpoint, run_folder_of
+from pdrunet_jax.runtime.checkpoint import Checkpoints, read_checkpoint
 from pdrunet_jax.runtime.errors import DataError, UserError
-from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.train.optim import make_schedule
 from pdrunet_jax.train.progress import Progress
 from pdrunet_jax.train.run import open_run
@@ -85,9 +85,9 @@ def run_to_torch(src: Path, dst: Path) -> list[str]:
         UserError: `src` contains no intact checkpoint of a training run, or PyTorch is not installed.
         RunError: `dst` cannot be written.
     """
-    run = RunFolder(run_folder_of(src))
-    if not run.config_file.is_file():
-        raise UserError(f"{src} is neither a run folder nor a checkpoint in one: {run.config_file} does not exist")
+    run = find_run(src)
+    if run is None:
+        raise UserError(f"{src} is neither a run folder nor a checkpoint in one: there is no config.toml")
     config = configuration.read(run.config_file)
     with jax.enable_x64(config.train.precision == "float64"):
         restored = read_checkpoint(src, lambda arrays: _blank_state(config, _outputs(arrays, src)))

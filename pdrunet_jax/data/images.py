@@ -57,15 +57,8 @@ def read_spacing(path: Path) -> tuple[float, float] | None:
         return None
     with _dicom_errors(name):
         dataset = _read_dicom(data, name)
-        for tag in ("PixelSpacing", "ImagerPixelSpacing"):
-            value = dataset.get(tag)
-            try:
-                rows, columns = (float(item) for item in value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if 0 < rows < math.inf and 0 < columns < math.inf:
-                return rows, columns
-        return None
+        spacings = (dicom_numbers(dataset, element, 2) for element in ("PixelSpacing", "ImagerPixelSpacing"))
+        return next(((found[0], found[1]) for found in spacings if found and min(found) > 0), None)
 
 
 def resize_image(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -330,6 +323,16 @@ def _explain(dataset: Any, error: Exception) -> str:
     if "PixelData" not in dataset:
         return "a DICOM file without an image"
     return f"damaged or truncated DICOM pixel data ({type(error).__name__})"
+
+
+def dicom_numbers(dataset: Any, element: str, count: int) -> tuple[float, ...] | None:
+    """A DICOM element as `count` finite numbers; None if it is absent or anything else."""
+    try:
+        value = dataset.get(element)
+        numbers = tuple(float(item) for item in (value if count > 1 else [value]))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None
 
 
 def _number(dataset: Any, tag: str, default: float) -> float:

@@ -97,14 +97,9 @@ def sample_sheet(
         truths: (H, W) class indices, of the image's size.
         predictions: (H, W) class indices, of the image's size.
         captions: One line above each row.
-
-    Raises:
-        ValueError: if there is no case, or the sequences differ in length.
     """
-    cases = list(zip(images, truths, predictions, captions, strict=True))
-    if not cases:
-        raise ValueError("a sheet needs at least one case")
     # The widest panel and the heights of all rows give the size.
+    cases = zip(images, truths, predictions, captions, strict=True)
     rows = [(caption, panels(image, truth, prediction)) for image, truth, prediction, caption in cases]
     column = max(row[0].width for _, row in rows)
     width = _GAP + len(PANELS) * (column + _GAP)

@@ -158,15 +158,9 @@ def identical(ids: Sequence[str], pixels: Sequence[str]) -> list[list[str]]:
 
 def manifest_rows(root: Path, samples: Sequence[Sample]) -> list[dict[str, str]]:
     """The manifest's rows for `samples`, whose masks are below `root`."""
-    return [
-        {
-            "image": sample.id,
-            "mask": sample.mask.relative_to(root).as_posix(),
-            "patient": sample.patient,
-            "split": sample.split,
-        }
-        for sample in samples
-    ]
+    columns = ("image", "mask", "patient", "split")
+    cells = ((each.id, each.mask.relative_to(root).as_posix(), each.patient, each.split) for each in samples)
+    return [dict(zip(columns, row, strict=True)) for row in cells]
 
 
 def split_counts(samples: Sequence[Sample]) -> str:

@@ -20,6 +20,12 @@ from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, require_replaceable, writing
 
+FORMATS: dict[str, tuple[Callable[[PDRUNet, GraphSpec], bytes], Callable[[bytes], Run]]] = {
+    "onnx": (build_onnx, open_onnx),
+    "stablehlo": (build_stablehlo, open_stablehlo),
+}
+"""How a file of each format is built and opened."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
@@ -56,7 +62,9 @@ def export(options: ExportOptions) -> list[str]:
     if options.output.is_dir():
         raise UserError(f"{options.output} is a folder; give the name of a file")
     require_replaceable(options.output, Path(options.weights), options.force)
-    build, open_file = _tools(options.format)
+    for package in ("onnx", "onnxruntime") if options.format == "onnx" else ():
+        require(package)  # before any work is done
+    build, open_file = FORMATS[options.format]
     loaded = load_weights(options.weights)
     model = build_loaded(loaded, param_dtype=jnp.float32)
     threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
@@ -105,15 +113,6 @@ def _metadata(model: PDRUNet, labels: Sequence[str] | None, size: tuple[int, int
             f"logits: float32 (N, {height}, {width}, {model.outputs}), at the network's size",
         ],
     }
-
-
-def _tools(format: str) -> tuple[Callable[[PDRUNet, GraphSpec], bytes], Callable[[bytes], Run]]:
-    """Functions that build and open a file; reports a missing package before any work is done."""
-    if format == "onnx":
-        require("onnx")
-        require("onnxruntime")
-        return build_onnx, open_onnx
-    return build_stablehlo, open_stablehlo
 
 
 if __name__ == "__main__":

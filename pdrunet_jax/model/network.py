@@ -149,19 +149,6 @@ class PDRUNet(nnx.Module):
         self.d5 = block("d5")
         self.final_conv = Conv(config.filters, self.outputs, size=1, init=config.init, dtype=param_dtype, rngs=rngs)
 
-    @classmethod
-    def from_options(
-        cls,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        size: tuple[int, int] | None = None,
-        **options: Any,
-    ) -> Self:
-        """Build the network from the options of `ModelConfig` as keywords: `from_options(filters=20, rngs=rngs)`."""
-        return cls(ModelConfig(**options), rngs=rngs, dtype=dtype, param_dtype=param_dtype, size=size)
-
     @property
     def foreground_classes(self) -> int:
         """Number of classes without background."""

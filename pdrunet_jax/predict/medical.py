@@ -6,7 +6,6 @@ projection radiographs ITK uses the detector spacing only, not the calibrated sp
 
 import gzip
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from pdrunet_jax.data.images import import_pydicom
+from pdrunet_jax.data.images import dicom_numbers, import_pydicom
 from pdrunet_jax.data.overlay import colour_of
 from pdrunet_jax.predict.inputs import is_dicom
 
@@ -137,26 +136,16 @@ def _dicom_geometry(path: Path) -> Geometry:
         sources = ("PixelSpacing", "NominalScannedPixelSpacing")
     else:
         sources = ("PixelSpacing",)
-    spacings = (_numbers(dataset, source, 2) for source in sources)
+    spacings = (dicom_numbers(dataset, source, 2) for source in sources)
     down, across = next((found for found in spacings if found and min(found) > 0), (1.0, 1.0))
-    between = _numbers(dataset, "SpacingBetweenSlices", 1)
+    between = dicom_numbers(dataset, "SpacingBetweenSlices", 1)
     spacing = (across, down, between[0] if between and between[0] > 0 else 1.0)
-    x, y, z = _numbers(dataset, "ImagePositionPatient", 3) or (0.0, 0.0, 0.0)
+    x, y, z = dicom_numbers(dataset, "ImagePositionPatient", 3) or (0.0, 0.0, 0.0)
 
     # Direction cosines that are missing or not orthonormal are ignored.
-    row, column = np.reshape(_numbers(dataset, "ImageOrientationPatient", 6) or np.zeros(6), (2, 3))
+    row, column = np.reshape(dicom_numbers(dataset, "ImageOrientationPatient", 6) or np.zeros(6), (2, 3))
     lengths = np.linalg.norm(row), np.linalg.norm(column)
     if not all(abs(length - 1) < 1e-2 for length in lengths) or abs(row @ column) > 1e-2:
         return Geometry(spacing, (x, y, z))
     row, column = row / lengths[0], column / lengths[1]
     return Geometry(spacing, (x, y, z), tuple(tuple(axis.tolist()) for axis in (row, column, np.cross(row, column))))
-
-
-def _numbers(dataset: Any, element: str, count: int) -> tuple[float, ...] | None:
-    """The element as `count` finite numbers, or None."""
-    try:
-        value = dataset.get(element)
-        numbers = tuple(float(item) for item in (value if count > 1 else [value]))
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

@@ -279,12 +279,6 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return meta
 
 
-def run_folder_of(path: str | Path) -> Path:
-    """The run folder of a checkpoint; any other path is returned unchanged."""
-    path = Path(path)
-    return path.absolute().parent.parent if path.name.isdecimal() and path.parent.name == "checkpoints" else path
-
-
 def _inspect(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Faults of a checkpoint; the metadata of an intact one."""
     if found := list(faults(folder)):

@@ -41,8 +41,6 @@ def test_a_sheet_has_a_row_for_each_case_of_whatever_size():
     sheet = pictures.sample_sheet(images, cases, cases, ["one", "x" * 500])
     assert sheet.width > 4 * 256
     assert sheet.height > 128 + 256
-    with pytest.raises(ValueError, match="at least one"):
-        pictures.sample_sheet([], [], [], [])
     with pytest.raises(ValueError, match="shorter"):
         pictures.sample_sheet(images, cases, cases, ["one"])
 

@@ -188,5 +188,5 @@ def test_input_that_makes_no_sense_is_refused_with_its_reason(changes, message):
 
 
 def test_areas_of_masks_of_different_shapes_are_not_compared():
-    with pytest.raises(ValueError, match="expected booleans .H, W. of one shape"):
+    with pytest.raises(ValueError, match="of one shape"):
         area_error(np.ones((4, 4), bool), np.ones((4, 5), bool))

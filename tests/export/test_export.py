@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from pdrunet_jax.data.images import resize_image
@@ -30,7 +29,7 @@ from pdrunet_jax.model.load import load_model
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import forward, segment
 from pdrunet_jax.runtime.errors import RunError, UserError
-from tests.support.tiny import brightness_model, overflowing_model, save_image, save_model
+from tests.support.tiny import brightness_model, network, overflowing_model, save_image, save_model
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -42,7 +41,7 @@ OPEN = {"onnx": open_onnx, "stablehlo": open_stablehlo}
 
 def trained(**options: object) -> PDRUNet:
     """A network whose normalisations are not the initial ones."""
-    model = PDRUNet.from_options(**{"filters": 4, "dropout": 0.0, "rngs": nnx.Rngs(0), **options})
+    model = network(**{"filters": 4, "dropout": 0.0, **options})
     numbers = np.random.default_rng(0)
     for block in vars(model).values():
         for norm in filter(None, (getattr(block, "bnorm1", None), getattr(block, "bnorm2", None))):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.fast.convolution import (
     channel_sum,
@@ -25,7 +26,8 @@ from pdrunet_jax.model.network import BLOCKS, PDRUNet
 
 
 def build(**options) -> PDRUNet:
-    return PDRUNet.from_options(**{"filters": 4, "rngs": nnx.Rngs(0)} | options)
+    build_options = {name: options.pop(name) for name in ("dtype", "param_dtype", "size", "rngs") if name in options}
+    return PDRUNet(ModelConfig(**{"filters": 4} | options), **{"rngs": nnx.Rngs(0)} | build_options)
 
 
 def run(model: PDRUNet, images: jax.Array, **options) -> jax.Array:

@@ -6,13 +6,13 @@ import pytest
 from flax import nnx
 
 from pdrunet_jax.model import load as loading
-from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.runtime.errors import UserError
+from tests.support import tiny
 from tests.support.tiny import brightness_model, save_model
 
 
 def network(**options):
-    return PDRUNet.from_options(filters=2, dropout=0.1, rngs=nnx.Rngs(1), **options)
+    return tiny.network(1, filters=2, dropout=0.1, **options)
 
 
 def arrays(model):

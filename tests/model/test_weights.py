@@ -13,9 +13,9 @@ from safetensors.numpy import save
 
 from pdrunet_jax.model.files import read_weights, write_pth, write_safetensors
 from pdrunet_jax.model.load import load_model, load_weights
-from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
+from tests.support.tiny import network
 
 torch = pytest.importorskip("torch")
 
@@ -29,7 +29,7 @@ def public() -> Arrays:
 
 
 def public_arrays(dtype: str = "float32", **options: Any) -> Arrays:
-    model = PDRUNet.from_options(**{"filters": 4, **options}, rngs=nnx.Rngs(0))
+    model = network(**{"filters": 4, **options})
     arrays = to_public(nnx.state(model, nnx.Param), nnx.state(model, nnx.BatchStat))
     rng = np.random.default_rng(0)
     for name, array in arrays.items():
@@ -236,7 +236,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, public: Arrays) -> N
 
 
 def test_misshapen_state_cannot_be_written() -> None:
-    model = PDRUNet.from_options(filters=4, rngs=nnx.Rngs(0))
+    model = network(filters=4)
     params, stats = (nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat))
     del params["e1"]["first"]["bias"]
     params["e2"]["first"]["bias"] = jnp.zeros(5)
@@ -258,6 +258,7 @@ import sys
 sys.modules["torch"] = None  # what `import torch` finds where it is not installed: ImportError
 import pdrunet_jax
 from pdrunet_jax.runtime.errors import UserError
+from tests.support.tiny import network
 pdrunet_jax.load_model({str(tmp_path / "a.safetensors")!r})
 try:
     pdrunet_jax.load_model({str(tmp_path / "a.pth")!r})

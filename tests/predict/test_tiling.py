@@ -6,17 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import forward, forward_in_tiles
 from pdrunet_jax.predict.tiling import MULTIPLE, RADIUS, in_tiles, windows
-from tests.support.tiny import brightness_model
+from tests.support.tiny import brightness_model, network
 
 
 def lively_model() -> PDRUNet:
     """Two filters whose activations neither die nor explode, so that the whole receptive field counts."""
-    model = PDRUNet.from_options(filters=2, norm="none", dropout=0.0, rngs=nnx.Rngs(0))
+    model = network(filters=2, norm="none", dropout=0.0)
     for name, block in vars(model).items():
         if hasattr(block, "second"):
             for number, conv in enumerate((block.first, block.second)):

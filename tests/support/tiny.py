@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,16 @@ from flax import nnx
 from PIL import Image
 from scipy import ndimage
 
+from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model.files import write_safetensors
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
 from tests.support import ROOT
+
+
+def network(seed: int = 0, *, param_dtype: str = "float32", **options: Any) -> PDRUNet:
+    """A PDR-UNet with these options of `ModelConfig`."""
+    return PDRUNet(ModelConfig(**options), param_dtype=param_dtype, rngs=nnx.Rngs(seed))
 
 
 def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
@@ -24,9 +31,7 @@ def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
     With 3 outputs, above 0.25 is class 1 and above 0.75 class 2. Every block is the identity, and the long skips add up
     to 32 times the image.
     """
-    model = PDRUNet.from_options(
-        in_channels=in_channels, outputs=outputs, filters=1, norm="none", dropout=0.0, conv="plain", rngs=nnx.Rngs(0)
-    )
+    model = network(in_channels=in_channels, outputs=outputs, filters=1, norm="none", dropout=0.0, conv="plain")
     for name, block in vars(model).items():
         if not hasattr(block, "second"):
             continue

@@ -157,7 +157,11 @@ def import_mura(options: ImportMura) -> list[str]:
             classes, ignore, threshold = table.classes, IGNORE if IGNORE in table.index_of.values() else None, None
             notes += more
         coding = declare(classes, ignore, threshold, source="--classes")
-        pairs = {view: _pair(view, files[view], options.masks) for view in views if view in files}
+        pairs = {
+            view: Pair(view.name, view.path, os.path.relpath(files[view], options.masks), files[view])
+            for view in views
+            if view in files
+        }
         scanned = dict(zip(pairs, scan(list(pairs.values()), coding, DataConfig().threads), strict=True))
         problems += [problem for item in scanned.values() for problem in item.problems]
         try:
@@ -333,10 +337,6 @@ def _draw(
         files[view] = folder / "masks" / f"{view.name}.png"
         write_mask(mask, files[view])
     return files, table, [*table.notes, *survey.notes()]
-
-
-def _pair(view: View, mask: Path, folder: Path) -> Pair:
-    return Pair(view.name, view.path, os.path.relpath(mask, folder), mask)
 
 
 def _splits(kept: Mapping[View, ScanResult], coding: MaskCoding, options: ImportMura) -> dict[View, str]:

@@ -126,12 +126,10 @@ def image_location(annotation: Annotation, folder: Path, root: Path) -> str:
 
     Raises `DataError` if it leads out of `root`.
     """
-    path = annotation.image_path
-    if PureWindowsPath(path).drive or _unwritable(path):
-        raise _wrong(annotation.name, f"imagePath {path!r} leads out of the annotations' folder; refused")
-    base = os.path.abspath(root)
+    path, base = annotation.image_path, os.path.abspath(root)
     target = os.path.normpath(os.path.join(os.path.abspath(folder), path.replace("\\", "/")))
-    if os.path.commonpath([base, target]) != base or target == base:
+    inside = os.path.commonpath([base, target]) == base != target
+    if not inside or PureWindowsPath(path).drive or _unwritable(path):
         raise _wrong(annotation.name, f"imagePath {path!r} leads out of the annotations' folder; refused")
     return posixpath.join(*Path(target).relative_to(base).parts)
 
