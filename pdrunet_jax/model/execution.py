@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from pdrunet_jax.model.fast.phases import Activation, finest_phases
-from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks, on_cpu
+from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks
 from pdrunet_jax.model.layers import PATHS, Path, State, Tap, fused_training_block, split_state
 
 if TYPE_CHECKING:
@@ -31,9 +31,8 @@ class Execution:
 
     @classmethod
     def of(cls, conv: str, *, remat: bool = False, mesh: Mesh | None = None) -> Self:
-        """The execution for a setting of `model.conv`; "auto" chooses the path by platform."""
-        if conv == "auto":
-            conv = "fused" if on_cpu() else "plain"
+        """The execution for a setting of `model.conv`; "auto" is the fused path."""
+        conv = "fused" if conv == "auto" else conv
         for path in PATHS:
             if path == conv:
                 return cls(path, remat, mesh)

@@ -102,7 +102,7 @@ def predict_batches(
     graphdef, state = nnx.split(model)
     state = place.replicate(state)
     for batch in batches:
-        yield batch, _compiled()(graphdef, state, place.shard_batch({"image": batch["image"]})["image"])
+        yield batch, compiled_forward()(graphdef, state, place.shard_batch({"image": batch["image"]})["image"])
 
 
 def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
@@ -111,7 +111,7 @@ def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
     Compiled once for each architecture and shape, not for each set of weights.
     """
     graphdef, state = nnx.split(model)
-    return _compiled()(graphdef, state, jax.device_put(images))
+    return compiled_forward()(graphdef, state, jax.device_put(images))
 
 
 def forward_in_tiles(model: PDRUNet, images: np.ndarray, tile: int, halo: int = RADIUS) -> np.ndarray:
@@ -153,8 +153,9 @@ def height_width(size: Sequence[int]) -> tuple[int, int] | None:
 
 
 @cache
-def _compiled() -> Any:
-    # Deferred to the first call: querying compiler options initialises the backend, which an import must not do.
+def compiled_forward() -> Any:
+    """Compile `forward`, at its first call: querying compiler options starts the backend, which no import must do."""
+
     def run(graphdef: nnx.GraphDef[PDRUNet], state: nnx.State[Any, Any], images: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, state)
         return model(unit_range(images))

@@ -35,7 +35,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from pdrunet_jax.runtime.digest import DIGEST, faults, seal
-from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.errors import DataError, RunError, UserError
 from pdrunet_jax.runtime.files import sync, writing
 from pdrunet_jax.runtime.processes import Group
 
@@ -356,9 +356,9 @@ def _fill(template: Any, stored: Mapping[str, Any], folder: Path) -> Any:
         if (have.shape, have.dtype) != (want.shape, want.dtype):
             problems.append(f"{'/'.join(name)} is {have.dtype}{have.shape}, not {want.dtype}{want.shape}")
     if problems:
-        shown = "".join(f"\n  - {problem}" for problem in sorted(problems)[:20])
-        more = f"\n  - and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"checkpoint {folder} is of another model or optimizer, or holds weights only:{shown}{more}")
+        raise DataError(
+            f"checkpoint {folder} is of another model or optimizer, or holds weights only", sorted(problems)
+        )
     leaves = [_place(arrays[name], want) for name, want in wanted.items()]
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 

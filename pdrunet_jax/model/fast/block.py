@@ -112,7 +112,7 @@ def _backward(
     d_skip = d_y.astype(x.dtype)
     if shortcut == "conv1":
         d_c1 = d_c1 + d_skip
-    d_y = jnp.where(c1 > 0, d_c1, 0).astype(first.scale.dtype)
+    d_y = jnp.where(later.before_relu(first, None) > 0, d_c1, 0).astype(first.scale.dtype)
     d_x, d_first = _layer_gradient(x, first, one, d_y, dilation)
     return (d_x + d_skip if shortcut == "input" else d_x), d_first, d_second
 

@@ -34,7 +34,7 @@ def map_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels:
     """
     n, h, w, _ = x.shape
     count = largest_divisor(n, (CHUNK_PIXELS if pixels is None else pixels) // (h * w))
-    if count == n:
+    if count == n or not on_cpu():
         return function(x)
     chunks = x.reshape(n // count, count, *x.shape[1:])
     results = map_into(lambda i: function(lax.dynamic_index_in_dim(chunks, i, keepdims=False)), n // count, x)
