@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test lint types unit parity stress bench clean
+.PHONY: help venv dev demo test lint types unit parity stress gpu-check bench clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: .venv/installed  ## Create .venv with the package and its required dependencies
 dev: .venv/installed-dev  ## Add what tests, linting and types need
@@ -37,12 +37,18 @@ parity: .venv/installed-dev  ## Compare with PyTorch and print the error budget
 stress: .venv/installed-dev  ## Run the long form of the tests: 200 kills, 50 signals, full disks, damage, fuzzing
 	$(PYTEST) tests/faults tests/data tests/distributed --stress --timeout 3600
 
+gpu-check: .venv/installed-dev  ## Compile for NVIDIA GPUs that are not there, and check the programs (3 minutes, Linux x86-64)
+	@version=$$(sed -n 's/^jaxlib==//p' constraints.txt); \
+	if [ -d .gpu/jax_plugins ] || $(PIP) --no-deps --target .gpu "jax-cuda12-pjrt==$$version" "jax-cuda12-plugin==$$version"; \
+	then PYTHONPATH=.gpu $(BIN)/python -m gpu_check; \
+	else rm -rf .gpu; echo "gpu-check skipped: no wheels of jax-cuda12-pjrt and jax-cuda12-plugin $$version for this machine"; fi
+
 bench: .venv/installed-dev  ## Measure every figure of docs/performance.md on an otherwise idle machine (1.5 hours)
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m benchmarks
 
 clean:  ## Delete .venv, builds and caches
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .gpu build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -207,11 +207,8 @@ def checkpoint_faults(folder: Path) -> list[str]:
 def is_checkpoint(path: str | Path) -> bool:
     """Whether `path` is a checkpoint or a run folder with checkpoints, intact or not."""
     path = Path(path)
-    return (
-        (path / DIGEST).is_file()
-        or bool(checkpoint_steps(path / "checkpoints"))
-        or (path.is_dir() and path.name.isdecimal())
-    )
+    itself = (path / DIGEST).is_file() or (path.is_dir() and path.name.isdecimal())
+    return itself or bool(checkpoint_steps(path / "checkpoints"))
 
 
 def choose_intact(path: Path, which: Literal["best", "latest"]) -> Path:

@@ -120,11 +120,8 @@ def save(training: Training, state: TrainState, progress: Progress, dice: float 
         with writing(training.run.metrics):
             sync(training.run.metrics)
             sync(training.run.path)
-    extra = {
-        **progress.to_dict(),
-        "options": weights_options(training.config, training.dataset, training.outputs),
-        SETTINGS: settings_digest(training.config),
-    }
+    options = weights_options(training.config, training.dataset, training.outputs)
+    extra = {**progress.to_dict(), "options": options, SETTINGS: settings_digest(training.config)}
     training.checkpoints.save(progress.step, state, position, extra, dice)
     if training.group.is_main:
         training.run.note_checkpoint()
