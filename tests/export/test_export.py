@@ -186,7 +186,7 @@ def test_a_file_that_disagrees_is_not_written(weights: Path, tmp_path: Path, mon
         model.final_conv.bias.set_value(model.final_conv.bias[...] - 1e-3)
         return data
 
-    monkeypatch.setattr(command, "build_onnx", wrong)
+    monkeypatch.setitem(command.FORMATS, "onnx", (wrong, open_onnx))
     before = sorted(tmp_path.iterdir())
     with pytest.raises(RunError, match=r"do not agree.*logits 1\.0e-03"):
         export(weights, tmp_path / "model.onnx", format="onnx")
