@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help venv dev demo test lint types unit parity stress gpu-check bench clean
@@ -32,7 +32,7 @@ unit: .venv/installed-dev  ## Run the tests without the parity tests
 	$(PYTEST) tests
 
 parity: .venv/installed-dev  ## Compare with PyTorch and print the error budget
-	$(PYTEST) --no-loadscope-reorder parity_tests
+	$(PYTEST) parity_tests
 
 stress: .venv/installed-dev  ## Run the long form of the tests: 200 kills, 50 signals, full disks, damage, fuzzing
 	$(PYTEST) tests/faults tests/data tests/distributed --stress --timeout 3600
