@@ -118,7 +118,7 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
         loaded = _from_checkpoint(path, which)
     settings = loaded.options.pop(SETTINGS, None)
     if run := find_run(path):
-        _require_own(loaded.options, settings, run, path)
+        _require_own(loaded.options, settings, run, best if which == "best" and best.is_file() else path)
     stated = loaded.options.get("shortcut")
     if shortcut is not None and stated not in (None, shortcut):
         raise UserError(f"{path} has shortcut = {stated!r}; leave the option {shortcut!r} out")
