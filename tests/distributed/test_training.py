@@ -37,12 +37,12 @@ def undisturbed(site: Site, count: int) -> Path:
     return run
 
 
-@pytest.mark.stress
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.stress)])
 def test_several_processes_train_as_one_does(site: Site, alone: Path, count: int) -> None:
     assert_close_runs(undisturbed(site, count), alone)
 
 
+@pytest.mark.stress
 def test_processes_that_are_stopped_and_killed_train_as_one_does(site: Site, alone: Path) -> None:
     run = site.path / "disturbed"
 

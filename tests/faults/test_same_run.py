@@ -42,6 +42,7 @@ def test_another_seed_gives_another_run(place: Place) -> None:
     assert content(run, 1)["metrics"][0] != content(place.undisturbed)["metrics"][0]
 
 
+@pytest.mark.stress
 def test_a_run_resumes_in_the_middle_of_an_epoch_with_other_threads(place: Place) -> None:
     run = place.path / "elsewhere"
     with place.start(workdir=run) as process:

@@ -87,6 +87,7 @@ def test_asked_to_stop_at_any_moment_it_exits_with_75_leaves_nothing_running_and
     record("signals", seconds=round(time.monotonic() - began), **total)
 
 
+@pytest.mark.stress
 def test_asked_to_stop_while_it_compiles_it_saves_at_the_next_step(place: Place) -> None:
     run = place.path / "stopped-compiling"
     with place.start(workdir=run, JAX_ENABLE_COMPILATION_CACHE="false") as process:
@@ -105,6 +106,7 @@ def test_asked_to_stop_while_it_compiles_it_saves_at_the_next_step(place: Place)
     assert_same_run(run, place.undisturbed)
 
 
+@pytest.mark.stress
 def test_asked_to_stop_before_a_validation_it_saves_and_the_resumed_run_validates(place: Place) -> None:
     run = place.path / "before-validation"
     with place.start(workdir=run) as process:
