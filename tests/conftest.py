@@ -4,6 +4,9 @@ import os
 
 import pytest
 
+LONGEST = ("faults", "distributed", "train", "export", "convert")
+"""Folders with the tests that take longest."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stress", action="store_true", help="run the long form too (make stress); same as STRESS=1")
@@ -24,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files that take long come first, so that no worker is left with one of them at the end.
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
     if not os.environ.get("STRESS"):
         for item in items:
             if item.get_closest_marker("stress"):
