@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import export as jax_export
 from jax.experimental import topologies
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from gpu_check.hlo import Program
 from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -62,8 +62,8 @@ class Case:
     @property
     def name(self) -> str:
         """For example `train auto bfloat16 remat`."""
-        parts = self.kind, self.path, self.precision, "remat" * self.remat, f"{self.devices} devices"
-        return " ".join(filter(None, parts[:4] if self.devices == 1 else parts))
+        devices = f"{self.devices} devices" if self.devices > 1 else ""
+        return " ".join(filter(None, (self.kind, self.path, self.precision, "remat" * self.remat, devices)))
 
 
 CASES = [
@@ -158,24 +158,21 @@ def compile_step(config: Config, devices: Sequence[Any]) -> Any:
     """Compile the training step."""
     size, batch = config.data.height_width, config.train.batch_size
     mesh = make_mesh(devices) if len(devices) > 1 else None
-    whole, part = place(devices[0], mesh)
+    alone = SingleDeviceSharding(devices[0])
+    whole, part = (replicated(mesh), batch_sharding(mesh)) if mesh else (alone, alone)
     graph, state = create_state(config, build_model(config, 1))
     data = {
-        "image": (batch, *size, 1),
-        "mask": (batch, *size),
-        "index": (batch,),
-        "epoch": (batch,),
+        "image": jax.ShapeDtypeStruct((batch, *size, 1), jnp.uint8),
+        "mask": jax.ShapeDtypeStruct((batch, *size), jnp.uint8),
+        "index": jax.ShapeDtypeStruct((batch,), jnp.int32),
+        "epoch": jax.ShapeDtypeStruct((batch,), jnp.int32),
     }
-    kinds = {"image": jnp.uint8, "mask": jnp.uint8}
-    arrays = {
-        name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.int32), sharding=part) for name, shape in data.items()
-    }
-    return make_train_step(config, graph, 1, mesh).lower(shapes(state, whole), arrays).compile()
+    return make_train_step(config, graph, 1, mesh).lower(shapes(state, whole), shapes(data, part)).compile()
 
 
 def compile_inference(config: Config, devices: Sequence[Any]) -> Any:
     """Compile the forward pass of evaluation and prediction."""
-    where, _ = place(devices[0], None)
+    where = SingleDeviceSharding(devices[0])
     graph, state = nnx.split(build_model(config, 1))
     images = jax.ShapeDtypeStruct((config.train.batch_size, *config.data.height_width, 1), jnp.uint8, sharding=where)
     return compiled_forward().lower(graph, shapes(state, where), images).compile()
@@ -185,16 +182,9 @@ def compile_artifact(config: Config, devices: Sequence[Any]) -> Any:
     """Compile the CUDA part of an exported StableHLO artifact."""
     size = config.data.height_width
     data = build_stablehlo(build_model(config, 1), GraphSpec(size, 0.5, tall_first=True))
-    where, _ = place(devices[0], None)
+    where = SingleDeviceSharding(devices[0])
     images = jax.ShapeDtypeStruct((config.train.batch_size, *size, 1), jnp.uint8, sharding=where)
     return jax.jit(jax_export.deserialize(bytearray(data)).call).lower(images).compile()
-
-
-def place(device: Any, mesh: Mesh | None) -> tuple[Sharding, Sharding]:
-    """Where the training state lies, and the batch."""
-    if mesh is None:
-        return SingleDeviceSharding(device), SingleDeviceSharding(device)
-    return replicated(mesh), batch_sharding(mesh)
 
 
 def shapes(tree: Any, where: Sharding) -> Any:
