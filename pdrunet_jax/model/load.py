@@ -17,7 +17,7 @@ from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
-from pdrunet_jax.runtime.compile import disable_async_dispatch
+from pdrunet_jax.runtime.devices import start_devices
 from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.run_folder import RunFolder
@@ -83,7 +83,7 @@ def build_loaded(
     loaded: Loaded, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None, conv: str = "auto"
 ) -> PDRUNet:
     """Build the network of `load_weights`. Arguments and errors as for `load_model`."""
-    disable_async_dispatch()
+    start_devices()
     chosen = _param_dtype(loaded.params, param_dtype)
     options = {name: loaded.options[name] for name in MODEL_OPTIONS}
 

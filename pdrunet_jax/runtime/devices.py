@@ -3,12 +3,15 @@
 A mesh has one axis, "data": each batch is split over it, and parameters and optimizer state are on every device.
 """
 
+import logging
 import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
+from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,23 +49,74 @@ def configure_jax(precision: str, deterministic: bool = False) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
 
 
-def describe_device(precision: str, deterministic: bool = False) -> str:
-    """Start JAX's devices and describe them: `cpu (2 cores), float32`.
+@cache
+def start_devices() -> list[jax.Device]:
+    """Start JAX's devices, with synchronous dispatch, and return those of this process.
 
-    Warns on standard error if the machine has an NVIDIA GPU that JAX does not use. Raises `UserError` if JAX finds no
-    device.
+    Prints one warning on standard error if JAX runs on the CPU of a machine that has an NVIDIA GPU, or although a
+    plug-in for another device is installed. Raises `UserError` if JAX_PLATFORMS asks for a device that is not there.
     """
-    try:
-        here = jax.local_devices()
-    except RuntimeError as error:
-        raise UserError(f"JAX finds no device: {error}; set JAX_PLATFORMS=cpu to run on the CPU") from None
+    disable_async_dispatch()
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    with _captured_log() as log:
+        try:
+            here = jax.local_devices()
+        except (RuntimeError, AssertionError) as error:  # a bare assertion where a plug-in did not start
+            what = next(iter(str(error).splitlines()), "") or f"none of JAX_PLATFORMS={wanted} starts"
+            gpu = "cuda" in wanted or "gpu" in wanted
+            raise UserError(
+                f"JAX finds no device: {_why_no_gpu(log) if gpu else what}; set JAX_PLATFORMS=cpu to run on the CPU"
+            ) from None
+    if here[0].platform == "cpu" and wanted != "cpu" and (log or nvidia_gpu()):
+        reason = _why_no_gpu(log) if nvidia_gpu() or _cuda_plugin() else log[0]
+        print(f"warning: JAX runs on the CPU: {reason}", file=sys.stderr)
+    return here
+
+
+def describe_device(precision: str, deterministic: bool = False) -> str:
+    """Start JAX's devices and describe them: `cpu (2 cores), float32`. Warns and raises as `start_devices` does."""
+    here = start_devices()
     if here[0].platform != "cpu":
         suffix = ", deterministic" if deterministic else ""
         return f"{here[0].platform} ({len(here)} x {here[0].device_kind}), {precision}{suffix}"
-    if nvidia_gpu() and os.environ.get("JAX_PLATFORMS", "") != "cpu":
-        remedy = "pip install 'pdrunet-jax[cuda12]'"
-        print(f"warning: this machine has an NVIDIA GPU but JAX runs on the CPU; {remedy}", file=sys.stderr)
     return f"cpu ({_cores()} cores), {precision}"
+
+
+@contextmanager
+def _captured_log() -> Iterator[list[str]]:
+    """Keep what JAX logs about its plug-ins, tracebacks included, off standard error; yields the reasons it gives."""
+    reasons: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            cause = record.exc_info[1] if record.exc_info else None
+            reasons.append(next(iter(str(cause or record.getMessage()).splitlines()), ""))
+
+    logger, handler = logging.getLogger("jax._src.xla_bridge"), Handler(logging.WARNING)
+    before = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield reasons
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = before
+
+
+def _cuda_plugin() -> bool:
+    """Whether a CUDA plug-in of JAX is installed."""
+    return bool(find_spec("jax_plugins")) and any(find_spec(f"jax_plugins.xla_cuda{major}") for major in (12, 13))
+
+
+def _why_no_gpu(log: Sequence[str]) -> str:
+    """What keeps JAX from an NVIDIA GPU on this machine, and the remedy."""
+    if not nvidia_gpu():
+        plugin = "; JAX's CUDA plug-in is installed" if _cuda_plugin() else ""
+        return f"this machine has no NVIDIA GPU, or the GPU's driver is not loaded (see nvidia-smi){plugin}"
+    if not _cuda_plugin():
+        return "this machine has an NVIDIA GPU, but JAX has no CUDA plug-in; pip install 'jax[cuda12]'"
+    reason = f" ({log[0]})" if log else ""
+    return f"JAX's CUDA plug-in is installed but does not start{reason}; pip install 'jax[cuda12]', and see nvidia-smi"
 
 
 def nvidia_gpu() -> bool:

@@ -175,9 +175,6 @@ def join(options: Distributed, detect: bool, stop: StopFlag | None = None) -> It
         return
     import jax
 
-    from pdrunet_jax.runtime.compile import disable_async_dispatch
-
-    disable_async_dispatch()
     _connect(options, stop)
     group = Group(*_start_devices())
     linger = LINGER if group.is_main else 0
@@ -249,10 +246,13 @@ def _start_devices() -> tuple[int, int]:
     """Start JAX's devices and return the index and the number of processes."""
     import jax
 
+    from pdrunet_jax.runtime.devices import start_devices
+
     try:
-        return jax.process_index(), jax.process_count()
-    except RuntimeError as error:
-        _leave(UserError.exit_code, f"JAX finds no device: {error}; set JAX_PLATFORMS=cpu to run on the CPU", LINGER)
+        start_devices()
+    except UserError as error:
+        _leave(UserError.exit_code, str(error), LINGER)
+    return jax.process_index(), jax.process_count()
 
 
 def _leave(code: int, message: str = "", linger: float = 0) -> NoReturn:

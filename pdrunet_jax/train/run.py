@@ -40,8 +40,9 @@ def run(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
     require_same_settings(group, config)
 
     # Devices and data. Nothing is written before all processes agree on them.
+    device = describe_device(config.train.precision, config.train.deterministic)
     mesh, devices = choose_devices(config.train.batch_size)
-    device = ", ".join(filter(None, (describe_device(config.train.precision, config.train.deterministic), devices)))
+    device = ", ".join(filter(None, (device, devices)))
     group.log(device)
     with group.main_first():  # the main process may have to draw phantoms
         dataset = open_dataset(config.data)
