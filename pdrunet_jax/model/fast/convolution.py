@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pdrunet_jax.model.fast import winograd
+from pdrunet_jax.model.fast.phases import to_phases
 from pdrunet_jax.model.fast.xla import largest_divisor, on_cpu
 from pdrunet_jax.model.sharding import axis_size, psum, pvary
 
@@ -132,10 +133,20 @@ def filter_gradient(x: jax.Array, padded: jax.Array, dilation: int = 1) -> jax.A
     channels = min(x.shape[-1], padded.shape[-1])
     if on_cpu() and channels >= (FEW_CHANNELS if height * width >= LARGE_IMAGE else MANY_CHANNELS):
         return product_filter_gradient(x, padded, dilation)
-    kernel = pvary(jnp.zeros((3, 3, x.shape[-1], padded.shape[-1]), x.dtype))
     g = padded[:, dilation:-dilation]
+    if dilation > 1:
+        # XLA takes the filter gradient of a dilated convolution for a convolution with an image in the place of its
+        # kernel. On phases it is a dense one; where they do not divide the image, pixels of zeros complete it.
+        x, g, dilation = _complete_phases(x, dilation), _complete_phases(g, dilation), 1
+    kernel = pvary(jnp.zeros((3, 3, x.shape[-1], g.shape[-1]), x.dtype))
     gradient: jax.Array = jax.vjp(lambda kernel: convolve(x, kernel, dilation), kernel)[1](g)[0]
     return gradient
+
+
+def _complete_phases(x: jax.Array, phases: int) -> jax.Array:
+    """Pad `x` (N, H, W, C) at the bottom and on the right to multiples of `phases`, and convert it to phases."""
+    height, width = x.shape[1:3]
+    return to_phases(jnp.pad(x, ((0, 0), (0, -height % phases), (0, -width % phases), (0, 0))), 1, phases)
 
 
 def product_filter_gradient(x: jax.Array, padded: jax.Array, dilation: int = 1) -> jax.Array:
