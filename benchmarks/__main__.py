@@ -1,7 +1,6 @@
 """python -m benchmarks: run all benchmarks behind docs/performance.md in sequence, then draw the plots.
 
-Takes 1.5 hours on two cores of an otherwise idle machine. If there is a GPU, it measures the GPU instead: bfloat16 and
-float32, with PyTorch compiled, at all batch sizes that fit in memory.
+Takes 1.5 hours on two cores of an otherwise idle machine. If there is a GPU, `python -m benchmarks.gpu` runs instead.
 """
 
 import dataclasses
@@ -15,7 +14,6 @@ RESULTS = "benchmarks/results"
 
 JAX, TORCH = ("auto", "remat", "naive"), ("channels_last", "channels_last compiled")
 ALL_JAX, ALL_TORCH = ("auto", "remat", "polyphase", "plain", "naive"), ("nchw", *TORCH, "channels_last retained")
-GPU_JAX, GPU_TORCH = ("plain", "polyphase", "fused"), TORCH
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,22 +52,12 @@ def cpu() -> list[list[str]]:
     ]
 
 
-def gpu() -> list[list[str]]:
-    """Commands to run on a GPU: one contender at a time, so that each has all the memory."""
-    plan = []
-    for precision in ("bfloat16", "float32"):
-        more = ("--precision", precision, "--rounds", "7", "--repeats", "5", "--one-by-one")
-        plan.append(steps(f"steps_gpu_{precision}", [512], [1, 2, 4, 8, 16, 32], GPU_JAX, GPU_TORCH, *more))
-        plan.append(steps(f"steps_gpu_sizes_{precision}", [128, 256, 1024], [1, 4], GPU_JAX, GPU_TORCH, *more))
-    return [*plan, ["benchmarks.startup", "--output", f"{RESULTS}/startup_gpu.json"], ["benchmarks.plots"]]
-
-
 def main() -> None:
     """Run the benchmark."""
     options = tyro.cli(Options, prog="python -m benchmarks")
     import torch
 
-    for command in gpu() if torch.cuda.is_available() else cpu():
+    for command in [["benchmarks.gpu"]] if torch.cuda.is_available() else cpu():
         line = " ".join(command)
         if options.only in line:
             print(f"\n$ python -m {line}", flush=True)
