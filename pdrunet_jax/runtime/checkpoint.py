@@ -24,22 +24,37 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pdrunet_jax.runtime.digest import DIGEST, faults, seal
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
 from pdrunet_jax.runtime.files import sync, writing
 from pdrunet_jax.runtime.processes import Group
+from pdrunet_jax.runtime.run_folder import MOST_STEPS
 
 _WRITING, _REPLACED, _DELETED = "tmp-writing-", "tmp-replaced-", "tmp-deleted-"
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What a checkpoint says about itself."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    step: Annotated[int, Field(ge=0, le=MOST_STEPS)]
+    position: dict[str, Any]
+    extra: dict[str, Any]
+    val_dice: float | None
 
 
 @dataclass(frozen=True)
@@ -250,10 +265,12 @@ def read_checkpoint(path: str | Path, template: Callable[[dict[str, Any]], Any])
 def read_state(folder: Path) -> dict[str, Any]:
     """Nested dictionaries of NumPy arrays; their types are the stored ones, whatever precision JAX is set to.
 
-    Raises `UserError` for arrays of over 256 MiB in files of less than a hundredth: weights hardly compress.
+    Raises `UserError` for arrays that cannot be read, and for over 256 MiB of them in files of less than a hundredth:
+    weights hardly compress.
     """
-    tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute() / "state").tree
-    declared = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    with _reading(folder):
+        tree = ocp.PyTreeCheckpointHandler().metadata(folder.absolute() / "state").tree
+        declared = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
     stored = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if declared > max(100 * stored, 1 << 28):
         raise UserError(
@@ -261,7 +278,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         )
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     items = ocp.args.Composite(state=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    with _checkpointer() as checkpointer:
+    with _reading(folder), _checkpointer() as checkpointer:
         state: dict[str, Any] = checkpointer.restore(folder.absolute(), args=items).state
     if "halted" in state:  # the name of `diverged` in checkpoints of earlier versions
         state["diverged"] = state.pop("halted")
@@ -269,18 +286,35 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """Step, position, extra values and validation Dice of a checkpoint."""
-    with _checkpointer() as checkpointer:
+    """Step, position, extra values and validation Dice of a checkpoint. Raises `UserError` if they are not valid."""
+    with _reading(folder), _checkpointer() as checkpointer:
         items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        meta: dict[str, Any] = checkpointer.restore(folder.absolute(), args=items).meta
-    return meta
+        return vars(TypeAdapter(_Meta).validate_python(checkpointer.restore(folder.absolute(), args=items).meta))
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Turn any failure of Orbax to read what is in `folder` into a `UserError`."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "metadata"
+        raise UserError(f"checkpoint {folder}: its {where} is not valid ({first['msg']})") from None
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # which ones depends on Orbax and on TensorStore
+        raise UserError(f"checkpoint {folder} cannot be read: {_reason(error)}") from None
 
 
 def _inspect(folder: Path) -> tuple[list[str], dict[str, Any]]:
     """Faults of a checkpoint; the metadata of an intact one."""
     if found := list(faults(folder)):
         return found, {}
-    meta = read_meta(folder)
+    try:
+        meta = read_meta(folder)
+    except UserError as error:
+        return [str(error)], {}
     if folder.name.isdecimal() and folder.name != str(meta["step"]):  # copies may have names, but no other numbers
         found = [f"it is a copy of the checkpoint of step {meta['step']}"]
     return found, meta
@@ -308,9 +342,8 @@ def _checkpointer() -> ocp.Checkpointer:
 def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     """Write both items and seal them. Raises `OSError`, `ValueError` or `RuntimeError`."""
     shutil.rmtree(folder, ignore_errors=True)
-    try:  # more folders than a checkpoint has entries: if Orbax cannot make one, some of its threads wait for 5 minutes
-        for number in range(40):
-            (folder / str(number)).mkdir(parents=True)
+    try:
+        _require_room(folder, sum(array.nbytes for array in jax.tree.leaves(arrays)))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), meta=ocp.args.JsonSave(meta))
@@ -325,12 +358,28 @@ def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
     seal(folder)
 
 
+def _require_room(folder: Path, size: int) -> None:
+    """Make more files than a checkpoint of `size` bytes has entries, and as large in all. Raises `OSError`.
+
+    If the disk is full, some of Orbax's threads wait for 5 minutes, and TensorStore's print tracebacks.
+    """
+    folder.mkdir(parents=True)
+    for number in range(40):
+        with (folder / str(number)).open("xb") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size // 40 + 8192)
+
+
 def _reason(error: Exception) -> str:
     """Why a write failed, in a few words: TensorStore's message lists all of its files and settings."""
     text = str(error)
     known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO))
     found = next((reason for reason in known if reason in text), "")
-    return found or (isinstance(error, OSError) and error.strerror) or text.splitlines()[0].rsplit(": ", 1)[-1][:200]
+    return (
+        found
+        or (isinstance(error, OSError) and error.strerror)
+        or (text.splitlines() or [type(error).__name__])[0].rsplit(": ", 1)[-1][:200]
+    )
 
 
 def _named(tree: Any) -> dict[tuple[str, ...], Any]:

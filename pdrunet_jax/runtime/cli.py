@@ -5,6 +5,7 @@ Imports nothing heavy: `train` has to install its signal handlers before JAX loa
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import os
@@ -14,11 +15,17 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.errors import explained
 from pdrunet_jax.runtime.malloc import configure_malloc
+from pdrunet_jax.runtime.stop import UNHEARD, StopFlag
 
 STOPPED = 75
 """Exit code of a run that was stopped by a signal and saved its state (EX_TEMPFAIL of sysexits.h: try again later)."""
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C of a command that has nothing to save, as shells report it (128 + SIGINT)."""
+
+BROKEN_PIPE = os.strerror(errno.EPIPE)
 
 COMMANDS = {
     "train": "train a model, or resume a run",
@@ -76,28 +83,44 @@ def printable(text: str) -> str:
 def run(command: Callable[[], int | None]) -> NoReturn:
     """Run `command` and exit with the code it returns.
 
-    `UserError` exits with 2 and `RunError` with 1, each printing only its message to standard error. Any other
-    exception is a bug and keeps its traceback.
+    `UserError` exits with 2 and `RunError` with 1, each printing only its message to standard error; so do the
+    exceptions that `errors.explained` knows. Any other exception is a bug and keeps its traceback. If lines of output
+    were lost, the exit code is 1 instead of 0.
     """
     configure_malloc()  # before any library starts its threads
+    output = guard_output()
     try:
-        code = command()
-    except (UserError, RunError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # whoever read our output is gone, e.g. `| head`
-        sys.stderr.close()
-        sys.exit(1)
-    sys.exit(code or 0)
+        code = command() or 0
+    except SystemExit as done:  # of --help, or of an option that cannot be parsed
+        if done.code is not None and not isinstance(done.code, int):
+            raise
+        code = done.code or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except Exception as error:
+        known = explained(error)
+        if known is None:
+            raise
+        print(f"error: {printable(str(known))}", file=sys.stderr)
+        code = known.exit_code
+    if output.lost and code == 0:
+        if output.lost != BROKEN_PIPE:  # `| head` has read all that it wants
+            print(f"error: standard output cannot be written ({output.lost}); lines are missing", file=sys.stderr)
+        code = 1
+    sys.exit(code)
 
 
 class Output(io.FileIO):
-    """A standard stream whose writes never fail. What cannot be written is dropped, from the first failure on."""
+    """A standard stream whose writes never fail. What cannot be written is dropped, from the first failure on.
+
+    With a `stop` flag, a pipe that nobody reads any more asks to stop, and once the flag is set nothing waits for a
+    stalled reader.
+    """
 
     lost = ""
     """Why the first write failed; empty if none did."""
-    stop: object = None
-    """Once this is true, nothing waits for a stalled reader."""
+    stop: StopFlag | None = None
 
     def write(self, data: Any) -> int:
         """Write some of `data`; returns how many bytes need no further attempt."""
@@ -109,21 +132,50 @@ class Output(io.FileIO):
             return len(data) if self.lost else super().write(data[: select.PIPE_BUF]) or 0
         except OSError as error:
             self.lost = error.strerror or str(error)
-        if self.fileno() != 2:
-            print(f"warning: standard output cannot be written ({self.lost}); training continues", file=sys.stderr)
+        if self.stop is not None:
+            self._tell(self.stop)
         return len(data)
 
+    def _tell(self, stop: StopFlag) -> None:
+        gone = self.lost == BROKEN_PIPE
+        if gone:
+            stop.request(UNHEARD)
+        if self.fileno() != 2:
+            what = "stopping, with everything saved" if gone else "training continues"
+            print(f"warning: standard output cannot be written ({self.lost}); {what}", file=sys.stderr)
 
-def guard_output(stop: object) -> Output:
-    """Let no print fail, or wait for a reader once `stop` is true, from here on; returns the new standard output."""
+
+def guard_output(stop: StopFlag | None = None) -> Output:
+    """Let no print fail from here on, nor wait for a reader once `stop` is set; returns the new standard output.
+
+    Letters that the stream's encoding lacks are written as escapes.
+    """
     for name in ("stderr", "stdout"):
-        # Python sets a stream to None if whoever started the command has closed it.
-        stream = getattr(sys, name) or open(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)  # noqa: SIM115
-        raw = Output(stream.fileno(), "w", closefd=False)
+        stream = getattr(sys, name)
+        usable, in_memory = _kind_of(stream)
+        if not usable or in_memory:
+            raw = Output(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
+        else:
+            raw = Output(stream.fileno(), "w", closefd=False)
         raw.stop = stop
-        text = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace", line_buffering=True)
-        setattr(sys, name, text)
+        if not in_memory:
+            encoding = stream.encoding if usable else "utf-8"
+            text = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, text)
     return raw
+
+
+def _kind_of(stream: Any) -> tuple[bool, bool]:
+    """Whether a standard stream can be used, and whether it is no file: whoever imports this package may replace it.
+
+    Python sets a stream to None that whoever started the command has closed.
+    """
+    try:
+        return stream is not None and bool(os.fstat(stream.fileno())), False
+    except io.UnsupportedOperation:
+        return True, True
+    except OSError:
+        return False, False
 
 
 def _usage() -> str:

@@ -1,6 +1,7 @@
 """`jax.jit` for this network: XLA options for CPUs, synchronous dispatch, a persistent cache of compiled programs."""
 
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -36,20 +37,34 @@ def enable_compilation_cache() -> None:
     """Cache compiled programs in the user's cache folder for the next start.
 
     JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) takes precedence. If the folder cannot be written, or an entry in it
-    cannot be read, JAX warns and compiles.
+    cannot be read, JAX warns and compiles. A user without a home, or a folder with a pipe in it, has no cache.
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # an attribute that type checkers do not see
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdrunet_jax"
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdrunet_jax"
+            items = os.scandir(folder) if folder.is_dir() else ()
+            odd = [item.name for item in items if not item.is_file() and not item.is_dir()]
+        except (RuntimeError, OSError):  # a user without a home, or a folder that cannot be read
+            return
+        if odd:  # JAX would wait for a pipe
+            what = f"{folder} holds {odd[0]}, which is no file"
+            print(f"warning: {what}; compiled programs are not cached until it is removed", file=sys.stderr)
+            return
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 @cache
 def compiler_options() -> dict[str, Any]:
-    """Options for the default backend; empty where there are none or this version of XLA does not know them."""
+    """Options for the default backend; empty where there are none.
+
+    A version of XLA that does not know them costs speed: warns on standard error.
+    """
     if jax.default_backend() != "cpu":
         return {}
     try:
         jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
+        names = ", ".join(_CPU_OPTIONS)
+        print(f"warning: JAX {jax.__version__} has no option {names}: steps take longer on CPUs", file=sys.stderr)
         return {}
     return _CPU_OPTIONS

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from pdrunet_jax.runtime.compile import disable_async_dispatch
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.extras import how_to_install
 
 DATA = "data"
 """Mesh axis that the images of a batch are split over."""
@@ -114,9 +115,9 @@ def _why_no_gpu(log: Sequence[str]) -> str:
         plugin = "; JAX's CUDA plug-in is installed" if _cuda_plugin() else ""
         return f"this machine has no NVIDIA GPU, or the GPU's driver is not loaded (see nvidia-smi){plugin}"
     if not _cuda_plugin():
-        return "this machine has an NVIDIA GPU, but JAX has no CUDA plug-in; pip install 'jax[cuda12]'"
+        return f"this machine has an NVIDIA GPU, but JAX has no CUDA plug-in; {how_to_install('cuda12')}"
     reason = f" ({log[0]})" if log else ""
-    return f"JAX's CUDA plug-in is installed but does not start{reason}; pip install 'jax[cuda12]', and see nvidia-smi"
+    return f"JAX's CUDA plug-in is installed but does not start{reason}; {how_to_install('cuda12')}, and see nvidia-smi"
 
 
 def nvidia_gpu() -> bool:

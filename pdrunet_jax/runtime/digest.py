@@ -11,12 +11,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pdrunet_jax.runtime.files import atomic_write, sync
+from pdrunet_jax.runtime.opening import open_regular, read_regular
 
 DIGEST = "digest.sha256"
 CONTENT = "digest"
 """Key of `content_digest` in the options of a weights file."""
 SETTINGS = "settings"
 """Key of `config.settings_digest` in the options of a run's best weights and in its checkpoints."""
+MOST_BYTES = 4 << 30
+"""Largest file of a checkpoint; a larger one is not read."""
 _GUARD = "# sha256 of the lines above: "
 
 
@@ -38,8 +41,11 @@ def faults(folder: Path) -> Iterator[str]:
     if not folder.is_dir():
         yield "it is not a folder"
         return
+    if (folder / DIGEST).is_file() and (folder / DIGEST).stat().st_size > 1 << 20:
+        yield f"{DIGEST} itself is damaged"
+        return
     try:
-        text = (folder / DIGEST).read_bytes().decode()
+        text = read_regular(folder / DIGEST).decode()
     except FileNotFoundError:
         yield "it is empty" if not any(folder.iterdir()) else f"{DIGEST} is missing"
         return
@@ -57,6 +63,8 @@ def faults(folder: Path) -> Iterator[str]:
             yield f"{DIGEST} lists {name}, which is outside the folder"
         elif not path.is_file():
             yield f"{name} is missing" if not path.exists() else f"{name} is not a file"
+        elif path.stat().st_size > MOST_BYTES:
+            yield f"{name} is larger than any file of a checkpoint"
         else:
             try:
                 found = sha256(path)
@@ -77,7 +85,7 @@ def content_digest(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> str
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises `OSError`."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

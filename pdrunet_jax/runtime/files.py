@@ -1,9 +1,13 @@
 """Atomic files and folders: complete or absent, whatever happens."""
 
 import csv
+import ctypes
+import errno
 import io
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,24 +16,62 @@ from typing import Any
 
 from pdrunet_jax.runtime.errors import RunError, UserError
 
+TEMPORARY = ".pdrunet-*.tmp"
+"""Pattern of the names that `atomic_write` writes under; only a killed process leaves such a file behind."""
+
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Replace the contents of `path` by `data`, or leave it unchanged if that fails.
+    """Replace `path` by a file that contains `data`, or leave it unchanged if that fails.
 
-    Raises `OSError` if the file cannot be written.
+    A link is replaced, not followed. Raises `OSError` if the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: what a killed process leaves is replaced next time
+    # Made exclusively under a name that nobody can guess: never through a link that somebody has put there.
+    temporary = path.with_name(TEMPORARY.replace("*", secrets.token_hex(8)))
+    content = data.encode() if isinstance(data, str) else data
     try:
-        temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:  # exclusively: never through a link that somebody put there
-            file.write(data.encode() if isinstance(data, str) else data)
+        with temporary.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # not the temporary name
         raise
     sync(path.parent)
+
+
+def open_in_place(path: Path, flags: int) -> int:
+    """Open `path` with `flags` to write in it, and make it if it is absent; returns the descriptor.
+
+    Raises `OSError` if it is a link or no regular file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a symbolic link, which is not followed", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.ENXIO, "it is not a regular file", str(path))
+    return descriptor
+
+
+def is_present(path: Path) -> bool:
+    """Whether the file `path` exists. Raises `UserError` if it is a link to nowhere or no regular file."""
+    try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise UserError(f"{path} is a link to a file that does not exist; restore the file or remove it") from None
+        return False
+    if not regular:
+        raise UserError(f"{path} is not a regular file; remove it")
+    return True
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
@@ -100,6 +142,38 @@ def require_vacant(root: Path) -> None:
     """Raise `UserError` unless `root` is absent or an empty folder."""
     if not is_vacant(root):
         raise UserError(f"{root} exists and is not empty; name a new folder, or remove it")
+
+
+def require_inside(root: Path, *folders: Path) -> None:
+    """Raise `UserError` if one of `folders`, which are named below `root`, is elsewhere because of a link.
+
+    `root` itself may be a link.
+    """
+    base = os.path.realpath(root)
+    for folder in folders:
+        if os.path.commonpath([base, os.path.realpath(folder)]) != base:
+            raise UserError(f"{folder} leads out of {root} by a link, which is not followed; remove the link")
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the folder `new` in the place of `old`, which ends where `new` was if it exists. Raises `OSError`.
+
+    Linux exchanges the two at once. Where the file system cannot do that, `old` is absent for a moment.
+    """
+    if not old.exists():
+        new.rename(old)
+        return
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is not None and exchange(_HERE, os.fsencode(new), _HERE, os.fsencode(old), _EXCHANGE) == 0:
+        return
+    aside = new.with_name(f"{new.name}-replaced")
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.errors import RunError, UserError, explained
 from pdrunet_jax.runtime.stop import StopFlag
 
 HEARTBEAT = 30
@@ -180,9 +180,9 @@ def join(options: Distributed, detect: bool, stop: StopFlag | None = None) -> It
     linger = LINGER if group.is_main else 0
     try:
         yield group
-    except (UserError, RunError) as error:
-        _leave(error.exit_code, str(error), linger)
     except BaseException as error:
+        if (known := explained(error)) is not None:
+            _leave(known.exit_code, str(known), linger)
         traceback.print_exception(error)
         message = (
             f"process {group.index} of {group.count} failed as shown above. If another process ended first, its "
@@ -262,7 +262,7 @@ def _leave(code: int, message: str = "", linger: float = 0) -> NoReturn:
     a thread may still be connecting.
     """
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {cli.printable(message)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(linger)

@@ -7,6 +7,7 @@ import os
 import platform
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
@@ -14,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.runtime.errors import RunError, UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import TEMPORARY, atomic_write, open_in_place, require_inside, writing
+from pdrunet_jax.runtime.opening import read_regular
+
+MOST_STEPS = (1 << 31) - 1
+"""Largest number of steps: optimizers count them in 32 bits."""
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -29,9 +34,11 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.saved = self.path / "checkpoints.txt"
         self.best = self.path / "best.safetensors"
+        self.training_images = self.path / "training_images.txt"
         self.report = self.path / "report.html"
         self.samples = self.path / "samples"
         self.wandb = self.path / "wandb"
+        self.evaluation = self.path / "evaluation"
 
     def note_checkpoint(self) -> None:
         """Note outside `checkpoints/` that it has held a checkpoint. Raises `RunError`."""
@@ -54,13 +61,17 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Lock the folder for this process; the operating system releases the lock however the process ends.
 
-        Raises `UserError` that names the holder if another process has it, `RunError` if the file cannot be locked.
+        Raises `UserError` that names the holder if another process has it, or a folder that leads out of this one, and
+        `RunError` if the file cannot be locked.
         """
+        require_inside(self.path, self.checkpoints, self.samples, self.wandb, self.evaluation)
         path = self.path / "lock"
         with writing(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = open_in_place(path, os.O_RDWR)
         try:
             self._take(descriptor)
+            for leftover in self.path.glob(TEMPORARY):  # of a killed process
+                leftover.unlink(missing_ok=True)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
             yield
@@ -70,7 +81,7 @@ class RunFolder:
     def require_free(self) -> None:
         """Raise `UserError` that names the holder if another process holds the lock; writes nothing."""
         try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY)
+            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:  # no lock file yet, or one that `lock` will report
             return
         try:
@@ -93,18 +104,26 @@ class RunFolder:
 
 
 def read_entries(path: Path) -> list[dict[str, Any] | None]:
-    """Entries of a metrics.jsonl, in order; None for a line that is not a JSON object with an integer step.
+    """Entries of a metrics.jsonl, in order; None for a line that is not a JSON object with a step and sensible numbers.
 
     A partial last line, which a killed process may leave, is left out. A missing file has no entries.
     """
     entries: list[dict[str, Any] | None] = []
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+    for line in read_regular(path).split(b"\n")[:-1] if path.exists() else []:
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             entry = None
-        entries.append(entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None)
+        entries.append(entry if isinstance(entry, dict) and _plausible(entry) else None)
     return entries
+
+
+def _plausible(entry: dict[str, Any]) -> bool:
+    """Whether training can have written this: a step from 0 to `MOST_STEPS`, and integers that fit a float."""
+    step = entry.get("step")
+    if type(step) is not int or not 0 <= step <= MOST_STEPS:
+        return False
+    return all(abs(value) < sys.float_info.max for value in entry.values() if isinstance(value, int))
 
 
 def environment(device: str = "") -> dict[str, Any]:

@@ -86,6 +86,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "its largest file cut in half": lambda c: os.truncate(largest(c), largest(c).stat().st_size // 2),
     "its largest file emptied": lambda c: os.truncate(largest(c), 0),
     "its largest file overwritten with zeros": lambda c: largest(c).write_bytes(bytes(largest(c).stat().st_size)),
+    "its largest file 8 GiB long": lambda c: os.truncate(largest(c), 1 << 33),
     "its largest file longer by a byte": lambda c: largest(c).write_bytes(largest(c).read_bytes() + b"\0"),
     "its largest file missing": lambda c: largest(c).unlink(),
     "its largest file a folder": lambda c: (p := largest(c)).unlink() or p.mkdir(),

@@ -9,6 +9,8 @@ import pytest
 
 from pdrunet_jax.evaluate import __main__ as evaluate
 from pdrunet_jax.evaluate.scores import read_csv
+from pdrunet_jax.model.files import read_weights, write_safetensors
+from pdrunet_jax.model.load import MODEL_OPTIONS
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.run_folder import read_entries
 from tests.support import hostile_files as hostile
@@ -114,9 +116,17 @@ def test_a_hostile_line_of_metrics_is_passed_over(place: Place, tmp_path: Path) 
     assert len(read_entries(run / "metrics.jsonl")) == len(read_entries(place.undisturbed / "metrics.jsonl"))
 
 
+def without_class_names(run: Path, path: Path) -> Path:
+    """The best weights of a run as a file that fits classes of any name."""
+    file = read_weights(run / "best.safetensors")
+    write_safetensors(path, file.arrays, {key: file.options[key] for key in (*MODEL_OPTIONS, "size")})
+    return path
+
+
 def test_names_neither_drive_a_terminal_nor_run_in_a_spreadsheet(place: Place, tmp_path: Path) -> None:
     root = hostile.dataset(tmp_path / "data")
     (root / "dataset.toml").write_text('[classes]\n"=1+1" = 255\n')
+    weights = without_class_names(place.undisturbed, tmp_path / "w.safetensors")
     rows = ["image,mask,patient"]
     for number, patient in enumerate(("=cmd|' /C calc'!A0", "'=x", "-1", "@a\x1b]0;title\x07")):
         image = f"images/={number}\x1b[2J.png"
@@ -124,7 +134,7 @@ def test_names_neither_drive_a_terminal_nor_run_in_a_spreadsheet(place: Place, t
         rows.append(f"{image},masks/p{number}.png,{patient}")
     (root / "manifest.csv").write_text("\n".join(rows))
     done = run_command(
-        "evaluate", "--weights", place.undisturbed, "--data.root", root, "--split", "all", "--output", "o", cwd=tmp_path
+        "evaluate", "--weights", weights, "--data.root", root, "--split", "all", "--output", "o", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout + done.stderr
@@ -151,6 +161,7 @@ def test_names_in_a_report_are_text_not_markup(place: Place, tmp_path: Path) -> 
         (root / kind / "p0.png").rename(root / kind / "p0<script>alert(2)<!--.png")
     run = hostile.copied_run(place.undisturbed, tmp_path)
     hostile.shutil.rmtree(run / "evaluation")
+    without_class_names(run, run / "best.safetensors")
     evaluate.main(
         ["--weights", str(run), "--data.root", str(root), "--split", "all", "--output", str(run / "evaluation/test")]
     )

@@ -2,10 +2,10 @@
 of another run, data that changes, a disk without inodes.
 """
 
+import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -19,13 +19,14 @@ from PIL import Image
 from pdrunet_jax.config import read
 from pdrunet_jax.evaluate.__main__ import main as evaluate
 from pdrunet_jax.model.load import load_weights
-from pdrunet_jax.runtime.checkpoint import checkpoint_steps
+from pdrunet_jax.runtime.checkpoint import checkpoint_faults, checkpoint_steps
 from pdrunet_jax.runtime.digest import seal
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.train.loop import save
 from pdrunet_jax.train.progress import Progress
+from pdrunet_jax.train.run import open_run
 from pdrunet_jax.train.verify import verify
 from tests.faults.test_damage import everything, flip
 from tests.faults.test_disk import may_mount
@@ -51,23 +52,18 @@ def copied(place: Place, name: str) -> RunFolder:
 # Output that fails
 
 
-def test_training_outlives_its_output_stops_with_everything_saved_and_says_that_lines_are_missing(
-    place: Place,
-) -> None:
-    """`| head`; then Ctrl-C while `| tee` is gone; then a full disk under the log."""
+def test_training_stops_when_nobody_reads_it_and_goes_on_without_room_for_its_log(place: Place) -> None:
+    """`| head` stops it as a signal does; a full disk under the log does not."""
     run = place.path / "unheard"
     with place.start(workdir=run) as process:
         assert read_until(process, 2, [])
         assert process.stdout is not None
         process.stdout.close()
-        gone_at = done(run)
-        until(lambda: done(run) >= gone_at + 3)
-        process.send_signal(signal.SIGINT)
         assert process.stderr is not None
         err = process.stderr.read()
     assert process.returncode == 75
-    assert err == "warning: standard output cannot be written (Broken pipe); training continues\n"
-    assert checkpoint_steps(run / "checkpoints")[-1] == done(run)
+    assert err == "warning: standard output cannot be written (Broken pipe); stopping, with everything saved\n"
+    assert checkpoint_steps(run / "checkpoints")[-1] == done(run) < STEPS
 
     command = [sys.executable, "-m", "pdrunet_jax.train", "--config", "tiny.toml", "--workdir", str(run)]
     with open("/dev/full", "w") as full:
@@ -82,16 +78,14 @@ def test_training_outlives_its_output_stops_with_everything_saved_and_says_that_
 
 
 def test_a_name_that_the_terminal_cannot_show_is_printed_in_another_form() -> None:
-    program = "from pdrunet_jax.runtime import cli; cli.guard_output(False); print('Kn\\u00f6chel')"
+    program = "from pdrunet_jax.runtime import cli; cli.guard_output(); print('Kn\\u00f6chel')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = python(program, stdout=subprocess.PIPE, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (0, "Kn\\xf6chel\n", "")
 
 
 def test_a_closed_standard_output_is_no_failure() -> None:
-    program = (
-        "import sys; from pdrunet_jax.runtime import cli; out = cli.guard_output(False); sys.stdout.write('x\\n');"
-    )
+    program = "import sys; from pdrunet_jax.runtime import cli; out = cli.guard_output(); sys.stdout.write('x\\n');"
     command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-c", program + "sys.exit(bool(out.lost))"]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
@@ -169,7 +163,7 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_follows_them(
         batches=SimpleNamespace(get_state=dict),
         checkpoints=SimpleNamespace(save=lambda *_: events.append("saved")),
         config=read(place.undisturbed / "config.toml"),
-        dataset=SimpleNamespace(class_names=("bone",)),
+        dataset=SimpleNamespace(class_names=("bone",), swap_on_flip=(), multilabel=False),
         group=Group(),
         outputs=1,
         run=run,
@@ -223,6 +217,44 @@ def test_an_edited_configuration_is_not_trusted(place: Place) -> None:
             verify(run.path)
 
 
+def test_a_run_without_its_configuration_goes_on_with_its_own_settings_only(place: Place) -> None:
+    run = copied(place, "unconfigured")
+    settings = read(run.config_file)
+    run.config_file.unlink()
+    other = dataclasses.replace(settings, optim=dataclasses.replace(settings.optim, learning_rate=0.1))
+    before = everything(run.path)
+    with pytest.raises(UserError, match=r"config\.toml is gone, and the checkpoints next to it were saved with other"):
+        open_run(run.path, other)
+    assert everything(run.path).items() - before.items() <= {(run.path / "lock", (run.path / "lock").read_bytes())}
+    with pytest.raises(RunError, match=r"config\.toml"):
+        verify(run.path)
+    open_run(run.path, settings)
+    assert read(run.config_file) == settings
+    shutil.rmtree(run.checkpoints)
+    run.config_file.unlink()
+    with pytest.raises(UserError, match="has no checkpoint, but"):
+        open_run(run.path, other)
+    assert not run.config_file.exists()
+
+
+def test_metadata_of_a_checkpoint_are_checked_although_its_digest_matches(place: Place) -> None:
+    run = copied(place, "absurd")
+    newest = run.checkpoints / str(STEPS)
+    path = newest / "meta" / "metadata"
+    good = json.loads(path.read_text())
+    for change in ({"step": "many"}, {"step": 1 << 70}, {"extra": None}, {"position": 3}, {"val_dice": {}}):
+        path.write_text(json.dumps(good | change))
+        seal(newest)
+        assert "not valid" in checkpoint_faults(newest)[0]
+    path.write_text('{"step": ' + "9" * 5000 + "}")
+    seal(newest)
+    assert "cannot be read" in checkpoint_faults(newest)[0]
+    known = Progress(data="x", step=3).to_dict()
+    for change in ({"best_dice": "high"}, {"data": None}, {"validated": [1]}, {"sequence": 5}):
+        with pytest.raises(UserError, match=f"no valid {next(iter(change))}"):
+            Progress.resumed(known | change, 3, "x", "", run.path)
+
+
 def test_weights_and_checkpoints_of_another_run_are_refused(place: Place) -> None:
     other = RunFolder(place.path / "another")
     assert place.train("--optim.learning-rate", "0.003", "--train.steps", "1", workdir=other.path).returncode == 0
@@ -270,11 +302,11 @@ def test_data_that_changed_during_training_is_not_scored(place: Place) -> None:
     assert_same_run(run.path, place.undisturbed)
 
 
-# A disk without inodes
+# A disk without inodes or bytes
 
 
 @pytest.mark.skipif(not may_mount(), reason="no mount namespaces here")
-def test_without_inodes_saving_fails_at_once_with_one_message() -> None:
+def test_without_inodes_or_bytes_saving_fails_at_once_with_one_message() -> None:
     program = (
         "import numpy as np; from pathlib import Path; from pdrunet_jax.runtime import checkpoint, cli\n"
         "def save():\n"
@@ -284,8 +316,8 @@ def test_without_inodes_saving_fails_at_once_with_one_message() -> None:
         "cli.run(save)"
     )
     began = time.monotonic()
-    for inodes in (6, 45):  # none for a first checkpoint, or for a second one
-        mount = f"mount -t tmpfs -o nr_inodes={inodes} tmpfs /mnt"
+    for room in ("nr_inodes=6", "nr_inodes=45", "size=48k"):  # none for a first checkpoint, or for a second one
+        mount = f"mount -t tmpfs -o {room} tmpfs /mnt"
         command = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh"]
         result = subprocess.run(
             [*command, sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=100

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at any moment, single and repeated: state saved, exit code 75, no process left, exact resume."""
+"""Signals at any moment, single and repeated: state saved, exit code 75, no process left, exact resume."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pdrunet_jax.runtime.devices import Placement
-from pdrunet_jax.runtime.stop import StopFlag
+from pdrunet_jax.runtime.stop import SIGNALS, StopFlag
 from pdrunet_jax.train.validate import validate
 from tests.support.live import (
     EVAL_EVERY,
@@ -57,7 +57,7 @@ def lane(place: Place, number: int, stops: int) -> dict[str, int]:
                 sent = 0
                 for _ in range(draw.choice((1, 1, 2, 3))):
                     if process.poll() is None:
-                        process.send_signal(draw.choice((signal.SIGTERM, signal.SIGINT)))
+                        process.send_signal(draw.choice(SIGNALS))
                         sent += 1
                         time.sleep(draw.uniform(0.0, 0.3))
                 out, err = process.communicate(timeout=120)
@@ -147,12 +147,13 @@ def test_a_signal_to_the_whole_group_leaves_no_service_of_wandb_behind(place: Pl
 
 
 def test_signals_after_the_work_are_ignored() -> None:
-    earlier = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    earlier = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with StopFlag(last=True):
             pass
-        os.kill(os.getpid(), signal.SIGTERM)  # would end the process
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)  # would end the process
+            assert signal.getsignal(number) == signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, earlier[0])
-        signal.signal(signal.SIGINT, earlier[1])
+        for number, handler in earlier.items():
+            signal.signal(number, handler)

@@ -1,13 +1,16 @@
 """The `pdrunet` entry point: dispatch, help, version, exit codes."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from pdrunet_jax.runtime import cli
+from pdrunet_jax.runtime.errors import explained
 
 ENTRY = [sys.executable, "-c", "from pdrunet_jax.runtime.cli import main; main()"]
 
@@ -58,3 +61,51 @@ def test_the_usage_line_says_how_the_command_was_started(monkeypatch: pytest.Mon
     assert cli.program("data") == "python -m pdrunet_jax.data"
     monkeypatch.setattr(sys, "argv", ["/somewhere/pdrunet_jax/train/__main__.py"])
     assert cli.program("train") == "python -m pdrunet_jax.train"
+
+
+def test_exceptions_of_python_jax_and_the_system_are_one_message() -> None:
+    def raised(action: Callable[[], object]) -> tuple[int, str]:
+        with pytest.raises(BaseException) as caught:  # noqa: PT011
+            action()
+        known = explained(caught.value)
+        assert known is not None
+        return known.exit_code, str(known)
+
+    def deep() -> object:
+        return deep()
+
+    assert raised(lambda: Path("/nowhere/file").read_bytes()) == (2, "/nowhere/file: No such file or directory")
+    assert raised(lambda: Path("/").read_bytes()) == (2, "/: Is a directory")
+    assert raised(lambda: Path("/dev/full").write_bytes(b"x")) == (1, "No space left on device")
+    assert raised(lambda: Path("x" * 300).read_bytes())[1].endswith(": File name too long")
+    assert raised(lambda: bytearray(1 << 62))[1].startswith("memory is not sufficient")
+    assert raised(deep) == (2, "a file is nested too deeply; refused")
+    code, message = raised(lambda: "a\udcffb.png".encode())
+    assert (code, message) == (2, r"the name 'a\udcffb.png' is not valid text; rename it in UTF-8")
+    assert explained(KeyError("a bug")) is None
+
+
+def test_a_backend_that_is_not_there_is_named() -> None:
+    program = "from pdrunet_jax.runtime import cli; import jax; cli.run(lambda: jax.numpy.zeros(1) and None)"
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu"}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: JAX finds no device: Unable to initialize backend 'tpu'")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "message"),
+    [
+        ("> /dev/full", 1, "error: standard output cannot be written (No space left on device); lines are missing\n"),
+        ("| head -c 1 > /dev/null; exit ${PIPESTATUS[0]}", 1, ""),
+        (">&-", 0, ""),
+    ],
+    ids=["full", "head", "closed"],
+)
+def test_output_that_cannot_be_written(shell: str, code: int, message: str) -> None:
+    program = "from pdrunet_jax.runtime import cli; cli.run(lambda: print('Kn\u00f6chel \\udcff ' * 100000))"
+    command = ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, program]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (code, message)

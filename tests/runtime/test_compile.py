@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import pytest
+
+from pdrunet_jax.runtime import compile as compiling
+
 PROGRAM = """
 import jax.numpy as jnp
 from pdrunet_jax.runtime import compile
@@ -34,3 +39,24 @@ def test_a_half_written_program_costs_a_warning_and_a_compilation(tmp_path: Path
     assert (cached.stdout, cached.stderr) == (first.stdout, "")
     assert damaged.stdout == first.stdout
     assert "Error reading persistent compilation cache entry" in damaged.stderr
+    path = next(iter(stored))
+    path.unlink()
+    os.mkfifo(path)
+    blocked = run(tmp_path)
+    assert blocked.stdout == first.stdout
+    assert f"holds {path.name}, which is no file; compiled programs are not cached" in blocked.stderr
+
+
+def test_an_option_that_xla_no_longer_has_costs_speed_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiling, "_CPU_OPTIONS", {"xla_cpu_option_of_the_past": ""})
+    compiling.compiler_options.cache_clear()
+    try:
+        for _ in range(2):
+            assert float(compiling.jit(lambda x: jnp.sin(x))(jnp.zeros(()))) == 0
+        assert compiling.compiler_options() == {}
+        err = capsys.readouterr().err
+        assert err.count("has no option xla_cpu_option_of_the_past: steps take longer on CPUs\n") == 1
+    finally:
+        compiling.compiler_options.cache_clear()

@@ -11,7 +11,7 @@ import pytest
 
 from pdrunet_jax.config import Config, from_dict, parse
 from pdrunet_jax.runtime.errors import RunError, UserError
-from pdrunet_jax.runtime.files import atomic_write
+from pdrunet_jax.runtime.files import atomic_write, is_present, open_in_place, replace_folder
 from pdrunet_jax.runtime.run_folder import RunFolder, environment, git_revision
 from pdrunet_jax.train.run import open_run
 
@@ -83,12 +83,13 @@ def test_no_environment_variable_is_recorded(tmp_path: Path, monkeypatch: pytest
 def test_another_learning_rate_is_refused_with_a_diff_and_nothing_changes(tmp_path: Path) -> None:
     run = open_run(tmp_path, Config())
     before = run.config_file.read_bytes()
-    changed = config(optim={"learning_rate": 0.003}, train={"steps": 20}, data={"threads": 1})
+    changed = config(optim={"learning_rate": 0.003}, train={"eval_every": 20, "steps": 20}, data={"threads": 1})
     with pytest.raises(UserError) as caught:
         open_run(tmp_path, changed)
-    assert "  - optim.learning_rate: 0.001 -> 0.003\n  - train.steps: 10000 -> 20\n" in str(caught.value)
+    assert "  - optim.learning_rate: 0.001 -> 0.003\n  - train.eval_every: 500 -> 20\n" in str(caught.value)
     assert "--workdir" in str(caught.value)
     assert "threads" not in str(caught.value)
+    assert "steps" not in str(caught.value)
     assert run.config_file.read_bytes() == before
 
 
@@ -99,7 +100,8 @@ def test_settings_without_a_part_in_the_result_may_change_and_restarts_are_recor
     assert parse(run.config_file.read_text(), "config.toml") == changed
     record = tomllib.loads(run.config_file.read_text())["environment"]
     assert record["device"] == "cpu"
-    assert [set(restart) - {"started"} for restart in record["restarts"]] in ([{"device"}], [{"device", "git"}])
+    assert [set(restart) - {"started", "git"} for restart in record["restarts"]] == [{"device", "changed"}]
+    assert "tracking.wandb: 'auto' -> 'disabled'" in record["restarts"][0]["changed"]
     assert record["restarts"][0]["device"] == "gpu"
 
 
@@ -143,15 +145,87 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_file_is_not_written_through_a_link_in_its_way(tmp_path: Path) -> None:
+def test_a_file_is_not_written_through_a_link_in_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tmp_path / "other"
     other.write_text("kept")
-    (tmp_path / ".file.tmp").symlink_to(other)
     (tmp_path / "file").symlink_to(other)
-    atomic_write(tmp_path / "file", "new")
+    names = []
+    create = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *mode: (names.append((path.name, *mode)), create(path, *mode))[1])
+    for text in ("new", "newer"):
+        atomic_write(tmp_path / "file", text)
+    monkeypatch.undo()
     assert other.read_text() == "kept"
     assert not (tmp_path / "file").is_symlink()
-    assert (tmp_path / "file").read_text() == "new"
+    assert (tmp_path / "file").read_text() == "newer"
+    assert len(set(names)) == 2  # names that nobody can guess
+    assert {mode for _, mode in names} == {"xb"}
+
+
+def test_a_file_written_in_place_is_neither_a_link_nor_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "pipe")
+    for name, reason in (("link", "a symbolic link"), ("pipe", "not a regular file")):
+        with pytest.raises(OSError, match=f"it is {reason}"):
+            open_in_place(tmp_path / name, os.O_RDWR)
+    (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
+    RunFolder(tmp_path).require_free()
+    with pytest.raises(RunError, match=r"lock: cannot be written \(it is a symbolic link"), RunFolder(tmp_path).lock():
+        pass
+    (tmp_path / "lock").unlink()
+    os.mkfifo(tmp_path / "lock")
+    RunFolder(tmp_path).require_free()
+    with pytest.raises(RunError, match=r"lock: cannot be written \(it is not a regular"), RunFolder(tmp_path).lock():
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_folder_of_a_run_that_is_a_link_out_of_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = RunFolder(tmp_path / "run")
+    for folder in (run.checkpoints, run.evaluation, run.samples, run.wandb):
+        folder.symlink_to(tmp_path)
+        with pytest.raises(UserError, match=f"{folder} leads out of {run.path} by a link"):
+            open_run(run.path, Config())
+        folder.unlink()
+    (tmp_path / "linked").symlink_to(run.path)
+    open_run(tmp_path / "linked", Config())
+
+
+def test_a_link_that_leads_nowhere_does_not_count_as_absent(tmp_path: Path) -> None:
+    assert not is_present(tmp_path / "file")
+    (tmp_path / "file").symlink_to("nowhere")
+    with pytest.raises(UserError, match="file is a link to a file that does not exist"):
+        is_present(tmp_path / "file")
+    (tmp_path / "nowhere").touch()
+    assert is_present(tmp_path / "file")
+    with pytest.raises(UserError, match="not a regular file"):
+        is_present(tmp_path)
+
+
+def test_what_a_killed_process_was_writing_is_removed_once_the_folder_is_locked(tmp_path: Path) -> None:
+    for name in (".pdrunet-0123456789abcdef.tmp", ".other.tmp"):
+        (tmp_path / name).touch()
+    with RunFolder(tmp_path).lock():
+        assert sorted(os.listdir(tmp_path)) == [".other.tmp", "lock"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_gives_way_to_a_new_one_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """Where the file system cannot exchange names, in two steps."""
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    renames = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, target: (renames.append(path.name), rename(path, target))[1])
+    if not exchange:
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: None)
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert (os.listdir(tmp_path / "old"), os.listdir(tmp_path / "new")) == (["new"], ["old"])
+    assert renames == ([] if exchange else ["old", "new", "new-replaced"])
 
 
 def test_the_git_revision_is_that_of_the_package_if_it_is_tracked() -> None:

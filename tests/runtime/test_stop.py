@@ -7,11 +7,13 @@ import sys
 
 import pytest
 
-from pdrunet_jax.runtime.stop import StopFlag
+from pdrunet_jax.runtime.stop import SIGNALS, StopFlag
 
 LOOP = """
-import time
-from pdrunet_jax.runtime.stop import StopFlag
+import signal, time
+from pdrunet_jax.runtime.stop import SIGNALS, StopFlag
+for number in SIGNALS:  # whoever started the tests may have them ignored: nohup, or a shell's background
+    signal.signal(number, signal.SIG_DFL)
 with StopFlag() as stop:
     print("ready", flush=True)
     while not stop:
@@ -22,7 +24,7 @@ with StopFlag() as stop:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_two_signals_in_a_row_end_the_loop_without_a_traceback(number: signal.Signals) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", LOOP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -37,12 +39,12 @@ def test_two_signals_in_a_row_end_the_loop_without_a_traceback(number: signal.Si
 
 
 def test_the_earlier_handlers_come_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with StopFlag() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] != before
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_no_signal_no_stop() -> None:
@@ -51,3 +53,13 @@ def test_no_signal_no_stop() -> None:
     stop.request()
     assert stop
     assert stop.signal == "request"
+
+
+def test_under_nohup_a_closed_terminal_is_ignored() -> None:
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
