@@ -68,10 +68,14 @@ class Case:
 
 CASES = [
     *(Case("train", path, precision) for path in ("auto", "polyphase") for precision in ("bfloat16", "float32")),
+    Case("train", "auto", "tf32"),
     *(Case("train", "auto", precision, remat=True) for precision in ("bfloat16", "float32")),
     Case("train", "auto", "bfloat16", devices=8),
     *(Case("infer", path, precision) for path in ("auto", "plain") for precision in ("bfloat16", "float32")),
     Case("artifact", "plain", "float32"),
+    Case("train", "pallas", "bfloat16"),
+    Case("infer", "pallas", "bfloat16"),
+    Case("infer", "pallas", "float32"),
 ]
 CONTROL = Case("train", "plain", "bfloat16")
 """Must fail: XLA computes its filter gradients as convolutions with an image in the place of a kernel."""

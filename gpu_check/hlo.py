@@ -217,7 +217,7 @@ def _fusion_bytes(body: Computation) -> int:
 
 
 def _call_flops(target: str, call: Instruction, computation: Computation) -> int:
-    """Operations of a convolution of cuDNN or a product of cuBLAS."""
+    """Operations of a convolution of cuDNN, a product of cuBLAS or a kernel of `model.fast.pallas`."""
     shapes = [_dimensions(computation[name].shape) for name in call.operands if name in computation]
     out = _dimensions(call.shape)
     if target.startswith("__cudnn$conv"):
@@ -228,6 +228,12 @@ def _call_flops(target: str, call: Instruction, computation: Computation) -> int
             (shapes[1], out) if "Filter" in target else (out if "Forward" in target else shapes[0], shapes[1])
         )
         return 2 * math.prod(images) * math.prod(kernel) // kernel[labels.index("o")]
+    if target.endswith("triton"):
+        # The package's own kernels, by their operands: the needed multiplications, without those of masked channels.
+        kernel = next((shape for shape in shapes if len(shape) == 4 and shape[:2] == [3, 3]), [0])
+        results = [_dimensions(f"{kind}[{sides}]") for kind, sides in _ARRAY.findall(call.shape)]
+        passes = 2 if any(each[1:] == [9, *kernel[2:]] for each in results) else 1  # gradients of input and filters
+        return 2 * passes * math.prod(out[:3]) * math.prod(kernel)
     if "cublas" in target and len(shapes) > 1:
         axis = call.attribute(r'"lhs_contracting_dimensions":\["(\d+)"\]')
         return 2 * math.prod(out) * (shapes[0][int(axis)] if axis else 1)

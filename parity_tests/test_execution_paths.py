@@ -35,7 +35,13 @@ ON_PATHS = [(case, path) for case in (*NETWORKS, NETWORKS[0].replace(dtype="floa
 
 
 def compute_outcome(
-    case: Case, compute: str | None = None, *, train: bool = True, remat: bool = False, mesh: Mesh | None = None
+    case: Case,
+    compute: str | None = None,
+    *,
+    train: bool = True,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+    run: Any = compiled,
 ) -> Arrays:
     """Return logits, and in training loss, gradients and new buffers; `compute` is the dtype of the convolutions."""
     model = make_flax(state_of(case), case, dtype=compute)
@@ -53,8 +59,8 @@ def compute_outcome(
         return loss_of(objective)(logits), (logits, nnx.state(model, nnx.BatchStat))
 
     if not train:
-        return {"logits": np.asarray(compiled(evaluate)(params, stats))}
-    (loss, (logits, stats)), gradients = compiled(jax.value_and_grad(forward, has_aux=True))(params, stats)
+        return {"logits": np.asarray(run(evaluate)(params, stats))}
+    (loss, (logits, stats)), gradients = run(jax.value_and_grad(forward, has_aux=True))(params, stats)
     arrays = to_public(gradients, stats, dead_block=False)
     return {"loss": np.asarray(loss), "logits": np.asarray(logits), **arrays}
 

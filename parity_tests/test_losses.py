@@ -17,9 +17,11 @@ from parity_tests.support.case import Objective
 from parity_tests.support.cases import DTYPES
 from parity_tests.support.compare import largest, relative
 from parity_tests.support.torch_side import on_torch
+from pdrunet_jax.config import LossConfig
 from pdrunet_jax.data.images import resize_image
 from pdrunet_jax.evaluate import metrics
 from pdrunet_jax.predict import inference
+from pdrunet_jax.train.losses import make_loss
 
 Data = tuple[np.ndarray, Objective]
 
@@ -87,6 +89,31 @@ def test_unweighted_entropies_are_one_call_of_pytorch(
     """Compare with torch.nn.functional directly, without the twin."""
     logits, objective = make_data(name, outputs, dtype, kind)
     compare_loss(budget, dtype, objective, dataclasses.replace(objective, name=f"torch {name}"), logits, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["bce", "dice", "focal", "tversky"])
+def test_losses_of_overlapping_classes_are_those_of_each_class(name: str, dtype: str, budget: Budget) -> None:
+    """Combined from PyTorch's losses with one output, by each class's weight and number of valid pixels."""
+    rng, weights = np.random.default_rng(0), np.array([0.5, 1.25, 2.0])
+    logits = (3 * rng.standard_normal((*SHAPE, 3))).astype(dtype)
+    target = rng.integers(0, 2, logits.shape).astype(dtype)
+    valid = rng.random(logits.shape) < (0.5, 0.8, 1.0)
+    loss = make_loss(LossConfig(name=name, class_weights=tuple(weights.tolist())), 3, multilabel=True)
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits), jnp.asarray(target), jnp.asarray(valid))
+    pixels = valid.sum(axis=(0, 1, 2))
+    shares = {"bce": weights * pixels / (weights * pixels).sum(), "focal": weights * pixels / pixels.sum()}
+    want, wanted = 0.0, []
+    for place, share in enumerate(shares.get(name, weights / weights.sum())):
+        alone = Objective(name, 1, target[..., place], valid[..., place], ())
+        part, slope = on_torch(torch_side.loss_and_gradient, logits[..., place : place + 1], alone)
+        want += share * part
+        wanted.append(share * slope[..., 0])
+    budget.hold(
+        4, "loss", dtype, {"value": relative(np.asarray(value), np.asarray(want, dtype))}, f"{name} overlapping"
+    )
+    errors = {"gradient": relative(np.asarray(gradient), np.stack(wanted, axis=-1).astype(dtype))}
+    budget.hold(4, "loss gradient", dtype, errors, f"{name} overlapping")
 
 
 METRICS = {

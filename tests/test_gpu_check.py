@@ -37,6 +37,9 @@ ENTRY %main (x: bf16[8,64], y: bf16[2,64], i: bf16[1,6,5,4], k: bf16[3,3,3,4]) -
   %fusion = bf16[2,64]{1,0} fusion(%x, %y), kind=kLoop, calls=%fused_slice, metadata={op_name="jit(step)/add"}
   %conv = (bf16[1,6,5,3]{3,2,1,0}, u8[0]{0}) custom-call(%i, %k), window={size=3x3 pad=1_1x1_1}, \
 dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %w = bf16[3,3,4,3]{3,2,1,0} parameter(4)
+  %gradients = (bf16[1,6,5,4]{3,2,1,0}, f32[2,9,4,3]{3,2,1,0}) custom-call(%i, %w), \
+custom_call_target="__gpu$xla.gpu.triton"
   %start = (s32[], bf16[2,64]{1,0}) tuple(%zero, %fusion)
   %loop = (s32[], bf16[2,64]{1,0}) while(%start), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"5"}}
@@ -53,10 +56,11 @@ def test_a_program_is_read_as_on_paper() -> None:
     assert found == [
         ("fusion", 1, 3 * row, 0),  # two rows of eight, the other operand, the result
         ("__cudnn$convForward", 1, 2 * (6 * 5 * 4 + 3 * 3 * 3 * 4 + 6 * 5 * 3), 2 * 6 * 5 * 3 * 9 * 4),
+        ("__gpu$xla.gpu.triton", 1, 2 * (2 * 6 * 5 * 4 + 9 * 4 * 3) + 4 * 2 * 9 * 4 * 3, 2 * 2 * 6 * 5 * 9 * 4 * 3),
         ("copy", 5, 2 * row, 0),
         ("all-reduce", 1, 2 * row, 0),
     ]
-    assert (program.launches, program.bytes) == (8, sum(times * moved for _, times, moved, _ in found))
+    assert (program.launches, program.bytes) == (9, sum(times * moved for _, times, moved, _ in found))
     assert (program.windows, program.wide_windows, program.all_reduces) == ([3], 0, 1)
     assert dict(program.layouts) == {"b01f_o01i": 1}
     assert program.seconds(1e3, 1e30) == pytest.approx(program.bytes / 1e3)

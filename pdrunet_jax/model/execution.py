@@ -7,9 +7,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from pdrunet_jax.model.fast.pallas import require_nvidia
 from pdrunet_jax.model.fast.phases import Activation, finest_phases
 from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks
-from pdrunet_jax.model.layers import PATHS, Path, State, Tap, fused_training_block, split_state
+from pdrunet_jax.model.layers import GPU_PATHS, PATHS, Path, State, Tap, fused_training_block, split_state
 
 if TYPE_CHECKING:
     from pdrunet_jax.model.network import Block
@@ -31,17 +32,29 @@ class Execution:
 
     @classmethod
     def of(cls, conv: str, *, remat: bool = False, mesh: Mesh | None = None) -> Self:
-        """The execution for a setting of `model.conv`; "auto" is the fused path."""
+        """The execution for a setting of `model.conv`; "auto" is the fused path.
+
+        Raises:
+            ValueError: there is no such path.
+            UserError: the path does not run on this computer's devices.
+        """
         conv = "fused" if conv == "auto" else conv
-        for path in PATHS:
+        if conv == "pallas":
+            require_nvidia()
+        for path in (*PATHS, *GPU_PATHS):
             if path == conv:
                 return cls(path, remat, mesh)
-        raise ValueError(f"conv = {conv!r}; it is one of auto, {', '.join(PATHS)}")
+        raise ValueError(f"conv = {conv!r}; it is one of auto, {', '.join((*PATHS, *GPU_PATHS))}")
+
+    @property
+    def folds(self) -> bool:
+        """Whether evaluation folds the normalisation into the kernels, and training takes a block at once."""
+        return self.path in ("fused", "pallas")
 
     def first_activation(self, images: jax.Array) -> Activation:
         """`images` (N, H, W, C) as the first activation, free to take the phases that path and size allow."""
         height, width = images.shape[1:3]
-        return Activation.of(images, 1 if self.path == "plain" else finest_phases(height, width))
+        return Activation.of(images, 1 if self.path in ("plain", "pallas") else finest_phases(height, width))
 
 
 def run_block(block: "Block", x: Activation, *, train: bool, execution: Execution) -> Activation:
@@ -58,9 +71,9 @@ def run_block(block: "Block", x: Activation, *, train: bool, execution: Executio
 
 
 def _run(block: "Block", x: Activation, train: bool, execution: Execution) -> Activation:
-    if train and execution.path == "fused" and block.bnorm1 is not None and block.bnorm2 is not None:
+    if train and execution.folds and block.bnorm1 is not None and block.bnorm2 is not None:
         layers = (block.first, block.bnorm1), (block.second, block.bnorm2)
-        out = fused_training_block(x, *layers, shortcut=block.shortcut, dilation=block.dilation)
+        out = fused_training_block(x, *layers, shortcut=block.shortcut, dilation=block.dilation, execution=execution)
     else:
         out = block(x, train=train, execution=execution)
     if execution.tap is not None:

@@ -9,8 +9,8 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from pdrunet_jax.model.fast import block, pallas, pallas_block
 from pdrunet_jax.model.fast import convolution as fused
-from pdrunet_jax.model.fast.block import LayerWeights, block
 from pdrunet_jax.model.fast.convolution import EPSILON as EPSILON
 from pdrunet_jax.model.fast.convolution import convolve, moments, per_channel, pixel_count
 from pdrunet_jax.model.fast.phases import Activation
@@ -18,15 +18,20 @@ from pdrunet_jax.model.fast.phases import Activation
 if TYPE_CHECKING:
     from pdrunet_jax.model.execution import Execution
 
-Path = Literal["plain", "polyphase", "fused"]
+Path = Literal["plain", "polyphase", "fused", "pallas"]
 """Implementation of a 3x3 convolution; parity level 10 compares them.
 
 plain: XLA's dilated convolution. polyphase: dense convolutions on phases (`fast/phases.py`). fused: polyphase; in
 training with the gradient of `fast/block.py`, in evaluation with the normalisation folded into the kernel and, where it
-is faster, Winograd convolutions (`fast/winograd.py`).
+is faster, Winograd convolutions (`fast/winograd.py`). pallas: on NVIDIA GPUs, kernels that take the normalisation, ReLU
+and shortcut along with the convolution (`fast/pallas.py`).
 """
 
 PATHS: tuple[Path, ...] = ("plain", "polyphase", "fused")
+"""Paths that run anywhere."""
+
+GPU_PATHS: tuple[Path, ...] = ("pallas",)
+"""Paths that run on NVIDIA GPUs only."""
 
 State = nnx.State[Any, Any]
 """Arrays of a network, or of a part of it, by path."""
@@ -115,7 +120,7 @@ def conv_norm_relu(
         dilation: spacing of the kernel's taps in pixels.
         train: normalise with the batch's statistics and update the running ones in `norm`.
         execution: its path and tap. The tap sees the values after convolution and after normalisation under `names`,
-            except in evaluation on the fused path, where they do not exist separately.
+            except in evaluation on the fused and pallas paths, where they do not exist separately.
         names: see `execution`.
 
     Raises:
@@ -123,7 +128,7 @@ def conv_norm_relu(
     """
     x = x.for_dilation(dilation)
     values, dtype = x.values, x.values.dtype
-    tap, fold = execution.tap, execution.path == "fused" and norm is not None and not train
+    tap, fold = execution.tap, execution.folds and norm is not None and not train
     pixels = pixel_count(values)
     kernel, bias = conv.kernel[...], conv.bias[...]
     if train and norm is not None:
@@ -136,7 +141,10 @@ def conv_norm_relu(
         bias = (bias - norm.running_mean[...]) * a + norm.bias[...]
         norm = None
 
-    convolution = fused.convolution if execution.path == "fused" else convolve
+    if execution.path == "pallas" and norm is None and (tap is None or fold):
+        added = None if skip is None else skip.for_dilation(dilation).values
+        return x.with_values(pallas.layer(values, kernel.astype(dtype), bias, added, dilation))
+    convolution = {"fused": fused.convolution, "pallas": pallas.convolution}.get(execution.path, convolve)
     z = convolution(values, kernel.astype(dtype), dilation // x.phases).astype(bias.dtype) + per_channel(bias)
     if tap is not None and not fold:
         tap(names[0], x.with_values(z).image())
@@ -150,9 +158,15 @@ def conv_norm_relu(
 
 
 def fused_training_block(
-    x: Activation, first: tuple[Conv, BatchNorm], second: tuple[Conv, BatchNorm], *, shortcut: str, dilation: int
+    x: Activation,
+    first: tuple[Conv, BatchNorm],
+    second: tuple[Conv, BatchNorm],
+    *,
+    shortcut: str,
+    dilation: int,
+    execution: "Execution",
 ) -> Activation:
-    """Train through two layers of `conv_norm_relu` at once, with the gradient of `fast/block.py`.
+    """Train through two layers of `conv_norm_relu` at once, with the gradient of `fast/block.py` or `pallas_block.py`.
 
     Updates the running statistics of both. `shortcut` is the term added before the last ReLU: "none", "input" or
     "conv1". Raises `ValueError` for a single pixel a channel.
@@ -161,9 +175,11 @@ def fused_training_block(
     dtype, pixels = x.values.dtype, pixel_count(x.values)
     _check_pixels(pixels)
     weights = [
-        LayerWeights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...]) for conv, norm in (first, second)
+        block.LayerWeights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...])
+        for conv, norm in (first, second)
     ]
-    out, *batch = block(x.values, *weights, shortcut, dilation // x.phases)
+    function = pallas_block.block if execution.path == "pallas" else block.block
+    out, *batch = function(x.values, *weights, shortcut, dilation // x.phases)
     for (conv, norm), (mean, var) in zip((first, second), batch, strict=True):
         norm.track(mean + conv.bias[...], var, pixels)
     return x.with_values(out)

@@ -1,6 +1,7 @@
 """The branches for other platforms than the CPU, taken on the CPU: JAX is made to name another one."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from pdrunet_jax.model.fast import xla
 from pdrunet_jax.model.fast.convolution import moments
 from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.network import Block
+from pdrunet_jax.runtime.errors import UserError
 
 TOLERANCE = 1e-11  # of parity level 10 in float64
 
@@ -52,6 +54,22 @@ def test_the_branches_off_the_cpu_compute_the_same(
         expected = block_of(train, size, Execution("plain"))()
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.abs(got - want).max() <= TOLERANCE * max(1.0, np.abs(want).max())
+
+
+@pytest.mark.parametrize(("version", "runs"), [("cuda 12090", True), ("rocm 60200", False)])
+def test_the_pallas_path_is_refused_where_it_does_not_run(
+    version: str, runs: bool, elsewhere: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(client=SimpleNamespace(platform_version=version))
+    elsewhere.setattr(jax, "devices", lambda: [device])
+    if runs:
+        assert Execution.of("pallas").path == "pallas"
+    else:
+        with pytest.raises(UserError, match="not on a GPU of AMD"):
+            Execution.of("pallas")
+    elsewhere.undo()
+    with pytest.raises(UserError, match="not on a cpu"):
+        Execution.of("pallas")
 
 
 def test_without_the_cpus_chunks_an_activation_is_one(elsewhere: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class LayerWeights(NamedTuple):
     """(K,), in the statistics' dtype."""
 
 
-class _Normalised(NamedTuple):
+class Normalised(NamedTuple):
     """A convolution's result with its mean and inverse standard deviation."""
 
     z: jax.Array
@@ -55,10 +55,11 @@ class _Normalised(NamedTuple):
         return y if skip is None else y + skip.astype(y.dtype)
 
     def centred(self) -> jax.Array:
+        """Z - mean, in the statistics' dtype."""
         return self.z.astype(self.mean.dtype) - per_channel(self.mean)
 
 
-_Saved = tuple[jax.Array, LayerWeights, LayerWeights, _Normalised, _Normalised]
+_Saved = tuple[jax.Array, LayerWeights, LayerWeights, Normalised, Normalised]
 
 
 def _block(
@@ -77,13 +78,14 @@ statistics; no gradient flows through the moments.
 """
 
 
-def _convolved(x: jax.Array, weights: LayerWeights, dilation: int) -> tuple[_Normalised, Moments]:
+def _convolved(x: jax.Array, weights: LayerWeights, dilation: int) -> tuple[Normalised, Moments]:
     z = convolve(x, weights.kernel, dilation)
     mean, var = moments(z.astype(weights.scale.dtype))
-    return _Normalised(z, mean, lax.rsqrt(var + EPSILON)), (mean, var)
+    return Normalised(z, mean, lax.rsqrt(var + EPSILON)), (mean, var)
 
 
-def _skip(shortcut: Shortcut, x: jax.Array, c1: jax.Array) -> jax.Array | None:
+def skip_of(shortcut: Shortcut, x: jax.Array, c1: jax.Array) -> jax.Array | None:
+    """The term that `shortcut` adds, of a block's input and its first layer's output."""
     return {"none": None, "input": x, "conv1": c1}[shortcut]
 
 
@@ -93,7 +95,7 @@ def _forward(
     one, moments1 = _convolved(x, first, dilation)
     c1 = jax.nn.relu(one.before_relu(first, None)).astype(x.dtype)
     two, moments2 = _convolved(c1, second, dilation)
-    out = jax.nn.relu(two.before_relu(second, _skip(shortcut, x, c1))).astype(x.dtype)
+    out = jax.nn.relu(two.before_relu(second, skip_of(shortcut, x, c1))).astype(x.dtype)
     return (out, moments1, moments2), (x, first, second, one, two)
 
 
@@ -107,7 +109,7 @@ def _backward(
     later = one._replace(mean=one.mean + (0 * d_out.ravel()[0]).astype(one.mean.dtype))
     c1 = jax.nn.relu(later.before_relu(first, None)).astype(x.dtype)
 
-    d_y = jnp.where(two.before_relu(second, _skip(shortcut, x, c1)) > 0, d_out.astype(second.scale.dtype), 0)
+    d_y = jnp.where(two.before_relu(second, skip_of(shortcut, x, c1)) > 0, d_out.astype(second.scale.dtype), 0)
     d_c1, d_second = _layer_gradient(c1, second, two, d_y, dilation)
     d_skip = d_y.astype(x.dtype)
     if shortcut == "conv1":
@@ -118,7 +120,7 @@ def _backward(
 
 
 def _layer_gradient(
-    x: jax.Array, weights: LayerWeights, saved: _Normalised, d_y: jax.Array, dilation: int
+    x: jax.Array, weights: LayerWeights, saved: Normalised, d_y: jax.Array, dilation: int
 ) -> tuple[jax.Array, LayerWeights]:
     """Gradients of a layer's input and weights from the gradient before its ReLU, zero where it was closed."""
     pixels = pixel_count(d_y)
