@@ -19,7 +19,7 @@ from pdrunet_jax.model.weights import DEAD_BLOCK, dead_entries, to_public
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import require_replaceable, writing
+from pdrunet_jax.runtime.files import atomic_write, replace_folder, require_replaceable, writing
 
 CONVERTED = {"config.toml", "best.safetensors", "checkpoints"}
 """Contents of a converted run folder; a folder with anything else in it is never replaced."""
@@ -29,12 +29,13 @@ CONVERTED = {"config.toml", "best.safetensors", "checkpoints"}
 class ConvertOptions:
     """Convert weights between PyTorch files, .safetensors and run folders, or convert a whole training run.
 
-    The file name decides the format: .pth and .pt are PyTorch state dicts, .safetensors opens in both frameworks, and
-    a name without suffix is a run folder.
+    A source is read by its content: any file of PyTorch (.pth, .pt, .ckpt, .bin, ...), .safetensors, or a run folder.
+    The name of the destination decides its format: .pth and .pt are PyTorch state dicts, .safetensors opens in both
+    frameworks, and a name without suffix is a run folder.
     """
 
     src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Source: .pth, .pt, .safetensors, a run folder, or one of its checkpoints."""
+    """Source: a PyTorch checkpoint, .safetensors, a run folder, or one of its checkpoints."""
     dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Destination: .pth, .pt, .safetensors, or a new run folder (a name without suffix)."""
     shortcut: Literal["input", "conv1"] | None = None
@@ -66,12 +67,12 @@ def convert(options: ConvertOptions) -> list[str]:
 
     # A whole training run.
     if options.to_torch_training_state:
-        if dst.suffix not in TORCH_SUFFIXES or src.is_file():
+        if dst.suffix.lower() not in TORCH_SUFFIXES or src.is_file():
             raise UserError("--to-torch-training-state reads a run folder or one of its checkpoints and writes a .pth")
         return run_to_torch(src, dst)
-    if options.config is not None and (dst.suffix or src.suffix not in TORCH_SUFFIXES):
+    if options.config is not None and (dst.suffix or not src.is_file()):
         raise UserError("--config is for a .pth that becomes a run folder")
-    if src.suffix in TORCH_SUFFIXES and not dst.suffix and src.is_file():
+    if not dst.suffix and src.is_file():
         content = read_weights(src).arrays
         if options.config is not None or is_training_state(content):
             if dst.exists() and any(dst.iterdir()):
@@ -81,7 +82,7 @@ def convert(options: ConvertOptions) -> list[str]:
     # Weights alone.
     loaded = load_weights(src, shortcut=options.shortcut, which=options.which)
     arrays = to_public(loaded.params, loaded.stats)
-    if dst.suffix in TORCH_SUFFIXES:
+    if dst.suffix.lower() in TORCH_SUFFIXES:
         write_pth(dst, arrays)
     elif dst.suffix:
         write_safetensors(dst, arrays, loaded.options)
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_target(src: Path, dst: Path, force: bool) -> None:
-    if dst.suffix not in ("", ".safetensors", *TORCH_SUFFIXES):
+    if dst.suffix.lower() not in ("", ".safetensors", *TORCH_SUFFIXES):
         raise UserError(f"{dst}: DST must be a .pth, .pt or .safetensors file, or a run folder (a name without suffix)")
     if not dst.exists():
         return
@@ -114,22 +115,25 @@ def _write_run_folder(dst: Path, arrays: dict[str, np.ndarray], loaded: Loaded) 
     """Write a minimal run folder under a temporary name, then rename it."""
     config = Config(
         model=ModelConfig(**{name: loaded.options[name] for name in MODEL_OPTIONS}),
-        data=DataConfig(size=loaded.size) if loaded.size else DataConfig(),
+        data=DataConfig(
+            size=loaded.size or DataConfig.size,
+            fit=loaded.fit,
+            spacing=loaded.spacing,
+            multilabel=loaded.multilabel,
+        ),
     )
-    header = "Converted weights, not trained here: only [model] and data.size describe them."
+    header = "Converted weights, not trained here: only [model], data.size, fit, spacing and multilabel apply."
     with writing(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=dst.parent, prefix=f".{dst.name}.") as scratch:
             folder = Path(scratch) / "new"
             folder.mkdir()
-            (folder / "config.toml").write_text(to_toml(config, header), encoding="utf-8")
+            atomic_write(folder / "config.toml", to_toml(config, header))
             write_safetensors(folder / "best.safetensors", arrays, loaded.options)
             weights = {"params": loaded.params, "stats": loaded.stats}
             checkpoints = Checkpoints(folder / "checkpoints", keep_latest=1, keep_best=1)
             checkpoints.save(0, weights, position={}, extra={"options": loaded.options})
-            if dst.exists():
-                dst.rename(Path(scratch) / "old")
-            folder.rename(dst)
+            replace_folder(folder, dst)
 
 
 def _summary(src: Path, dst: Path, loaded: Loaded) -> list[str]:
@@ -143,7 +147,13 @@ def _summary(src: Path, dst: Path, loaded: Loaded) -> list[str]:
         f"{dst}: {used + dead:,} parameters, {used:,} of them used",
         f"  filled {DEAD_BLOCK}.* with zeros: {dead:,} unused parameters that the public code's loader requires",
     ]
-    if dst.suffix in TORCH_SUFFIXES and loaded.options["shortcut"] != "input":
+    unstated = {"fit": loaded.fit != "stretch", "spacing": loaded.spacing, "multilabel": loaded.multilabel}
+    if dst.suffix.lower() in TORCH_SUFFIXES and (lost := [name for name, differs in unstated.items() if differs]):
+        lines.append(
+            f"  a {dst.suffix} does not state data.{', data.'.join(lost)}: read here, it is used without; keep "
+            "best.safetensors for prediction"
+        )
+    if dst.suffix.lower() in TORCH_SUFFIXES and loaded.options["shortcut"] != "input":
         lines.append(
             f"  a {dst.suffix} does not state the shortcut: read it with --shortcut {loaded.options['shortcut']}"
         )

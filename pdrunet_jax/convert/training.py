@@ -25,19 +25,11 @@ from numpy.typing import DTypeLike
 from pdrunet_jax import config as configuration
 from pdrunet_jax.config import Config, OptimConfig
 from pdrunet_jax.data.pipeline import position_after
-from pdrunet_jax.model.files import import_torch, write_pth
+from pdrunet_jax.model.files import write_pth
 from pdrunet_jax.model.load import find_run
-from pdrunet_jax.model.weights import (
-    DEAD_BLOCK,
-    HWIO,
-    OIHW,
-    WRAPPERS,
-    Entry,
-    Imported,
-    from_public,
-    name_table,
-    to_public,
-)
+from pdrunet_jax.model.state_dict import find_state_dict
+from pdrunet_jax.model.torch_files import import_torch
+from pdrunet_jax.model.weights import DEAD_BLOCK, HWIO, OIHW, Entry, Imported, from_public, name_table, to_public
 from pdrunet_jax.runtime.checkpoint import Checkpoints, read_checkpoint
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.train.optim import make_schedule
@@ -46,7 +38,8 @@ from pdrunet_jax.train.run import open_run
 from pdrunet_jax.train.step import TrainState, build_model, create_state
 
 HEADER = "pdrunet"
-OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim")
+OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states")
+STEP_KEYS = ("step", "global_step")
 
 ADAM = {"exp_avg": "mu", "exp_avg_sq": "nu"}
 SGD = {"momentum_buffer": "trace"}
@@ -128,6 +121,12 @@ def torch_to_run(content: Mapping[str, Any], src: Path, dst: Path, config_name: 
     """
     config, fingerprint = _configuration(content, src, config_name)
     training = _read_training(content, src)
+    if not 0 <= training.step <= config.train.steps:
+        raise UserError(
+            f"{src} is at step {training.step}, and the configuration ends at train.steps = {config.train.steps}: "
+            "there is nothing to go on with. Give a --config with more steps, or convert the weights alone: save "
+            "`model.state_dict()`"
+        )
     _check_model(config, training.weights.options, src)
     if problems := _group_problems(config.optim, training.group):
         raise DataError(f"{src} was trained with a different optimizer than the configuration's", problems)
@@ -319,12 +318,14 @@ def _configuration(content: Mapping[str, Any], src: Path, name: str | None) -> t
 
 def _read_training(content: Mapping[str, Any], src: Path) -> TorchTraining:
     """The parts of a `.pth`, checked against each other."""
-    optimizer = next((content[key] for key in OPTIMIZER_KEYS if isinstance(content.get(key), Mapping)), None)
+    given = [content.get(key) for key in OPTIMIZER_KEYS]
+    given = [item[0] if isinstance(item, list) and len(item) == 1 else item for item in given]  # Lightning has a list
+    optimizer = next((item for item in given if isinstance(item, Mapping)), None)
     if optimizer is None:
         raise UserError(f"{src} contains no optimizer: without --config, only its weights are converted")
-    model = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    if model is None:
-        raise UserError(f"{src} contains no state dict of a network under {', '.join(map(repr, WRAPPERS))}")
+    model, notes = find_state_dict({key: item for key, item in content.items() if key not in OPTIMIZER_KEYS}, str(src))
+    if not model:
+        raise UserError(f"{src} contains no state dict of a network")
 
     # The arrays are numbered like the parameters of the one group.
     groups = optimizer.get("param_groups")
@@ -343,10 +344,11 @@ def _read_training(content: Mapping[str, Any], src: Path) -> TorchTraining:
     }
 
     counts = (mine["step"] for mine in buffers.values() if "step" in mine)
-    step = content.get("step", next(counts, None))
+    step = next((content[key] for key in STEP_KEYS if key in content), next(counts, None))
     if step is None:
         raise UserError(f"{src} does not state the number of updates; store it under 'step'")
     weights = from_public(model, str(src))
+    weights = weights._replace(notes=(*notes, *weights.notes))
     return TorchTraining(weights, buffers, groups[0], int(np.asarray(step)), content.get("ema"))
 
 

@@ -1,26 +1,35 @@
-"""Read and write `.safetensors` and PyTorch's `.pth` files, without running code from them."""
+"""Read and write files of weights, `.safetensors` and PyTorch's, without running code from them."""
 
 import json
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from pdrunet_jax.model.torch_files import import_torch, read_torch
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.opening import open_regular
 
 OPTIONS_KEY = "pdrunet"
 """Key of the options, one JSON object, in the metadata header of a `.safetensors` file."""
 
 TORCH_SUFFIXES = (".pth", ".pt")
+"""Suffixes that PyTorch's files are written under; they are read under any."""
+
+OTHER_KINDS = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights themselves: run `git lfs pull` where it is from"),
+    (b"\x1f\x8b", "compressed with gzip: unpack it with `gzip -dc {name} > weights.pth`"),
+    (b"BZh", "compressed with bzip2: unpack it with `bzip2 -dc {name} > weights.pth`"),
+    (b"\xfd7zXZ\0", "compressed with xz: unpack it with `xz -dc {name} > weights.pth`"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: unpack it with `zstd -dc {name} > weights.pth`"),
+    (b"\x89HDF\r\n", "an HDF5 file, as Keras writes them; a PyTorch or .safetensors file is needed"),
+    (b"\x93NUMPY", "a single array of NumPy; a PyTorch or .safetensors file is needed"),
+)
+"""First bytes of files that are found in the place of weights."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +45,32 @@ class WeightsFile:
 
 
 def read_weights(path: str | Path) -> WeightsFile:
-    """Read the arrays and options of a `.safetensors`, `.pth` or `.pt` file.
+    """Read the arrays and options of a `.safetensors` file or a file of PyTorch, whatever its suffix.
 
     Raises:
-        UserError: the file does not exist, has another suffix, is damaged or contains code, or needs PyTorch, which is
+        UserError: the file does not exist, is of another kind, is damaged or contains code, or needs PyTorch, which is
             not installed.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
-        return _read_pth(path)
-    raise UserError(f"{path}: weights are read from .safetensors, .pth or .pt files")
+    try:
+        with open_regular(path) as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    _check_kind(path, head)
+    pickled = head.startswith((b"PK\x03\x04", b"\x80"))
+    named = path.suffix.lower() == ".safetensors"
+    try:
+        if head[8:9] == b"{" or (named and not pickled):
+            weights = _read_safetensors(path)
+            return weights if named else replace(weights, notes=("read as .safetensors, which its content is",))
+        if pickled or path.suffix.lower() in TORCH_SUFFIXES:
+            return WeightsFile(read_torch(path), notes=("read as a file of PyTorch, which its content is",) * named)
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply; refused") from None
+    raise UserError(f"{path} is neither a .safetensors nor a PyTorch file")
 
 
 def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> None:
@@ -62,7 +83,17 @@ def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], option
 
     metadata = {"format": "pt", OPTIONS_KEY: json.dumps(dict(options), sort_keys=True)}
     contiguous = {name: np.array(array, order="C") for name, array in arrays.items()}
-    _write(Path(path), save(contiguous, metadata=metadata))
+    _write(Path(path), _ordered(save(contiguous, metadata=metadata)))
+
+
+def _ordered(content: bytes) -> bytes:
+    """The content of a `.safetensors` file with its metadata in order: the library writes them in a random one."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def write_pth(path: str | Path, content: Mapping[str, Any]) -> None:
@@ -86,11 +117,28 @@ def write_pth(path: str | Path, content: Mapping[str, Any]) -> None:
     _write(Path(path), buffer.getvalue())
 
 
+def _check_kind(path: Path, head: bytes) -> None:
+    """Raise `UserError` that says what a file is that begins with `head`, if it is not weights."""
+    kind = next((kind.format(name=path.name) for magic, kind in OTHER_KINDS if head.startswith(magic)), None)
+    text = " ".join(head[:60].decode(errors="replace").split())
+    if not head:
+        kind = "damaged: it is empty"
+    elif text.lower().startswith(("<!doctype html", "<html", "<?xml", "<head")):
+        kind = "a web page: the download needs a login or another link. Open the link in a browser, and save the file"
+    elif head[257:262] == b"ustar":
+        kind = "a tar archive of files: unpack it with `tar -xf` first"
+    elif kind is None and len(text) > 8 and text.isprintable() and head[8:9] != b"{":
+        kind = f"text ({text!r}), no weights: was the download refused?"
+    if kind is not None:
+        raise UserError(f"{path} is {kind}")
+
+
 def _read_safetensors(path: Path) -> WeightsFile:
     import ml_dtypes  # noqa: F401 - teaches NumPy the name bfloat16
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_regular(path).close()  # a pipe would block
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
@@ -105,54 +153,6 @@ def _read_safetensors(path: Path) -> WeightsFile:
     if not isinstance(options, dict):
         raise UserError(f"{path}: the options in its header are not a JSON object")
     return WeightsFile(arrays, options)
-
-
-def _read_pth(path: Path) -> WeightsFile:
-    torch = import_torch(path)
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
-                    raise UserError(f"{path} is refused as a bomb: it is compressed, as no state dict of PyTorch is")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old file formats; what matters is checked by name and shape later
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
-        raise UserError(
-            f"{path} is refused: it holds Python objects other than plain arrays, and loading those could run code. "
-            f"Save `model.state_dict()`, not the model itself.{f' (PyTorch: {reason[1].strip()})' if reason else ''}"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or not a PyTorch file: {str(error) or 'it ends too early'}") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}; a state dict (arrays by name) is needed")
-    return WeightsFile(_to_numpy(torch, content, path))
-
-
-def _to_numpy(torch: ModuleType, value: Any, path: Path) -> Any:
-    """Convert every dense tensor in `value`, at any depth of dictionaries, to a NumPy array."""
-    if isinstance(value, Mapping):
-        return {str(key): _to_numpy(torch, item, path) for key, item in value.items()}
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized:
-        return value
-    if value.nbytes > value.untyped_storage().nbytes():
-        raise UserError(f"{path} is refused as a bomb: a tensor of shape {tuple(value.shape)} expands a smaller one")
-    value = value.detach().contiguous()
-    if value.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return value.numpy()
-
-
-def import_torch(path: Path) -> ModuleType:
-    """Import PyTorch, which the file `path` needs. Raises `UserError` if it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: {path.suffix} files need PyTorch: pip install 'pdrunet-jax[torch]'") from None
-    return torch
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,21 +1,22 @@
-"""Load trained weights from a run folder, one of its checkpoints, a `.safetensors` file, or a public `.pth` file."""
+"""Load trained weights from a run folder, one of its checkpoints, a `.safetensors` file, or a PyTorch checkpoint."""
 
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from pydantic import Field, TypeAdapter, ValidationError
 
 from pdrunet_jax import config
-from pdrunet_jax.config import ModelConfig
+from pdrunet_jax.config import ModelConfig, Side
 from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.sides import mirror_of
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.devices import start_devices
 from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
@@ -23,6 +24,15 @@ from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.run_folder import RunFolder
 
 Which = Literal["best", "latest"]
+
+_FORMS: dict[str, TypeAdapter[Any]] = {
+    "size": TypeAdapter(Annotated[tuple[Side, ...], Field(min_length=1, max_length=2)] | None),
+    "class_names": TypeAdapter(tuple[str, ...] | None),
+    "multilabel": TypeAdapter(Annotated[bool, Field(strict=True)] | None),
+    "fit": TypeAdapter(Literal["stretch", "pad"] | None),
+    "spacing": TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None),
+}
+"""Options that weights may state, apart from the network's."""
 
 WIRING = ("in_channels", "outputs", "filters", "shortcut", "norm")
 """Options of the network that decide which arrays there are and what they mean."""
@@ -43,12 +53,29 @@ class Loaded(NamedTuple):
     stats: nnx.State[Any, Any]
     notes: tuple[str, ...]
     """Sentences on anything unwrapped, dropped, widened or assumed."""
+    source: str = ""
+    """The file of a PyTorch checkpoint, which others have written; empty for what this package writes."""
 
     @property
     def size(self) -> tuple[int, int] | None:
         """(height, width) that the weights were trained at, where known."""
         size = self.options.get("size")
         return (int(size[0]), int(size[-1])) if size else None
+
+    @property
+    def fit(self) -> Literal["stretch", "pad"]:
+        """How images are brought to that size, as `data.fit`; weights that state nothing were trained stretched."""
+        return "pad" if self.options.get("fit") == "pad" else "stretch"
+
+    @property
+    def spacing(self) -> float | None:
+        """Mm per pixel that images are resampled to, as `data.spacing`."""
+        return self.options.get("spacing")
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether classes overlap, as `data.multilabel`."""
+        return bool(self.options.get("multilabel", False))
 
 
 def load_model(
@@ -63,7 +90,8 @@ def load_model(
     """Load a trained network, ready to be called on images (N, H, W, C) in [0, 1].
 
     Args:
-        weights: a run folder, a checkpoint in it, a `.safetensors` file, or a `.pth` file of the public code.
+        weights: a run folder, a checkpoint in it, a `.safetensors` file, or a PyTorch checkpoint of the public network,
+            as training scripts save it: what is taken of it and what is left is printed on standard error.
         shortcut: "conv1" for a `.pth` with the paper's wiring, which such files cannot state; other sources state it.
         dtype: arithmetic of the convolutions; the parameters' dtype when None.
         param_dtype: dtype of parameters and logits; None keeps the file's (float64 only where JAX has it enabled).
@@ -74,8 +102,6 @@ def load_model(
         UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named.
     """
     loaded = load_weights(weights, shortcut=shortcut, which=which)
-    for note in loaded.notes:
-        logging.getLogger(__name__).info("%s: %s", weights, note)
     return build_loaded(loaded, dtype=dtype, param_dtype=param_dtype, conv=conv)
 
 
@@ -83,20 +109,37 @@ def build_loaded(
     loaded: Loaded, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None, conv: str = "auto"
 ) -> PDRUNet:
     """Build the network of `load_weights`. Arguments and errors as for `load_model`."""
+    report(loaded)
     start_devices()
     chosen = _param_dtype(loaded.params, param_dtype)
     options = {name: loaded.options[name] for name in MODEL_OPTIONS}
 
     def build() -> PDRUNet:
         settings = ModelConfig(**options, conv=conv)  # type: ignore[arg-type] # checked by the network
-        return PDRUNet(settings, dtype=dtype, param_dtype=chosen, size=loaded.size, rngs=nnx.Rngs(0))
+        return PDRUNet(
+            settings,
+            dtype=dtype,
+            param_dtype=chosen,
+            size=loaded.size,
+            fit=loaded.fit,
+            spacing=loaded.spacing,
+            multilabel=loaded.multilabel,
+            rngs=nnx.Rngs(0),
+        )
 
     def place(array: np.ndarray) -> jax.Array:
         return jnp.asarray(array.astype(chosen) if array.dtype.kind == "f" else array)
 
     graph = nnx.graphdef(nnx.eval_shape(build))  # shapes only: no initial weights are drawn
     model: PDRUNet = nnx.merge(graph, jax.tree.map(place, loaded.params), jax.tree.map(place, loaded.stats))
+    model.mirror = mirror_of(loaded.options, model.outputs)
     return model
+
+
+def report(loaded: Loaded) -> None:
+    """Print on standard error what was taken of a file that others have written, and what was left or assumed."""
+    for note in loaded.notes if loaded.source else ():
+        print(f"{loaded.source}: {note}", file=sys.stderr)
 
 
 def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Which = "best") -> Loaded:
@@ -130,12 +173,14 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
 
 
 def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
-    """Load weights for a network whose `WIRING` is given.
+    """Load weights for a network whose `WIRING` is given, and "multilabel" if classes overlap.
 
     Raises as `load_model`, and `UserError` that names each option that differs.
     """
     loaded = load_weights(weights)
-    problems = [
+    mine, theirs = network.get("multilabel", False), loaded.multilabel
+    other = [f"--data.multilabel is {mine}, there it is {theirs}"] if mine != theirs else []
+    problems = other + [
         f"--model.{name.replace('_', '-')} is {network[name]}, there it is {loaded.options[name]}"
         for name in WIRING
         if network[name] != loaded.options[name]
@@ -147,7 +192,8 @@ def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
 
 def start_from(model: PDRUNet, weights: str | Path) -> None:
     """Replace the arrays of `model` by those of `weights`, in the model's dtype. Raises as `load_same`."""
-    loaded = load_same(weights, {**vars(model.config), "outputs": model.outputs})
+    loaded = load_same(weights, {**vars(model.config), "outputs": model.outputs, "multilabel": model.multilabel})
+    report(loaded)
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     given = nnx.merge_state(loaded.params, loaded.stats)
     nnx.update(model, jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state, given))
@@ -209,16 +255,14 @@ def _from_best(best: Path) -> Loaded:
 
 
 def _from_file(path: Path) -> Loaded:
-    try:
-        file = read_weights(path)
-    except RecursionError:
-        raise UserError(f"{path}: the options in its header are nested too deeply; refused") from None
+    file = read_weights(path)
     stated = file.options.pop(CONTENT, None)
     if stated is not None and stated != content_digest(file.arrays, file.options):
         raise UserError(f"{path} is damaged: its arrays or options are not what was written")
     imported = from_public(file.arrays, str(path))
     _check_options(file.options, imported.options, path)
-    return Loaded({**file.options, **imported.options}, imported.params, imported.stats, file.notes + imported.notes)
+    notes, source = file.notes + imported.notes, "" if file.options else str(path)
+    return Loaded({**file.options, **imported.options}, imported.params, imported.stats, notes, source)
 
 
 def _from_checkpoint(path: Path, which: Which) -> Loaded:
@@ -243,6 +287,7 @@ def _require_own(stated: Mapping[str, Any], settings: str | None, run: RunFolder
     except UserError:  # a damaged config.toml: whoever needs its settings reports that
         return
     wanted = {name: getattr(own.model, name) for name in WIRING} | {"size": list(own.data.height_width)}
+    wanted |= {"fit": own.data.fit, "spacing": own.data.spacing, "multilabel": own.data.multilabel}
     problems = [
         f"{name} is {value} in config.toml, {stated[name]} in the weights"
         for name, value in wanted.items()
@@ -267,6 +312,13 @@ def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Pa
     rate = stated.get("dropout", 0.0)
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
         problems.append(f"dropout is stated as {rate!r}; it is a number from 0 to below 1")
+    for name, form in _FORMS.items():
+        try:
+            form.validate_python(stated.get(name))
+        except ValidationError as error:
+            problems.append(f"{name} is stated as {stated[name]!r:.100}; {error.errors()[0]['msg']}")
+    if stated.get("multilabel") and found.get("outputs") == 1:
+        problems.append("multilabel is stated as true, which needs several outputs")
     if problems:
         raise DataError(f"{path} contradicts itself", problems)
 

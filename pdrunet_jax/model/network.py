@@ -7,7 +7,7 @@ Dilations double on the way in and halve on the way out, and the long skips are 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from pdrunet_jax.model.execution import Execution, run_block
 from pdrunet_jax.model.fast.phases import Activation
 from pdrunet_jax.model.layers import BatchNorm, Conv, State, conv_norm_relu, dropout, keep_masks, split_state
 from pdrunet_jax.model.sharding import spread
+from pdrunet_jax.model.sides import Mirror
 
 
 class Addable(Protocol):
@@ -111,6 +112,9 @@ class PDRUNet(nnx.Module):
         dtype: arithmetic of the convolutions; `param_dtype` when None.
         param_dtype: dtype of parameters, statistics and logits.
         size: (height, width) that the weights were trained at, where known. The network takes any other size too.
+        fit: how images were brought to that size, as `data.fit`.
+        spacing: mm per pixel that images were resampled to, as `data.spacing`.
+        multilabel: classes overlap: each has an output of its own, and none is for the background.
 
     Raises:
         ValueError: an option that does not exist, or is out of its bounds.
@@ -124,12 +128,19 @@ class PDRUNet(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         size: tuple[int, int] | None = None,
+        fit: Literal["stretch", "pad"] = "stretch",
+        spacing: float | None = None,
+        multilabel: bool = False,
     ) -> None:
         self.config = config = _validator().validate_python(dataclasses.asdict(config))
         self.in_channels = config.in_channels
         self.outputs = config.outputs or 1
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         self.size = size
+        self.mirror = Mirror()
+        self.fit: Literal["stretch", "pad"] = fit
+        self.spacing = spacing
+        self.multilabel = multilabel
 
         def block(name: str, inputs: int = config.filters) -> Block:
             return Block(name, inputs, config, dtype=param_dtype, rngs=rngs)
@@ -152,7 +163,7 @@ class PDRUNet(nnx.Module):
     @property
     def foreground_classes(self) -> int:
         """Number of classes without background."""
-        return foreground_classes(self.outputs)
+        return foreground_classes(self.outputs, multilabel=self.multilabel)
 
     def __call__(
         self,
@@ -232,9 +243,9 @@ def public_name(block: str) -> str:
     return block.replace("_", ".") if block.startswith("bottleneck") else block
 
 
-def foreground_classes(outputs: int) -> int:
-    """Number of classes without background of a network with this many outputs."""
-    return max(outputs - 1, 1)
+def foreground_classes(outputs: int, *, multilabel: bool = False) -> int:
+    """Number of classes without background of a network with this many outputs; all of them if classes overlap."""
+    return outputs if multilabel else max(outputs - 1, 1)
 
 
 @cache

@@ -10,22 +10,27 @@ from jax.typing import DTypeLike
 Array = jax.Array | np.ndarray
 
 
-def probabilities(logits: Array) -> Any:
-    """Convert logits (N, H, W, K) to probabilities: the sigmoid for K = 1, otherwise the softmax over K. Same shape."""
+def probabilities(logits: Array, *, multilabel: bool = False) -> Any:
+    """Convert logits (N, H, W, K) to probabilities of the same shape.
+
+    The sigmoid for K = 1 or overlapping classes (`multilabel`), otherwise the softmax over K.
+    """
     xp = _namespace(logits)
-    if logits.shape[-1] == 1:
+    if multilabel or logits.shape[-1] == 1:
         return 0.5 * (xp.tanh(0.5 * logits) + 1.0)  # the sigmoid, in a form that no logit makes overflow
     exponential = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
     return exponential / xp.sum(exponential, axis=-1, keepdims=True)
 
 
-def predict_classes(logits: Array) -> Any:
-    """Convert logits (N, H, W, K) to class indices (N, H, W), int32.
+def predict_classes(logits: Array, *, multilabel: bool = False) -> Any:
+    """Convert logits (N, H, W, K) to class indices (N, H, W), int32, or to 0 and 1 (N, H, W, K) with `multilabel`.
 
     K = 1: 1 where the probability is above 0.5, i.e. the logit above 0. Otherwise the most likely of the K classes, of
     which 0 is background; the lower index wins a tie.
     """
     xp = _namespace(logits)
+    if multilabel:
+        return (logits > 0).astype(xp.int32)
     if logits.shape[-1] == 1:
         return (logits[..., 0] > 0).astype(xp.int32)
     return xp.argmax(logits, axis=-1).astype(xp.int32)

@@ -12,13 +12,11 @@ import numpy as np
 from flax import nnx
 
 from pdrunet_jax.model.network import BLOCKS, public_name
+from pdrunet_jax.model.state_dict import find_state_dict, misfit, public_counts, shortened
 from pdrunet_jax.runtime.errors import DataError
 
 DEAD_BLOCK = "e5"
 """Block that the public code builds and never calls: part of its state dict, but not of our model."""
-
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.", "model.")
 
 HWIO = (2, 3, 1, 0)
 OIHW = (3, 2, 0, 1)
@@ -74,18 +72,18 @@ def dead_entries(filters: int, norm: str) -> tuple[Entry, ...]:
 def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
     """Convert arrays under the public names to the state of the Flax model.
 
-    Dictionaries that training scripts put around a state dict (`state_dict`, `model_state_dict`, `model`) and prefixes
-    of PyTorch's wrappers (`module.`, `_orig_mod.`, `model.`) are removed, with a note.
+    `find_state_dict` finds them in dictionaries and behind prefixes of training scripts, with a note.
 
     Args:
-        arrays: arrays by public name; anything that `np.asarray` takes.
+        arrays: arrays by public name, anything that `np.asarray` takes; or dictionaries that contain them.
         source: name of the file, for messages.
 
     Raises:
-        DataError: lists every missing, unused and misshapen key, every wrong dtype, and every array with NaN or
-            infinity, or with a negative variance.
+        DataError: says what the arrays are instead, and lists missing, unused and misshapen keys, wrong dtypes, and
+            arrays with NaN or infinity, or with a negative variance.
+        UserError: they are of several networks.
     """
-    arrays, notes = _unwrap(arrays)
+    arrays, notes = find_state_dict(arrays, source)
     values = {key: np.asarray(value) for key, value in arrays.items()}
     half = [key for key, value in values.items() if value.dtype.name in ("float16", "bfloat16")]
     values |= {key: values[key].astype(np.float32) for key in half}
@@ -94,6 +92,10 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
     options = _options(values.get("std_block.first.weight"), values.get("final_conv.weight"), norm)
     rows, dead = name_table(**options), dead_entries(options["filters"], norm)
     known = {row.public for row in (*rows, *dead)}
+    optional = {row.public for row in (*rows, *dead) if row.count or row in dead}
+    cause = misfit(known - optional, values.keys() - optional)
+    counts, changes = public_counts(values, [row.public for row in rows if row.count])
+    values, notes = {**values, **counts}, notes + changes
     problems = [f"{row.public} {problem}" for row in rows if (problem := _problem(row, values.get(row.public)))]
     diverged = [row.public for row in rows if _nonfinite(values.get(row.public))]
     problems += [f"{key} holds NaN or infinity: its training diverged" for key in diverged]
@@ -104,7 +106,8 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
     if not problems and len(dtypes) > 1:
         problems.append(f"the arrays mix {' and '.join(sorted(dtypes))}; one of them is needed")
     if problems:
-        raise DataError(f"{source} does not hold the weights of a PDR-UNet", problems)
+        what = f"{source} does not hold the weights of a PDR-UNet"
+        raise DataError(f"{what}: {cause}" if cause else what, shortened(problems))
 
     if dropped := [row for row in dead if row.public in values]:
         count = sum(values[row.public].size for row in dropped if row.parameter)
@@ -175,20 +178,6 @@ def _block(public: str, name: str, inputs: int, filters: int, norm: str) -> list
                 Entry(f"{key}.num_batches_tracked", (*path, "num_batches_tracked"), (), nnx.BatchStat),
             ]
     return rows
-
-
-def _unwrap(arrays: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
-    notes = []
-    for wrapper in WRAPPERS:
-        if isinstance(inner := arrays.get(wrapper), Mapping):
-            others = sorted(str(key) for key in arrays.keys() - {wrapper})
-            notes.append(f"took the weights under {wrapper!r}" + (f", not {', '.join(others)}" if others else ""))
-            arrays = inner
-            break
-    while prefix := next((p for p in PREFIXES if arrays and all(str(key).startswith(p) for key in arrays)), None):
-        notes.append(f"removed the prefix {prefix!r} from every name")
-        arrays = {key.removeprefix(prefix): value for key, value in arrays.items()}
-    return {str(key): value for key, value in arrays.items()}, notes
 
 
 def _options(first: np.ndarray | None, last: np.ndarray | None, norm: str) -> dict[str, Any]:

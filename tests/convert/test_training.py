@@ -115,6 +115,21 @@ def test_a_training_script_of_ones_own_goes_on_here(own: Path, config: Path, tmp
     assert after["param_groups"] == before["param_groups"]
 
 
+def test_a_training_run_of_lightning_goes_on_here(own: Path, config: Path, tmp_path: Path) -> None:
+    config.write_text(config.read_text(encoding="utf-8").replace("ema = 0.9", ""), encoding="utf-8")
+    content = torch.load(own, weights_only=True)
+    state = {f"net.{name}": tensor for name, tensor in content["model_state_dict"].items()}
+    lightning = {"epoch": 1, "global_step": 2, "state_dict": state | {"loss_fn.pos_weight": torch.ones(1)}}
+    torch.save(lightning | {"optimizer_states": [content["optimizer_state_dict"]]}, tmp_path / "last.ckpt")
+    lines = convert(tmp_path / "last.ckpt", tmp_path / "run", config=str(config))
+    assert "step 2, adam" in lines[0]
+    assert "  removed the prefix 'net.' from every name" in lines
+    main([str(tmp_path / "run"), str(tmp_path / "back.pth"), "--to-torch-training-state"])
+    after = torch.load(tmp_path / "back.pth", weights_only=True)
+    for index, mine in content["optimizer_state_dict"]["state"].items():
+        assert all(torch.equal(after["optimizer"]["state"][index][name], tensor) for name, tensor in mine.items())
+
+
 def test_without_a_configuration_its_weights_alone_are_converted(own: Path, tmp_path: Path) -> None:
     lines = convert(own, tmp_path / "run")
     assert any("took the weights under 'model_state_dict', not epoch, optimizer_state_dict" in line for line in lines)
@@ -147,6 +162,7 @@ def without_moment() -> dict[str, Any]:
         ({"optimizer_state_dict": None}, "contains no optimizer"),
         ({"optimizer_state_dict": {"state": {}, "param_groups": []}}, "one parameter group"),
         ({"step": 7}, "step of std_block.first.weight is 2, not 7"),
+        ({"step": 9}, "is at step 9, and the configuration ends at train.steps = 8"),
         ({"model_state_dict": Twin(filters=5).state_dict()}, "model.filters is 4 in the configuration, 5 in the file"),
         ({"model_state_dict": Twin(filters=4).double().state_dict()}, "is in float64, but --train.precision float32"),
         ({"model_state_dict": None}, "contains no state dict of a network"),
