@@ -15,9 +15,11 @@ from PIL import Image, ImageDraw
 
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image
+from pdrunet_jax.data.importers.files import Images
 from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.data.labelme.contours import outlines
-from pdrunet_jax.data.labelme.read import image_location, rasterise, read_annotation
+from pdrunet_jax.data.labelme.raster import rasterise
+from pdrunet_jax.data.labelme.read import read_annotation
 from pdrunet_jax.data.labelme.write import labelme_text
 from pdrunet_jax.data.masks import read_mask
 from pdrunet_jax.data.phantoms.phantom import draw
@@ -174,7 +176,7 @@ def test_embedded_data_serves_where_there_is_no_file(source: Path, tmp_path: Pat
     notes = import_labelme(ImportLabelme(source, tmp_path / "target"))
     assert (read_image(tmp_path / "target" / "images" / "b.png")[:, :, 0] == noise(7)).all()
     assert "1 images have no file: taken from imageData" in notes
-    assert any(note.startswith("1 images without a LabelMe file are left out: a.png") for note in notes)
+    assert any(note.startswith("1 images without an annotation are left out: a.png") for note in notes)
 
 
 def test_labels_are_numbered_as_declared(source: Path) -> None:
@@ -193,15 +195,115 @@ def test_unknown_labels_are_listed_together_with_the_declared(source: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "path",
-    ["../../etc/passwd", "/etc/passwd", "..\\..\\secret.png", "C:\\x.png", "\\\\server\\x.png", "..", "a\u0000.png"],
+    "path", ["../../etc/passwd", "/etc/passwd", "..\\..\\secret.png", "C:\\secret.png", "\\\\server\\x.png"]
 )
-def test_an_image_path_that_leads_out_of_the_folder_is_refused(source: Path, path: str) -> None:
+def test_an_image_path_never_leads_out_of_the_folder(source: Path, path: str) -> None:
     save(noise(3), source.parent / "secret.png")
-    annotate(source / "sub" / "evil.json", path, [shape("bone", box(1, 1, 5, 5))], SIZE, imageData=png(noise(1)))
+    whole = [shape("bone", box(1, 1, 5, 5))]
+    annotate(source / "sub" / "evil.json", path, whole, SIZE)
+    assert "does not exist, and none is embedded" in refused(source)
+    annotate(source / "sub" / "evil.json", path, whole, SIZE, imageData=png(noise(1)))
+    import_labelme(ImportLabelme(source, source.parent / "target"))
+    (copy,) = (source.parent / "target" / "images" / "sub").iterdir()
+    assert (read_image(copy)[:, :, 0] == noise(1)).all()
+
+
+def test_a_name_that_is_none_and_a_link_that_leads_out_are_refused(source: Path) -> None:
+    save(noise(3), source.parent / "secret.png")
+    (source / "link.png").symlink_to(source.parent / "secret.png")
+    whole = [shape("bone", box(1, 1, 5, 5))]
+    for number, path in enumerate(("..", "a\u0000.png", "link.png")):
+        annotate(source / f"{number}.json", path, whole, SIZE, imageData=png(noise(1)))
     message = refused(source)
-    assert "sub/evil.json: imagePath" in message
-    assert "leads out" in message
+    assert "0.json: image path '..' names no file" in message
+    assert "1.json: image path 'a\\x00.png' names no file" in message
+    assert "2.json: image link.png is a link that leads out of" in message
+
+
+@pytest.mark.parametrize(
+    "path", ["C:\\Users\\me\\a.png", "/home/me/a.png", "..\\..\\export\\a.png", "a.jpg", "A.PNG", "x/y/a.png"]
+)
+def test_an_image_path_from_elsewhere_is_found_by_its_file_name(tmp_path: Path, path: str) -> None:
+    for person in ("p1", "p2"):
+        save(noise(3), tmp_path / "source" / "img" / person / "a.png")
+        annotate(tmp_path / "source" / "ann" / person / "a.json", path, [shape("bone", box(1, 1, 5, 5))], SIZE)
+    notes = import_labelme(ImportLabelme(tmp_path / "source", tmp_path / "target"))
+    assert "2 images are not at the path stated; found by their file names: img/p1/a.png, img/p2/a.png" in notes
+    # An image that merely has the name is not taken.
+    annotate(tmp_path / "source" / "ann" / "p3" / "a.json", path, [shape("bone", box(1, 1, 5, 5))], SIZE)
+    with pytest.raises(DataError, match=r"p3/a.json: its image [aA].\w+ does not exist"):
+        import_labelme(ImportLabelme(tmp_path / "source", tmp_path / "other"))
+
+
+def test_folders_of_splits_are_kept_and_labels_share_a_class(source: Path, tmp_path: Path) -> None:
+    for number, folder in enumerate(("train", "train2017", "val", "test")):
+        save(noise(number), source / folder / "x.png")
+        label = ("femur", "tibia")[number % 2]
+        annotate(source / folder / "x.json", "x.png", [shape(label, box(1, 1, 5, 5))], SIZE)
+    for number in range(30):
+        save(noise(number + 10), source / "train" / f"bare{number}.png")
+    (source / "a.png").unlink()
+    notes = import_labelme(ImportLabelme(source, tmp_path / "a", classes={"bone=femur,tibia": 1}))
+    assert "splits of the source are kept: 1 test, 2 train, 1 val" in notes
+    (line,) = [note for note in notes if note.startswith("30 images without an annotation are left out")]
+    assert "--unlabelled background" in line
+    assert "label tibia counts as bone" in notes
+    dataset = open_dataset(config(tmp_path / "a"))
+    assert dataset.class_names == ("bone",)
+    assert [sample.split for sample in dataset.samples] == ["test", "train", "train", "val"]
+    import_labelme(ImportLabelme(source, tmp_path / "b", unlabelled="background"))
+    assert len(open_dataset(config(tmp_path / "b")).samples) == 34
+    with pytest.raises(UserError, match='"femur" is declared twice'):
+        import_labelme(ImportLabelme(source, tmp_path / "c", classes={"bone=femur,tibia": 1, "femur": 2}))
+
+
+def test_text_of_another_encoding_is_read_when_named(source: Path) -> None:
+    path = annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
+    path.write_bytes(path.read_text().replace("bone", "股骨").encode("gb18030"))
+    assert "--encoding gb18030" in refused(source)
+    assert "neither UTF-8 nor ascii text" in refused(source, encoding="ascii")
+    assert (masks(source, encoding="gb18030", classes={"股骨": 1})["a.png"][1:6, 1:6] == 1).all()
+    with pytest.raises(UserError, match="--encoding klingon"):
+        import_labelme(ImportLabelme(source, source.parent / "other", encoding="klingon"))
+
+
+def test_the_xml_of_cvat_reads_with_its_bitmaps(source: Path) -> None:
+    bitmap = np.zeros(SIZE, np.uint8)
+    bitmap[10:14, 12:20] = 255
+    save(bitmap, source / "Masks" / "a_mask_1.png")
+    points = "".join(f"<pt><x>{x}</x><y>{y}</y></pt>" for x, y in box(1, 1, 5, 5))
+    size = f"<imagesize><nrows>{HEIGHT}</nrows><ncols>{WIDTH}</ncols></imagesize>"
+    mask = "<object><name>tibia</name><segm><mask>a_mask_1.png</mask></segm></object>"
+    text = f"<annotation><filename>a.png</filename>{size}<object><name>femur</name><polygon>{points}</polygon></object>"
+    (source / "a.xml").write_text(f"{text}{mask}</annotation>")
+    drawn = masks(source)["a.png"]
+    assert (drawn[1:6, 1:6] == 1).all()
+    assert ((drawn == 2) == (bitmap > 0)).all()
+    for wrong, reason in (
+        (text.replace(size, "") + "<object>", "not valid XML"),
+        ('<!DOCTYPE a [<!ENTITY e "x">]>' + text, "document type"),
+        (f"{text}{mask.replace('a_mask', '../../secret')}</annotation>", "leads out"),
+        (f"{text.replace('<x>5</x>', '<x>nan</x>')}</annotation>", "finite"),
+    ):
+        (source / "a.xml").write_text(wrong)
+        assert reason in refused_quietly(source)
+
+
+def test_what_takes_too_long_to_draw_is_refused_and_boxes_are_found_fast(source: Path) -> None:
+    save(np.zeros((50_000, 2), np.uint8), source / "a.png")
+    zigzag = [[number % 2, (number * 7919) % 50_000] for number in range(10_000)]
+    annotate(source / "a.json", "a.png", [shape("bone", zigzag)])
+    assert "are too long, or their areas too large" in refused(source)
+    save(noise(0), source / "a.png")
+    many = [shape("bone", [[1, 1], [3, 1], [3, 3]])] * 5000 + [shape("bone", [[9, 9], [12, 12]], "rectangle")] * 5000
+    assert drawn(many, source)[10, 10] == 1
+
+
+def refused_quietly(source: Path) -> str:
+    """The message of a failing import after others that succeeded."""
+    with pytest.raises(DataError) as caught:
+        import_labelme(ImportLabelme(source, source.parent / "refused"))
+    return str(caught.value)
 
 
 def test_an_image_path_beside_the_json_folder_is_followed(source: Path) -> None:
@@ -283,7 +385,7 @@ def test_a_damaged_file_is_drawn_or_refused_but_never_crashes(
     with suppress(DataError):
         annotation = read_annotation(path, "a.json")
         if annotation is not None:
-            image_location(annotation, tmp_path, tmp_path)
+            Images(tmp_path).find(annotation.image_path, "", "a.json")
             assert rasterise(annotation.shapes, {s.label: 1 for s in annotation.shapes}, SIZE, "a").shape == SIZE
 
 
@@ -302,7 +404,7 @@ def test_other_json_and_system_files_are_passed_over(source: Path) -> None:
     (source / "._a.json").write_bytes(b"\x00\x05")
     annotate(source / "a.json", "a.png", [shape("bone", box(1, 1, 5, 5))], SIZE)
     notes = import_labelme(ImportLabelme(source, source.parent / "target"))
-    assert "skipped, JSON but not LabelMe: coco.json, list.json" in notes
+    assert "skipped, not LabelMe: coco.json, list.json" in notes
 
 
 def test_a_folder_that_is_in_use_is_left_alone(source: Path, tmp_path: Path) -> None:

@@ -1,25 +1,25 @@
 """Import a folder of LabelMe files as a dataset folder with index masks."""
 
-import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pdrunet_jax.data.folder import files_below, some, write_manifest
-from pdrunet_jax.data.images import SUFFIXES, decode_image, read_bytes
-from pdrunet_jax.data.importers.common import Source, Target, check_classes, label_table, write_description, write_mask
-from pdrunet_jax.data.labelme.read import Annotation, image_location, rasterise, read_annotation, without_boxes
-from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.data.importers.files import RESULT, Images, is_inside, problem
+from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
+from pdrunet_jax.data.labelme.raster import without_boxes
+from pdrunet_jax.data.labelme.read import Annotation, Shape, read_annotation
+from pdrunet_jax.data.walk import files_below, some
 from pdrunet_jax.runtime.errors import DataError, UserError
-from pdrunet_jax.runtime.files import new_folder, require_vacant
 
 HELP = """\
-Import a folder of LabelMe annotations (*.json, versions 3 to 5) as a dataset folder.
+Import a folder of LabelMe annotations as a dataset folder: *.json of versions 3 to 5, or the *.xml of LabelMe's \
+online version and of CVAT's export "LabelMe 3.0".
 
-SOURCE holds the JSON files and the images, in any subfolders; imagePath must not lead out of it. \
-DST gets manifest.csv, dataset.toml, masks/ (index masks) and images/.
+SOURCE holds the annotations and the images, in any subfolders. An imagePath from another computer is found by its \
+file name. Folders train, val and test are kept as splits.
 
 Polygons, rectangles, circles and mask shapes are drawn as LabelMe draws them, later shapes over earlier ones. \
 Lines and points have no area and are skipped. The labels background and _background_ are drawn as background; \
@@ -37,19 +37,11 @@ _SIGNATURES = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"BM", ".bmp"), (b"
 
 
 @dataclass(frozen=True)
-class ImportLabelme:
+class ImportLabelme(ImportOptions):
     """Import a folder of LabelMe annotations as a dataset folder."""
 
-    source: Source
-    """Folder with the LabelMe files and the images."""
-    dst: Target
-    """Dataset folder to write; must be empty or not exist."""
-    classes: dict[str, int] = field(default_factory=dict)
-    """Labels with mask values 1 to 254 (0 background, 255 ignored); by default numbered alphabetically."""
     boxes: Boxes = "drop"
     """Rectangles around another shape with the same label: drop them as boxes, or keep them as regions."""
-    by_reference: bool = False
-    """Refer to the images by their absolute paths instead of copying them."""
 
 
 @dataclass
@@ -104,101 +96,65 @@ def import_labelme(options: ImportLabelme) -> list[str]:
 
     Returns remarks for the user. Raises `UserError`, or `DataError` with the problems of all files.
     """
-    source = options.source
-    check_classes(options.classes)
-    require_vacant(options.dst)
-    if not source.is_dir():
-        raise UserError(f"{source} is not a folder; name the one with the LabelMe files and the images")
-    # Read all annotations first: labels are numbered, and problems reported, for all files together.
-    names = [path.relative_to(source).as_posix() for path in files_below(source)]
-    survey, problems = Survey(), []
-    images: dict[str, str] = {}
-    others = []
-    for name in (name for name in names if name.lower().endswith(".json")):
+    options.check()
+    source, images = options.source, options.find_images(is_mask=lambda name: RESULT.search(name) is not None)
+    survey, problems = Survey(), list[str]()
+    drawings, others, embedded = [], [], 0
+    for path in files_below(source):
+        name = path.relative_to(source).as_posix()
+        if path.suffix.lower() not in (".json", ".xml"):
+            continue
         try:
-            annotation = read_annotation(source / name, name)
+            if not is_inside(path, source):
+                raise problem(name, "a link that leads out of the folder; refused")
+            annotation = read_annotation(path, name, options.encoding)
             if annotation is None:
                 others.append(name)
                 continue
-            survey.add(annotation, options.boxes)
-            image = image_location(annotation, (source / name).parent, source)
-            if image in images:
-                problems.append(f"{name}: {image} is already annotated in {images[image]}")
-            images.setdefault(image, name)
+            drawn = survey.add(annotation, options.boxes)
+            drawing = _drawing(drawn, path, images, options)
+            embedded += drawing.data is not None
+            drawings.append(drawing)
         except DataError as error:
             problems += error.problems
-    if not images and not problems:
-        raise UserError(f"{source}: no LabelMe file (*.json with shapes) in this folder or below")
-    table = label_table(survey.labels, options.classes)
-    index_of = {label: table.index_of.get(label, 0) for label in survey.labels}
-    # Then write images and masks.
-    with new_folder(options.dst) as folder:
-        writer = _Writer(options, folder, images, index_of)
-        rows = []
-        for image, name in images.items():
-            try:
-                rows.append(writer.write(image, name))
-            except DataError as error:
-                problems += error.problems
-        problems += table.problems
-        if problems:
-            raise DataError(f"{source}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
-        write_manifest(folder, rows)
-        write_description(
-            folder, source.resolve().name, table.classes, ignore=IGNORE if IGNORE in index_of.values() else None
-        )
-    notes = [*table.notes, *survey.notes()]
-    if writer.embedded:
-        notes.append(f"{writer.embedded} images have no file: taken from imageData")
+    if not drawings and not problems:
+        hint = f"; {some(others)} may be for import-coco, import-label-studio, import-supervisely or import-cvat"
+        what = f"no LabelMe file (*.json with shapes, or *.xml) in this folder or below{hint if others else ''}"
+        raise UserError(f"{source}: {what}")
+    notes = survey.notes()
+    if embedded:
+        notes.append(f"{embedded} images have no file: taken from imageData")
     if others:
-        notes.append(f"skipped, JSON but not LabelMe: {some(others)}")
-    left = [name for name in names if PurePosixPath(name).suffix.lower() in SUFFIXES and name not in images]
-    if left:
-        notes.append(f"{len(left)} images without a LabelMe file are left out: {some(left)}")
-    return [*notes, f"{len(rows)} images, classes {', '.join(table.classes)}"]
+        notes.append(f"skipped, not LabelMe: {some(others)}")
+    return write_dataset(options, drawings, images, notes, problems)
 
 
-class _Writer:
-    """Writes images and masks to a dataset folder, one after another."""
-
-    def __init__(
-        self, options: ImportLabelme, folder: Path, images: Mapping[str, str], index_of: Mapping[str, int]
-    ) -> None:
-        self._options, self._folder, self._images, self._index_of = options, folder, images, index_of
-        # If all images are in a folder images/ already, they must not end up in images/images/.
-        self._strip = len("images/") if all(image.startswith("images/") for image in images) else 0
-        self._stems = Counter(_stem(image).casefold() for image in images)
-        self.embedded = 0
-
-    def write(self, image: str, name: str) -> dict[str, str]:
-        """Write `image` and the mask of its annotation `name`; returns the manifest's row. Raises `DataError`."""
-        annotation = read_annotation(self._options.source / name, name)
-        if annotation is None:
-            raise DataError("annotation", [f"{name}: changed while it was read"])
-        path = self._options.source / image
-        embedded = not os.path.isfile(path)
-        stem = _stem(image) if self._stems[_stem(image).casefold()] == 1 else image
-        if not embedded:
-            data = read_bytes(path, image)
-            height, width = decode_image(data, image)[0].shape[:2]
-            annotation.check_size(height, width, image)
-        elif annotation.image_data is None:
-            raise DataError("image", [f"{name}: its image {image} does not exist, and none is embedded"])
-        else:
-            data, (height, width) = annotation.embedded()
-            suffix = next((suffix for start, suffix in _SIGNATURES if data.startswith(start)), "")
-            image = _stem(image) + suffix if _stem(image) + suffix not in self._images else image + suffix
-            self.embedded += 1
-        shapes = to_draw(annotation, self._options.boxes).shapes
-        masks = f"masks/{stem[self._strip :]}.png"
-        write_mask(rasterise(shapes, self._index_of, (height, width), name), self._folder / masks)
-        if self._options.by_reference and not embedded:
-            return {"image": Path(os.path.abspath(path)).as_posix(), "mask": masks}
-        copy = f"images/{image[self._strip :]}"
-        (self._folder / copy).parent.mkdir(parents=True, exist_ok=True)
-        (self._folder / copy).write_bytes(data)
-        return {"image": copy, "mask": masks}
+def _drawing(annotation: Annotation, path: Path, images: Images, options: ImportLabelme) -> Drawing:
+    name = annotation.name
+    folder = str(PurePosixPath(name).parent)
+    image = images.find(annotation.image_path, folder, name)
+    data = None
+    if image is None:
+        file = PurePosixPath(annotation.image_path.replace("\\", "/")).name
+        if annotation.image_data is None:
+            raise problem(name, f"its image {file} does not exist, and none is embedded")
+        image, data = str(PurePosixPath(folder) / file), partial(_embedded, path, name, options)
+    labels = tuple(shape.label for shape in annotation.shapes)
+    return Drawing(name, image, labels, partial(_shapes, path, name, options), annotation.size, data)
 
 
-def _stem(image: str) -> str:
-    return str(PurePosixPath(image).with_suffix(""))
+def _again(path: Path, name: str, options: ImportLabelme) -> Annotation:
+    """The annotation once more: all of them, with their embedded images, would not fit in memory."""
+    annotation = read_annotation(path, name, options.encoding)
+    if annotation is None:
+        raise problem(name, "changed while it was read")
+    return to_draw(annotation, options.boxes)
+
+
+def _shapes(path: Path, name: str, options: ImportLabelme) -> Sequence[Shape]:
+    return _again(path, name, options).shapes
+
+
+def _embedded(path: Path, name: str, options: ImportLabelme) -> tuple[bytes, str]:
+    data, _ = _again(path, name, options).embedded()
+    return data, next((suffix for start, suffix in _SIGNATURES if data.startswith(start)), "")

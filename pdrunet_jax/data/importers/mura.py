@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from pdrunet_jax.config import DataConfig
-from pdrunet_jax.data.folder import Pair, files_below, some, write_manifest
+from pdrunet_jax.data.folder import Pair
 from pdrunet_jax.data.images import SUFFIXES, decode_image, read_bytes
 from pdrunet_jax.data.importers.common import (
     LabelTable,
@@ -24,10 +24,13 @@ from pdrunet_jax.data.importers.common import (
     write_mask,
 )
 from pdrunet_jax.data.importers.labelme import Boxes, Survey
-from pdrunet_jax.data.labelme.read import rasterise, read_annotation
+from pdrunet_jax.data.labelme.raster import rasterise
+from pdrunet_jax.data.labelme.read import read_annotation
+from pdrunet_jax.data.manifest import write_manifest
 from pdrunet_jax.data.masks import IGNORE, MaskCoding, colour_name, declare, resolve
 from pdrunet_jax.data.scan import ScanResult, foreground_share, scan
 from pdrunet_jax.data.split import Sample, assign, manifest_rows, overlaps, split_counts, together
+from pdrunet_jax.data.walk import files_below, some
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import new_folder, require_vacant
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from pdrunet_jax.data.labelme.contours import Ring, outlines
 from pdrunet_jax.data.labelme.read import IGNORE_LABEL
+from pdrunet_jax.data.layers import region
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.runtime.errors import UserError
 
@@ -23,7 +24,7 @@ def labelme_text(mask: np.ndarray, class_names: Sequence[str], image_path: str, 
     of 0.995 at a tolerance of 1; a tolerance of 0 keeps nearly every pixel.
 
     Args:
-        mask: (H, W) class indices, 0 for background, i + 1 for `class_names[i]`.
+        mask: (H, W) class indices, 0 for background, i + 1 for `class_names[i]`; or layers (H, W, K).
         class_names: Labels.
         image_path: Path of the image relative to the file's folder; it is not read.
         tolerance: Maximum distance in pixels between outline and polygon. Values between 0 and 1 give more vertices
@@ -32,14 +33,14 @@ def labelme_text(mask: np.ndarray, class_names: Sequence[str], image_path: str, 
     Raises `UserError` for a class without a name.
     """
     labels = {index: name for index, name in enumerate(class_names, start=1)} | {IGNORE: IGNORE_LABEL}
-    found = [int(index) for index in np.unique(mask) if index]
+    found = [int(index) for index in np.unique(mask) if index] if mask.ndim == 2 else range(1, mask.shape[-1] + 1)
     unnamed = [index for index in found if index not in labels]
     if unnamed:
         raise UserError(f"the mask holds class {unnamed[0]}, but only {len(class_names)} classes have names")
     content = {
         "version": VERSION,
         "flags": {},
-        "shapes": [_shape(labels[index], ring) for index in found for ring in outlines(mask == index, tolerance)],
+        "shapes": [_shape(labels[index], ring) for index in found for ring in outlines(region(mask, index), tolerance)],
         "imagePath": image_path.replace("\\", "/"),
         "imageData": None,
         "imageHeight": mask.shape[0],
