@@ -1,9 +1,10 @@
 """Command `python -m pdrunet_jax.data`: import, check and split datasets; draw synthetic X-rays."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -11,13 +12,30 @@ from pdrunet_jax.config import Config, DataConfig
 from pdrunet_jax.config import check as check_config
 from pdrunet_jax.data.contact_sheet import write_check
 from pdrunet_jax.data.dataset import continue_split, inspect_dataset, report_lines
-from pdrunet_jax.data.folder import MANIFEST, normal_path, read_manifest, write_manifest
-from pdrunet_jax.data.importers import labelme, mura
+from pdrunet_jax.data.importers import coco, cvat, label_studio, labelme, masks, mura, supervisely, voc, volumes
+from pdrunet_jax.data.manifest import MANIFEST, normal_path, read_manifest, write_manifest
 from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
 from pdrunet_jax.data.split import manifest_rows, split_counts
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import writing
+from pdrunet_jax.runtime.files import is_present, writing
+
+IMPORTERS: dict[str, tuple[Any, str, Callable[[Any], list[str]]]] = {
+    "import-labelme": (labelme.ImportLabelme, labelme.HELP, labelme.import_labelme),
+    "import-coco": (coco.ImportCoco, coco.HELP, coco.import_coco),
+    "import-cvat": (cvat.ImportCvat, cvat.HELP, cvat.import_cvat),
+    "import-voc": (voc.ImportVoc, voc.HELP, voc.import_voc),
+    "import-label-studio": (
+        label_studio.ImportLabelStudio,
+        label_studio.HELP,
+        label_studio.import_label_studio,
+    ),
+    "import-supervisely": (supervisely.ImportSupervisely, supervisely.HELP, supervisely.import_supervisely),
+    "import-masks": (masks.ImportMasks, masks.HELP, masks.import_masks),
+    "import-volumes": (volumes.ImportVolumes, volumes.HELP, volumes.import_volumes),
+    "import-mura": (mura.ImportMura, mura.HELP, mura.import_mura),
+}
+"""Options, help text and function of each importer."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +44,10 @@ class _Folder(DataConfig):
 
     root: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = tyro.MISSING
     """Dataset folder."""
-    # Nothing is resized or kept here, and phantoms have a subcommand of their own.
+    # Nothing is resized or kept, and phantoms have a subcommand of their own.
     size: tyro.conf.Suppress[tuple[int, ...]] = (256,)
+    fit: tyro.conf.Suppress[Literal["stretch", "pad"]] = "stretch"
+    spacing: tyro.conf.Suppress[float | None] = None
     cache: tyro.conf.Suppress[Literal["none"]] = "none"
     phantoms: tyro.conf.Suppress[int] = 0
 
@@ -41,6 +61,8 @@ class _Folder(DataConfig):
 class Check(_Folder):
     """Read every file; report counts, sizes, classes and splits, or all problems at once."""
 
+    size: tuple[int, ...] = (256,)
+    """Height and width that training will resize images to; one number sets both. The check says what that squeezes."""
     output: Path | None = None
     """Folder for check.html (the report) and contact_sheet.png (images with their masks)."""
     pictures: int = 24
@@ -87,12 +109,12 @@ def split(options: Split) -> None:
         splits, kept = continue_split(inspection, earlier, config)
         samples = tuple(replace(sample, split=splits[sample.id]) for sample in samples)
         print(f"{kept} of {len(samples)} images have the split of their patient in {options.keep}")
-    if path.is_file():
-        columns, rows = read_manifest(root)
-        if "split" in columns:
+    if is_present(path):
+        manifest = read_manifest(root)
+        if "split" in manifest.columns:
             raise UserError(f"{path} has a split; remove that column to draw another")
         splits = {sample.id: sample.split for sample in samples}
-        rows = [{**row, "split": splits[normal_path(row["image"])]} for row in rows]
+        rows = [{**row, "split": splits[normal_path(row["image"])]} for row in manifest.rows]
     else:
         rows = manifest_rows(root, samples)
     with writing(path):
@@ -108,13 +130,8 @@ def phantom(options: Phantom) -> None:
 
 def main() -> None:
     """Run the subcommand on the command line."""
-    commands: Any = (
-        Check
-        | Split
-        | _described(labelme.ImportLabelme, "import-labelme", labelme.HELP)
-        | _described(mura.ImportMura, "import-mura", mura.HELP)
-        | Phantom
-    )
+    importers = [_described(options, name, text) for name, (options, text, _) in IMPORTERS.items()]
+    commands: Any = Union[(Check, Split, *importers, Phantom)]
     description = "Import, check and split datasets, or draw synthetic X-rays."
     options = tyro.cli(commands, prog=cli.program("data"), description=description)
     if isinstance(options, Check):
@@ -124,7 +141,7 @@ def main() -> None:
     elif isinstance(options, Phantom):
         phantom(options)
     else:
-        run_import = labelme.import_labelme if isinstance(options, labelme.ImportLabelme) else mura.import_mura
+        run_import = next(function for kind, _, function in IMPORTERS.values() if isinstance(options, kind))
         try:
             notes = run_import(options)
         except OSError as error:

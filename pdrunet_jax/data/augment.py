@@ -4,6 +4,7 @@ Every draw depends only on the sample's key, made from seed, epoch and sample in
 interruption, does not change it, and turning one option on or off does not change the draws of the others.
 """
 
+import functools
 import math
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from pdrunet_jax.config import AugmentConfig
-from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.data.masks import IGNORE, PADDING
 
 ELASTIC_CELLS = 8
 """Cells of the elastic displacement's control grid along each side."""
@@ -31,7 +32,14 @@ def sample_keys(key: Array, epoch: ArrayLike, index: ArrayLike) -> Array:
 
 
 def augment(
-    images: Array, masks: Array, keys: Array, config: AugmentConfig, *, soft: bool = False
+    images: Array,
+    masks: Array,
+    keys: Array,
+    config: AugmentConfig,
+    *,
+    soft: bool = False,
+    padded: bool = False,
+    swapped: tuple[int, ...] = (),
 ) -> tuple[Array, Array]:
     """Augment `images` and `masks`; with every option at zero they are returned as they are.
 
@@ -40,10 +48,14 @@ def augment(
 
     Args:
         images: floating point (N, H, W, C) in [0, 1].
-        masks: uint8 (N, H, W), class indices; grey values if `soft`.
+        masks: uint8 (N, H, W), class indices, or grey values if `soft`; (N, H, W, K) if classes overlap.
         keys: (N,) keys from `sample_keys`.
         config: strengths; static, so an option at zero costs nothing.
         soft: masks are grey values and resampled bilinearly.
+        padded: images are padded, with `PADDING` in the mask. Padding moves with the image and what comes from outside
+            is padding too; it stays black and does not count in the mean that the contrast changes around.
+        swapped: class index in a mirror image for each class index; empty if none changes. An image mirrored along both
+            axes is turned by 180 degrees, and its classes stay.
 
     Returns:
         Images in [0, 1] and masks, with the given shapes and types.
@@ -57,13 +69,27 @@ def augment(
         if chance
     }
     if any((config.rotate, config.scale, config.translate, config.shear, config.elastic)):
-        rows, columns = _sources(drawn, flips, keys, config, masks.shape[1:])
-        images, masks = _resample(images, masks, rows, columns, soft=soft)
+        rows, columns = _sources(drawn, flips, keys, config, masks.shape[1:3])
+        images, masks = _resample(images, masks, rows, columns, soft=soft, outside=PADDING if padded else IGNORE)
     else:
         for axis, flip in flips.items():
             images = jnp.where(flip[:, None, None, None], jnp.flip(images, axis), images)
-            masks = jnp.where(flip[:, None, None], jnp.flip(masks, axis), masks)
-    return _change_intensity(images, drawn, keys, config), masks
+            masks = jnp.where(flip.reshape(-1, *(1,) * (masks.ndim - 1)), jnp.flip(masks, axis), masks)
+    if swapped and flips:
+        masks = _swap_sides(masks, functools.reduce(jnp.logical_xor, flips.values()), swapped)
+    if not padded:
+        return _change_intensity(images, drawn, keys, config), masks
+    inside = (masks[..., :1] if masks.ndim == 4 else masks[..., None]) != PADDING
+    return jnp.where(inside, _change_intensity(images, drawn, keys, config, inside), 0), masks
+
+
+def _swap_sides(masks: Array, mirrored: Array, swapped: tuple[int, ...]) -> Array:
+    """Exchange the classes of either side in the masks that are `mirrored` (N,), bool."""
+    if masks.ndim == 4:  # a layer for each class
+        return jnp.where(mirrored[:, None, None, None], masks[..., np.array(swapped[1:]) - 1], masks)
+    table = np.arange(256, dtype=np.uint8)
+    table[: len(swapped)] = swapped
+    return jnp.where(mirrored[:, None, None], jnp.asarray(table)[masks], masks)
 
 
 def _normal(keys: Array, stream: int, shape: tuple[int, ...]) -> Array:
@@ -114,8 +140,10 @@ def _spline(count: int) -> Array:
     return jnp.asarray(weights / np.linalg.norm(weights, axis=1, keepdims=True), jnp.float32)
 
 
-def _resample(images: Array, masks: Array, rows: Array, columns: Array, *, soft: bool) -> tuple[Array, Array]:
-    height, width = masks.shape[1:]
+def _resample(
+    images: Array, masks: Array, rows: Array, columns: Array, *, soft: bool, outside: int
+) -> tuple[Array, Array]:
+    height, width = masks.shape[1:3]
     inside = (rows > -0.5) & (rows < height - 0.5) & (columns > -0.5) & (columns < width - 0.5)
     rows, columns = jnp.clip(rows, 0, height - 1), jnp.clip(columns, 0, width - 1)
     top, left = jnp.floor(rows), jnp.floor(columns)
@@ -132,8 +160,11 @@ def _resample(images: Array, masks: Array, rows: Array, columns: Array, *, soft:
 
     if soft:
         return bilinear(images), jnp.round(bilinear(masks[..., None].astype(images.dtype))[..., 0]).astype(masks.dtype)
-    nearest = _take(masks[..., None], jnp.where(down < 0.5, row, next_row), jnp.where(right < 0.5, column, next_column))
-    return bilinear(images), jnp.where(inside, nearest[..., 0], jnp.asarray(IGNORE, masks.dtype))
+    layers = masks if masks.ndim == 4 else masks[..., None]
+    nearest = _take(layers, jnp.where(down < 0.5, row, next_row), jnp.where(right < 0.5, column, next_column))
+    if masks.ndim == 3:
+        return bilinear(images), jnp.where(inside, nearest[..., 0], jnp.asarray(outside, masks.dtype))
+    return bilinear(images), jnp.where(inside[..., None], nearest, jnp.asarray(outside, masks.dtype))
 
 
 def _take(pixels: Array, row: Array, column: Array) -> Array:
@@ -145,7 +176,10 @@ def _take(pixels: Array, row: Array, column: Array) -> Array:
     return pixels.reshape(-1, channels).at[flat].get(mode="promise_in_bounds").reshape(*row.shape, channels)
 
 
-def _change_intensity(images: Array, drawn: Array, keys: Array, config: AugmentConfig) -> Array:
+def _change_intensity(
+    images: Array, drawn: Array, keys: Array, config: AugmentConfig, inside: Array | None = None
+) -> Array:
+    """Apply the options that leave every pixel where it is; pixels not `inside` (N, H, W, 1) count in no mean."""
     if not any((config.blur, config.gamma, config.contrast, config.brightness, config.noise)):
         return images
 
@@ -158,7 +192,7 @@ def _change_intensity(images: Array, drawn: Array, keys: Array, config: AugmentC
     if config.gamma:
         images = images ** jnp.exp2(config.gamma * (2 * each(_GAMMA) - 1))
     if config.contrast:
-        mean = images.mean(axis=(1, 2, 3), keepdims=True)
+        mean = images.mean(axis=(1, 2, 3), keepdims=True, where=inside)
         images = mean + (images - mean) * (1 + config.contrast * (2 * each(_CONTRAST) - 1))
     if config.brightness:
         images = images + config.brightness * (2 * each(_BRIGHTNESS) - 1)

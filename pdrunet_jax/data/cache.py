@@ -9,20 +9,29 @@ import numpy as np
 from pdrunet_jax.config import DataConfig
 
 Resized = tuple[np.ndarray, np.ndarray]
-"""An image (H, W, C) and its mask (H, W), both uint8."""
+"""An image (H, W, C) and its mask (H, W) or, if classes overlap, (H, W, K), all uint8."""
 
 
 class Cache:
     """Resized samples of a dataset; takes memory only as it fills."""
 
-    def __init__(self, count: int, size: tuple[int, int], channels: int) -> None:
+    def __init__(self, count: int, size: tuple[int, int], channels: int, layers: tuple[int, ...] = ()) -> None:
         self.images = np.empty((count, *size, channels), np.uint8)
-        self.masks = np.empty((count, *size), np.uint8)
+        self.masks = np.empty((count, *size, *layers), np.uint8)
         self._ready = np.zeros(count, np.bool_)
 
     def put(self, row: int, resized: Resized) -> None:
         """Keep the sample `row`. Threads may put the same sample twice: the pixels are the same."""
         self.images[row], self.masks[row] = resized
+        self._ready[row] = True
+
+    def hold(self, row: int, resized: Resized) -> None:
+        """Like `put`, with mask values that `recode` has yet to turn into classes."""
+        self.images[row], self.masks[row] = resized
+
+    def recode(self, row: int, classes: np.ndarray) -> None:
+        """Turn the held mask values of a sample into `classes` (256,), uint8 by value."""
+        self.masks[row] = classes[self.masks[row]]
         self._ready[row] = True
 
     def take(self, rows: np.ndarray, read: Callable[[int], Resized]) -> Resized:
@@ -32,10 +41,13 @@ class Cache:
         return self.images[rows], self.masks[rows]
 
 
-def keeps(config: DataConfig, count: int, channels: int) -> bool:
-    """Whether to cache `count` samples: as `config.cache` says; "auto" does if they fit in a quarter of memory."""
+def keeps(config: DataConfig, count: int, channels: int, layers: int = 1) -> bool:
+    """Whether to cache `count` samples: as `config.cache` says; "auto" does if they fit in a quarter of memory.
+
+    Images have `channels` planes and masks `layers`.
+    """
     height, width = config.height_width
-    needed = count * height * width * (channels + 1)
+    needed = count * height * width * (channels + layers)
     return config.cache == "memory" or (config.cache == "auto" and needed <= _memory() // 4)
 
 

@@ -2,19 +2,29 @@
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pdrunet_jax.config import DataConfig
+from pdrunet_jax.data import remarks
 from pdrunet_jax.data.cache import Cache, keeps
-from pdrunet_jax.data.folder import find_pairs, read_description, some
-from pdrunet_jax.data.images import read_bytes
-from pdrunet_jax.data.masks import MaskCoding, codes_to_classes, resolve
-from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, scan
-from pdrunet_jax.data.split import Sample, assign, identical, partition, split_counts, together
+from pdrunet_jax.data.fit import Fit, Spacing
+from pdrunet_jax.data.folder import read_description
+from pdrunet_jax.data.images import read_bytes, read_spacing
+from pdrunet_jax.data.layers import LAYER, LayersCoding, declared_layers, find_layers, resolve_layers
+from pdrunet_jax.data.layouts import find_pairs
+from pdrunet_jax.data.masks import PADDING, MaskCoding, all_empty, codes_to_classes, resolve
+from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, image_remarks, scan
+from pdrunet_jax.data.split import ALONE, Sample, assign, identical, partition, split_counts, together
+from pdrunet_jax.data.walk import some
+from pdrunet_jax.model.sides import Pairs
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import is_vacant
 from pdrunet_jax.runtime.processes import Group
@@ -31,8 +41,11 @@ _LAYOUTS = """\
 A dataset folder has one of
     manifest.csv                        columns image,mask and optionally patient,split; paths relative to it
     {train,val,test}/{images,masks}/    pairs with the same name
-    images/ and masks/                  pairs with the same name; a mask may end in _mask, _seg or _label
-    imagesTr/ and labelsTr/             nnU-Net: case_0000.png with case.png; classes from dataset.json"""
+    images/ and masks/                  pairs with the same name, also {images,masks}/{train,val,test}/;
+                                        a mask may have words such as mask, seg, label or gt in its name
+    x.png with x_mask.png               images and masks in one folder, or in train/, val/ and test/
+    imagesTr/ and labelsTr/             nnU-Net: case_0000.png with case.png; classes from dataset.json
+Exports of other tools become one by an importer: python -m pdrunet_jax.data --help lists them."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +63,72 @@ class Dataset:
     """Remarks for the log."""
     spacing: tuple[float, float] | None = None
     """(row, column) spacing in mm that dataset.toml declares for all images."""
+    swap_on_flip: Pairs | None = ()
+    """Pairs of classes that change places in a mirror image; None if unknown: images must not be mirrored."""
+    patients_from: str = ""
+    """What named the patients."""
     _caches: dict[Any, Cache] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Resized pixels by size, channels and kind of mask; not part of the dataset's identity."""
 
     @property
     def outputs(self) -> int:
-        """Output channels of a model for this dataset: 1 for one class, n + 1 for n."""
+        """Output channels of a model for this dataset: 1 for one class, n + 1 for n, n for n that overlap."""
+        if self.multilabel:
+            return len(self.class_names)
         return 1 if len(self.class_names) == 1 else len(self.class_names) + 1
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether classes overlap: masks are (H, W, K) then."""
+        return isinstance(self.coding, LayersCoding)
 
     def of(self, split: str) -> tuple[Sample, ...]:
         """The samples of "train", "val", "test" or "all", in the order of their ids."""
         return tuple(sample for sample in self.samples if split in (sample.split, "all"))
 
-    def cache(self, size: tuple[int, int], channels: int, *, soft: bool) -> Cache:
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Shape of a mask behind (H, W): the number of classes if they overlap."""
+        return (len(self.class_names),) if self.multilabel else ()
+
+    def spacing_of(self, sample: Sample) -> Spacing | None:
+        """(row, column) spacing in mm from the manifest, else the image file, else dataset.toml. Raises `DataError`."""
+        return sample.spacing or read_spacing(sample.image) or self.spacing
+
+    def cache(self, fit: Fit, channels: int, *, soft: bool) -> Cache:
         """The cache for samples of this form, in the order of `samples`; caches of other forms are dropped."""
-        key = size, channels, soft
+        key = fit, channels, soft
         if key not in self._caches:
             self._caches.clear()
-            self._caches[key] = Cache(len(self.samples), size, channels)
+            self._caches[key] = Cache(len(self.samples), fit.size, channels, self.layers)
         return self._caches[key]
+
+    def adopt(self, cache: Cache, scanned: Sequence[ScanResult], fit: Fit) -> None:
+        """Keep the `cache` that `scan` filled, with its mask values turned into classes."""
+        for row, item in enumerate(scanned):
+            if item.held is not None:
+                places = [place for place, code in enumerate(item.held) if code in item.codes]
+                classes = np.zeros(256, np.uint8)
+                classes[places] = codes_to_classes(np.array([[item.held[place] for place in places]]), self.coding, "")
+                cache.recode(row, classes)
+                box = fit.box(item.size)
+                cache.masks[row] = box.place(box.crop(cache.masks[row]), fit.size, PADDING)
+        self._caches[fit, cache.images.shape[-1], False] = cache
+
+    def in_order(self, names: Sequence[str]) -> "Dataset":
+        """The dataset with its classes in the order of `names`, which are the same ones."""
+        if tuple(names) == self.class_names:
+            return self
+        order = [self.class_names.index(name) for name in names]
+
+        def ordered(values: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(values[place] for place in order) if values else ()
+
+        coding = replace(self.coding, classes=ordered(self.coding.classes))
+        if isinstance(coding, LayersCoding):
+            coding = replace(coding, files=ordered(coding.files))
+        samples = tuple(replace(sample, layers=ordered(sample.layers)) for sample in self.samples)
+        return replace(self, class_names=coding.names, coding=coding, samples=samples)
 
     def fingerprint(self) -> str:
         """SHA-256 of files, splits, patients and coding: everything that a run's data depend on."""
@@ -79,7 +139,8 @@ class Dataset:
         """Ids of the samples whose files are no longer those that `open_dataset` read. Reads every byte again."""
 
         def digest(sample: Sample) -> str:
-            contents = (read_bytes(sample.image, sample.id), read_bytes(sample.mask, f"the mask of {sample.id}"))
+            masks = (read_bytes(path, f"the mask of {sample.id}") for path in sample.mask_files)
+            contents = (read_bytes(sample.image, sample.id), *masks)
             return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()
 
         return [sample.id for sample in self.samples if digest(sample) != sample.digest]
@@ -122,37 +183,70 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     except re.error as error:
         regex = config.patient_regex
         raise UserError(f"data.patient_regex {regex!r} is not a regular expression: {error}") from None
-    found = find_pairs(root)
-    if not found.layout or not (found.pairs or found.problems):
+    by_class = find_layers(root, declared.names) if config.multilabel else None
+    found = by_class[0] if by_class else find_pairs(root)
+    if config.multilabel:
+        declared = declared_layers(declared, by_class[1] if by_class else declared.names, files=by_class is not None)
+    if not (found.pairs or found.problems):
         raise UserError(f"--data.root {config.root}: no images with masks here.\n{_LAYOUTS}\n{_HOW_TO_GET_DATA}")
     # Read every file; resized pixels are kept for the first epoch if they fit in memory.
     pairs = sorted(found.pairs, key=lambda pair: pair.id)
-    keep = config.height_width if keeps(config, len(pairs), 1) and not config.soft_masks else None
-    scanned = scan(pairs, declared, config.threads, keep)
+    fit = Fit.of(config)
+    later = config.soft_masks or config.spacing or config.multilabel
+    cache = Cache(len(pairs), fit.size, 1) if keeps(config, len(pairs), 1) and not later else None
+    scanned = scan(pairs, declared, config.threads, fit, cache)
     problems = found.problems + [problem for item in scanned for problem in item.problems]
-    notes, coding = found.notes, declared
+    notes, coding = [*found.notes, *image_remarks(pairs, scanned)], declared
     # Settle the coding on all masks together, then patients and splits.
     counts = [(pair.mask_id, item.codes) for pair, item in zip(pairs, scanned, strict=True) if item.codes]
+    empty: list[str] = []
     try:
-        coding, more = resolve(declared, counts)
+        coding, more = (
+            resolve_layers(declared, counts) if isinstance(declared, LayersCoding) else resolve(declared, counts)
+        )
         notes += more
+        empty = [mask_id for mask_id, codes in counts if not foreground_share(codes, coding)]
     except DataError as error:
         problems += error.problems
     if config.soft_masks and (len(coding.classes) > 1 or coding.ignore):
         problems.append("data.soft_masks is for masks of one class without an ignore value")
-    empty = [mask_id for mask_id, codes in counts if not foreground_share(codes, coding)]
-    if empty and coding.classes:
+    if empty and len(empty) == len(counts):
+        problems.append(all_empty(coding, counts))
+    elif empty:
         notes.append(f"warning: {len(empty)} empty masks: {some(empty)}")
-    samples, more, wrong = partition(config, pairs, scanned, coding)
-    problems += wrong
+    parts = partition(config, pairs, scanned, coding)
+    problems += parts.problems
+    if not problems:
+        problems += _scale_problems(parts.samples, scanned, fit, description.spacing)
     if problems:
         raise DataError(f"--data.root {config.root}: {len(problems)} problem{'s' * (len(problems) > 1)}", problems)
+    samples = parts.samples
+    notes += parts.notes
+    swaps, more = remarks.sides(description, config, coding.names)
     notes += more
+    ids = [sample.id for sample in samples]
+    notes += remarks.absent_classes(samples, scanned, coding) + remarks.turned(ids, scanned)
+    notes += remarks.squeezed(ids, scanned, fit)
     name = description.name or root.resolve().name
-    dataset = Dataset(root, name, coding.names, coding, samples, tuple(notes), description.spacing)
-    if keep and (declared.classes or not coding.colours):  # else colour masks were read as numbers
-        _fill(dataset.cache(keep, 1, soft=False), scanned, coding)
-    return Inspection(dataset, found.layout, tuple(replace(item, small=None) for item in scanned))
+    dataset = Dataset(
+        root, name, coding.names, coding, samples, tuple(notes), description.spacing, swaps, parts.patients
+    )
+    if cache and (declared.classes or not coding.colours):  # else colour masks were read as numbers
+        dataset.adopt(cache, scanned, fit)
+    return Inspection(dataset, found.layout, tuple(scanned))
+
+
+def _scale_problems(
+    samples: Sequence[Sample], scanned: Sequence[ScanResult], fit: Fit, declared: Spacing | None
+) -> list[str]:
+    """Images that cannot be brought to `fit.spacing`: their spacing is unknown, or they are too large."""
+    problems = []
+    for sample, item in zip(samples, scanned, strict=True) if fit.spacing else ():
+        try:
+            fit.box(item.size, sample.spacing or read_spacing(sample.image) or declared)
+        except UserError as error:
+            problems.append(f"{sample.id}: {error}")
+    return problems
 
 
 def require_same_data(group: Group, dataset: Dataset) -> None:
@@ -202,7 +296,9 @@ def report_lines(inspection: Inspection) -> list[str]:
     heights, widths = zip(*(item.size for item in scanned), strict=True)
     shares = [class_shares(item.codes, dataset.coding) for item in scanned]
     means = [sum(column) / len(shares) for column in zip(*shares, strict=True)]
-    ignored = sum(bool(item.codes.keys() & set(dataset.coding.ignore)) for item in scanned)
+    by_split = remarks.counts_by_split(dataset.samples, scanned, dataset.coding)
+    ignored = sum(bool({code % LAYER for code in item.codes} & set(dataset.coding.ignore)) for item in scanned)
+    names = ("background", *dataset.class_names)
     modes = Counter(item.mode for item in scanned)
     splits = split_counts(dataset.samples)
     twins = sum(map(len, identical([sample.id for sample in dataset.samples], [item.pixels for item in scanned])))
@@ -212,10 +308,11 @@ def report_lines(inspection: Inspection) -> list[str]:
         f"images    {len(scanned)}, {min(widths)} to {max(widths)} pixels wide, {min(heights)} to {max(heights)} high",
         f"modes     {', '.join(f'{count} {mode}' for mode, count in modes.most_common())}",
         *(
-            f"class {index}   {name}: {share:.1%} of the pixels, in {sum(row[index] > 0 for row in shares)} masks"
-            for index, (name, share) in enumerate(zip(("background", *dataset.class_names), means, strict=True))
+            f"class {index}   {name}: {share:.1%} of the pixels, in {sum(masks.values())} masks ({_words(masks)})"
+            for index, (name, share, masks) in enumerate(zip(names, means, by_split, strict=True))
+            if not math.isnan(share)  # where each class has its own files
         ),
-        f"patients  {len({sample.patient for sample in dataset.samples})}",
+        f"patients  {_patients(dataset)}",
         f"splits    {splits}",
         f"twins     {twins or 'no'} images have the same pixels as another{same}",
         *([f"ignored   {ignored} masks have ignored pixels"] if ignored else []),
@@ -223,9 +320,13 @@ def report_lines(inspection: Inspection) -> list[str]:
     ]
 
 
-def _fill(cache: Cache, scanned: list[ScanResult], coding: MaskCoding) -> None:
-    """Move the resized pixels of `scanned` to `cache` one by one, so that none is in memory twice."""
-    for row, item in enumerate(scanned):
-        if item.small is not None:
-            cache.put(row, (item.small[0], codes_to_classes(item.small[1], coding, "")))
-        scanned[row] = replace(item, small=None)
+def _words(counts: Mapping[str, int]) -> str:
+    """Counts by split in words, such as "8 in train, 2 in val"."""
+    return ", ".join(f"{count} in {split}" for split, count in counts.items())
+
+
+def _patients(dataset: Dataset) -> str:
+    """The number of patients, and what named them."""
+    if dataset.patients_from == ALONE:
+        return f"unknown; each of {len(dataset.samples)} images counts as one"
+    return f"{len({sample.patient for sample in dataset.samples})}, named by {dataset.patients_from}"

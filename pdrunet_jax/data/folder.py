@@ -1,34 +1,29 @@
-"""Dataset folders: the description, the manifest or layout, and the pairing of images with masks by name."""
+"""Dataset folders: the description and the manifest."""
 
-import csv
 import difflib
-import io
 import json
 import os
 import posixpath
-import re
 import tomllib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pdrunet_jax.config import DataConfig
-from pdrunet_jax.data.images import SUFFIXES
+from pdrunet_jax.data.manifest import MANIFEST, normal_path, read_manifest
 from pdrunet_jax.data.masks import MaskCoding, declare
+from pdrunet_jax.model.sides import Pairs
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write
+from pdrunet_jax.runtime.opening import read_text
 
 DESCRIPTION = "dataset.toml"
 NNUNET = "dataset.json"
-MANIFEST = "manifest.csv"
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The splits, each with the names accepted for it."""
 
-_KEYS = ("name", "classes", "ignore", "threshold", "spacing", "licence")
-_MASK_SUFFIXES = ("_mask", "_seg", "_label")
-_JUNK = ("__macosx", "thumbs.db", "desktop.ini")
+_KEYS = ("name", "classes", "ignore", "threshold", "swap_on_flip", "spacing", "licence")
 
 
 @dataclass(frozen=True)
@@ -41,15 +36,23 @@ class Description:
     threshold: int | None = None
     spacing: tuple[float, float] | None = None
     """(row, column) spacing in mm."""
+    swap_on_flip: Pairs | None = None
+    """Pairs of classes that change places in a mirror image."""
     source: str = DESCRIPTION
     """Name of the file that declares the classes."""
+
+    @property
+    def declares_coding(self) -> bool:
+        """Whether anything is declared about mask values."""
+        return bool(self.classes) or self.ignore is not None or self.threshold is not None
 
     def coding(self, config: DataConfig) -> MaskCoding:
         """The mask coding, with the overrides of `config`. Raises `UserError`."""
         classes = config.classes or self.classes
         ignore = self.ignore if config.ignore is None else config.ignore
         source = "data.classes" if config.classes else f"{self.source}: classes"
-        return declare(classes, ignore, config.threshold or self.threshold, source)
+        threshold = config.threshold or (None if config.classes else self.threshold)  # the file's is for its own class
+        return declare(classes, ignore, threshold, source, overlap=config.multilabel)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,15 @@ class Pair:
     mask: Path
     patient: str | None = None
     split: str | None = None
+    spacing: tuple[float, float] | None = None
+    """(row, column) spacing in mm that the manifest states."""
+    layers: tuple[Path | None, ...] = ()
+    """The mask file of each class, None where it has none; empty if `mask` holds all classes."""
+
+    @property
+    def mask_files(self) -> list[tuple[int, Path]]:
+        """Every mask file, with the place of its class in `layers`."""
+        return [(place, path) for place, path in enumerate(self.layers or (self.mask,)) if path is not None]
 
 
 @dataclass
@@ -76,86 +88,35 @@ class LayoutResult:
 
 def read_description(root: Path) -> Description:
     """Read dataset.toml, or dataset.json next to imagesTr/. Raises `UserError` that names the file."""
-    if (root / DESCRIPTION).is_file():
+    if declared_file(root, DESCRIPTION):
         return _from_toml(root / DESCRIPTION)
-    if (root / NNUNET).is_file() and (root / "imagesTr").is_dir():
+    if declared_file(root, NNUNET) and (root / "imagesTr").is_dir():
         return _from_nnunet(root / NNUNET)
     return Description()
 
 
-def find_pairs(root: Path) -> LayoutResult:
-    """Pair the images and masks below `root`; `layout` is empty if none is recognised."""
-    if (root / MANIFEST).is_file():
-        return _from_manifest(root)
-    folders = {
-        split: folder
-        for split, names in SPLIT_FOLDERS.items()
-        for folder in names
-        if (root / folder / "images").is_dir() or (root / folder / "masks").is_dir()
-    }
-    found = LayoutResult()
-    if folders:
-        found.layout = "{train,val,test}/{images,masks}"
-        for split, folder in folders.items():
-            _pair_folders(root, (f"{folder}/images", f"{folder}/masks"), found, split=split)
-    elif (root / "images").is_dir() or (root / "masks").is_dir():
-        found.layout = "images/ and masks/"
-        _pair_folders(root, ("images", "masks"), found)
-    elif (root / "imagesTr").is_dir():
-        found.layout = "nnU-Net imagesTr/labelsTr"
-        tested = (root / "imagesTs").is_dir() and (root / "labelsTs").is_dir()
-        _pair_folders(root, ("imagesTr", "labelsTr"), found, split="train" if tested else None, nnunet=True)
-        if tested:
-            _pair_folders(root, ("imagesTs", "labelsTs"), found, split="test", nnunet=True)
-    return found
+def declared_file(root: Path, name: str) -> bool:
+    """Whether the file `name` is in `root`. Raises `UserError` if something else has its name, as a broken link."""
+    path = root / name
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a broken link to {os.readlink(path)}; restore its target, or remove it")
+    return path.is_file()
 
 
-def read_manifest(root: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Column names and rows of the manifest. Raises `ValueError` with the reason if it is not a valid table."""
+def manifest_spacing(text: str) -> tuple[float, float] | None:
+    """(row, column) spacing in mm from a manifest: one number, or two with a blank between; None if empty.
+
+    Raises `ValueError` with the reason.
+    """
+    if not text.strip():
+        return None
     try:
-        text = (root / MANIFEST).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, restval="")
-    try:
-        rows = [{key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in reader]
-    except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from None
-    columns = list(reader.fieldnames or [])
-    missing = [column for column in ("image", "mask") if column not in columns]
-    if missing:
-        raise ValueError(f"no column {' and '.join(missing)}; columns are {', '.join(columns) or 'absent'}")
-    return columns, rows
-
-
-def write_manifest(root: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write the manifest, with the columns of the first row. Raises `OSError`."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    atomic_write(root / MANIFEST, text.getvalue())
-
-
-def normal_path(path: str) -> str:
-    """A manifest's path in normal form, as in `Pair.id`."""
-    return posixpath.normpath(path.replace("\\", "/"))
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Files below `folder`, sorted by name, without hidden files and other litter of operating systems."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith(".") or path.name.lower() in _JUNK:
-            continue
-        if path.is_dir():
-            yield from files_below(path)
-        else:
-            yield path
-
-
-def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few of `names`, and the number of the others."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        numbers = [float(word) for word in text.split()]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or not all(0 < number < 1e6 for number in numbers):
+        raise ValueError(f'spacing "{text}" is not a number of mm, or two for rows and columns, such as 0.15 0.14')
+    return numbers[0], numbers[-1]
 
 
 def _from_toml(path: Path) -> Description:
@@ -175,7 +136,13 @@ def _from_toml(path: Path) -> Description:
         raise UserError(f"{path}: threshold = {threshold!r} must be a grey value from 1 to 255")
     name = None if values.get("name") is None else str(values["name"])
     spacing = _spacing(values.get("spacing"), path)
-    return Description(name, values.get("classes", {}), values.get("ignore"), threshold, spacing)
+    swaps = values.get("swap_on_flip")
+    if swaps is not None:
+        pairs = isinstance(swaps, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in swaps)
+        if not pairs or not all(isinstance(name, str) for pair in swaps for name in pair):
+            raise UserError(f'{path}: swap_on_flip must be a list of pairs of classes, such as [["left", "right"]]')
+        swaps = tuple((first, second) for first, second in swaps)
+    return Description(name, values.get("classes", {}), values.get("ignore"), threshold, spacing, swaps)
 
 
 def _from_nnunet(path: Path) -> Description:
@@ -196,7 +163,7 @@ def _from_nnunet(path: Path) -> Description:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, "utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
     except OSError as error:
@@ -212,27 +179,30 @@ def _spacing(value: Any, path: Path) -> tuple[float, float] | None:
     return float(values[0]), float(values[1])
 
 
-def _from_manifest(root: Path) -> LayoutResult:
+def pairs_of_manifest(root: Path) -> LayoutResult:
+    """The pairs that the manifest of `root` lists, and its problems."""
     found = LayoutResult(layout=MANIFEST)
     try:
-        columns, rows = read_manifest(root)
+        manifest = read_manifest(root)
     except ValueError as error:
         found.problems.append(f"{MANIFEST}: {error}")
         return found
+    columns = manifest.columns
+    found.notes += manifest.notes
     seen: dict[str, int] = {}
     outside = 0
-    for line, row in enumerate(rows, start=2):
+    for line, row in zip(manifest.lines, manifest.rows, strict=True):
         where = f"{MANIFEST} line {line}"
-        paths = {}
+        paths, files = {}, {}
         for kind in ("image", "mask"):
             reason = _refused(row[kind], absolute=kind == "image")
             path = normal_path(row[kind])
             if reason:
                 found.problems.append(f"{where}: {kind} {row[kind] or 'path'} {reason}")
-            elif not os.path.isfile(root / path):  # unlike Path.is_file, accepts any text
+            elif (spelled := _located(root, path)) is None:
                 found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
             else:
-                paths[kind] = path
+                paths[kind], files[kind] = path, root / spelled
         split = next((split for split, names in SPLIT_FOLDERS.items() if row.get("split", "").lower() in names), None)
         if "split" in columns and split is None:
             found.problems.append(f'{where}: split "{row["split"]}" is not train, val or test')
@@ -246,7 +216,13 @@ def _from_manifest(root: Path) -> LayoutResult:
             continue
         seen[image] = line
         outside += PurePosixPath(image).is_absolute()
-        found.pairs.append(Pair(image, root / image, mask, root / mask, row.get("patient") or None, split))
+        spacing = None
+        try:
+            spacing = manifest_spacing(row.get("spacing", ""))
+        except ValueError as error:
+            found.problems.append(f"{where}: {error}")
+        pair = Pair(image, files["image"], mask, files["mask"], row.get("patient") or None, split, spacing)
+        found.pairs.append(pair)
     if outside:
         found.notes.append(f"{outside} images of {MANIFEST} are outside the dataset folder (absolute paths)")
     return found
@@ -263,48 +239,17 @@ def _refused(path: str, *, absolute: bool) -> str | None:
     return None
 
 
-def _pair_folders(
-    root: Path, folders: tuple[str, str], found: LayoutResult, *, split: str | None = None, nnunet: bool = False
-) -> None:
-    for folder in folders:
-        if not (root / folder).is_dir():
-            found.problems.append(f"{folder}/ is missing")
-            return
-    images, masks = (_by_key(root, folder, found) for folder in folders)
-    taken: dict[str, str] = {}
-    for key, image_ids in sorted(images.items()):
-        if len(image_ids) > 1:
-            found.problems.append(f"{', '.join(image_ids)}: several images with the same name")
-            continue
-        stem = re.sub(r"_\d{4}$", "", key) if nnunet else key
-        if nnunet and re.search(r"_\d{4}$", key) and not key.endswith("_0000"):
-            found.problems.append(f"{image_ids[0]}: a second channel; only images of one file are read")
-            continue
-        matches = [mask for suffix in ("", *_MASK_SUFFIXES) for mask in masks.get(stem + suffix, [])]
-        if not matches:
-            variants = " or ".join(f"{PurePosixPath(stem).name}{suffix}.*" for suffix in _MASK_SUFFIXES)
-            found.problems.append(f"{image_ids[0]}: no mask named {folders[1]}/{stem}.*, {variants}")
-        elif len(matches) > 1:
-            found.problems.append(f"{image_ids[0]}: several masks: {', '.join(matches)}")
-        elif matches[0] in taken:
-            found.problems.append(f"{matches[0]}: a mask of several images: {taken[matches[0]]}, {image_ids[0]}")
-        else:
-            found.pairs.append(Pair(image_ids[0], root / image_ids[0], matches[0], root / matches[0], None, split))
-        taken.update(dict.fromkeys(matches, image_ids[0]))
-    for mask_ids in masks.values():
-        found.problems += [f"{mask}: a mask without an image" for mask in mask_ids if mask not in taken]
-
-
-def _by_key(root: Path, folder: str, found: LayoutResult) -> dict[str, list[str]]:
-    """Image files below `folder`, keyed by their path in it without the extension."""
-    result: dict[str, list[str]] = defaultdict(list)
-    others = []
-    for path in files_below(root / folder):
-        relative = path.relative_to(root).as_posix()
-        if path.suffix.lower() in SUFFIXES:
-            result[path.relative_to(root / folder).with_suffix("").as_posix()].append(relative)
-        else:
-            others.append(relative)
-    if others:
-        found.notes.append(f"skipped, not images by their extension: {some(others)}")
-    return result
+def _located(root: Path, path: str) -> str | None:
+    """`path`, or how the file system spells it: accents may be letters of their own; None if there is no such file."""
+    if os.path.isfile(root / path):  # unlike Path.is_file, accepts any text
+        return path
+    folder, name = posixpath.split(path)
+    if name.isascii() or "\0" in path:
+        return None
+    try:
+        inside = os.listdir(root / folder)
+    except OSError:
+        return None
+    wanted = unicodedata.normalize("NFC", name)
+    spelled = next((each for each in inside if unicodedata.normalize("NFC", each) == wanted), None)
+    return None if spelled is None else posixpath.join(folder, spelled)

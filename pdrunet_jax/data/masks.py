@@ -9,6 +9,7 @@ masks into the dataset's `MaskCoding`.
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pdrunet_jax.data.images import decode_plain_png, open_upright, read_bytes, resize_image, unreadable
+from pdrunet_jax.data.damage import unreadable
+from pdrunet_jax.data.dicom import looks_like_dicom
+from pdrunet_jax.data.images import decode_plain_png, open_upright, read_bytes, resize_image
 from pdrunet_jax.runtime.errors import DataError, UserError
 
 IGNORE = 255
 """Class index of pixels excluded from loss and metrics."""
+
+PADDING = 254
+"""Class index of pixels around an image that was padded to the network's size; excluded like `IGNORE`."""
 
 COLOUR = 1 << 24
 """First code of a colour; lower codes are numbers."""
@@ -31,11 +37,19 @@ BACKGROUND = "background"
 DEFAULT_THRESHOLD = 128
 """Grey value at which a soft-edged mask becomes foreground unless another is declared."""
 
+UNNAMED = "foreground"
+"""Name of the only class of masks without a declaration."""
+
 _SOFT_VALUES = 16
 """Masks with at least this many undeclared greys have smoothed edges; with fewer, each grey means something."""
 
+_ENDS = 0.98
+"""Share of a mask's pixels that are background or the class, if its other greys are taken for soft edges."""
+_ENDS_DECLARED, _NEAR = 0.5, 16
+"""Share of them, or of greys as near as this, if a threshold is declared."""
+
 _UNDECLARED = "undeclared mask values"
-_HOW = "write them into dataset.toml or give data.classes"
+_HOW = "in dataset.toml or by data.classes"
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,12 @@ class MaskCoding:
             return self.classes[0][1][0]
         return None
 
+    def __str__(self) -> str:
+        """The declaration in words, such as "declared are femur = 1, tibia = 2 or 3"."""
+        return "declared are " + ", ".join(
+            f"{name} = {' or '.join(map(_describe_code, codes))}" for name, codes in self.classes
+        )
+
     @property
     def known(self) -> frozenset[int]:
         """All codes with a meaning."""
@@ -94,6 +114,8 @@ def read_soft_mask(path: Path, coding: MaskCoding) -> np.ndarray:
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize (H, W) uint8 class indices, or int32 codes, to (height, width) by nearest neighbour."""
     height, width = size
+    if mask.ndim == 3:  # layers of overlapping classes
+        return np.stack([resize_mask(layer, size) for layer in np.moveaxis(mask, -1, 0)], axis=-1)
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
@@ -103,7 +125,9 @@ def resize_soft_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def parse_value(value: object, source: str) -> tuple[int, ...]:
-    """Codes of a declared value: a number, "#rrggbb", or several as a list or with commas between them.
+    """Codes of a declared value: a number, "#rrggbb", a bit, or several as a list or with commas between them.
+
+    "bit 0" to "bit 7" stand for every number up to 255 in which that bit is set.
 
     Raises `UserError` that names `source`.
     """
@@ -113,6 +137,8 @@ def parse_value(value: object, source: str) -> tuple[int, ...]:
         return tuple(code for item in value for code in parse_value(item, source))
     if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
         return (COLOUR + int(value[1:], 16),)
+    if isinstance(value, str) and (bit := re.fullmatch(r"bit ([0-7])", value)):
+        return tuple(code for code in range(256) if code >> int(bit[1]) & 1)
     if isinstance(value, str) and re.fullmatch(r"\d{1,5}", value):
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 65536:
@@ -127,6 +153,8 @@ def decode_codes(data: bytes, name: str, coding: MaskCoding) -> np.ndarray:
     """
     if not coding.colours and (plain := decode_plain_png(data)) is not None:
         return plain
+    if looks_like_dicom(data):
+        raise unreadable(name, "a DICOM file, which is not read as a mask; save masks as PNG")
     image = open_upright(data, name)
     if coding.colours:
         return _colour_codes(image, coding.threshold or 128)
@@ -162,26 +190,36 @@ def codes_to_classes(codes: np.ndarray, coding: MaskCoding, name: str) -> np.nda
 
 
 def declare(
-    classes: Mapping[str, Any], ignore: object = None, threshold: int | None = None, source: str = "data.classes"
+    classes: Mapping[str, Any],
+    ignore: object = None,
+    threshold: int | None = None,
+    source: str = "data.classes",
+    *,
+    overlap: bool = False,
 ) -> MaskCoding:
-    """The coding that a user declared, before any mask is read. Raises `UserError` that names `source`."""
+    """The coding that a user declared, before any mask is read. Raises `UserError` that names `source`.
+
+    With `overlap`, a value may belong to several classes, and each class may have the threshold.
+    """
     named = {name: parse_value(value, f"{source}: {name}") for name, value in classes.items()}
     background = named.pop(BACKGROUND, ())
     ignored = () if ignore is None else parse_value(ignore, "ignore")
     if classes and not named:
         raise UserError(f"{source}: declares only the background; declare at least one class")
-    if len(named) >= IGNORE:
-        raise UserError(f"{source}: {len(named)} classes; at most {IGNORE - 1} fit a mask")
+    if len(named) >= PADDING:
+        raise UserError(f"{source}: {len(named)} classes; at most {PADDING - 1} fit a mask")
     if any(code >= COLOUR for codes in named.values() for code in codes):
         named = {name: tuple(map(_as_colour, codes)) for name, codes in named.items()}
         background, ignored = tuple(map(_as_colour, background)), tuple(map(_as_colour, ignored))
-    every = [*background, *ignored, *(code for codes in named.values() for code in codes)]
+    foreground = [code for codes in named.values() for code in codes]
+    every = [*background, *ignored, *(set(foreground) if overlap else foreground)]
     for code, count in Counter(every).items():
         if count > 1:
             what = f"{_describe_code(code)} is declared {count} times"
-            raise UserError(f"{source}: {what} (classes, background and ignore)")
+            remedy = "; classes that overlap need data.multilabel" if foreground.count(code) > 1 else ""
+            raise UserError(f"{source}: {what} (classes, background and ignore){remedy}")
     coding = MaskCoding(tuple(named.items()), ignored, background, threshold)
-    if threshold is not None and named and coding.only_value is None:
+    if threshold is not None and named and coding.only_value is None and not overlap:
         raise UserError(f"{source}: threshold needs exactly one class with one grey value; leave threshold out")
     return coding
 
@@ -201,7 +239,7 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
         if any(code >= COLOUR for code in total):  # an all-black mask among coloured ones is read as the number 0
             total[COLOUR] += total.pop(0, 0)
             found = [(name, {code or COLOUR: count for code, count in counts.items()}) for name, counts in found]
-        declared, notes = _binary(declared, total)
+        declared, notes = _binary(declared, total, found)
     coding, more = _with_background(declared, total)
     notes += more
     unknown = total.keys() - coding.known
@@ -209,6 +247,11 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
     if value is not None and coding.background == (0,) and all(code < 256 for code in unknown):
         soft = coding.threshold is not None or len(unknown) >= _SOFT_VALUES
         if soft and value >= (threshold := coding.threshold or DEFAULT_THRESHOLD):
+            known, near, least = coding.known, 0, _ENDS
+            if coding.threshold is not None:
+                near, least = _NEAR, _ENDS_DECLARED
+            if problems := _photographs(found, known | {0, value}, near, least):
+                raise DataError(_UNDECLARED, problems)
             coding = replace(coding, threshold=threshold)
             if unknown:
                 notes.append(f"masks have soft edges: grey values from {threshold} on count as {coding.names[0]}")
@@ -217,6 +260,13 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
     if unknown:
         raise DataError(_UNDECLARED, _unknown_problems(coding, found))
     return coding, notes
+
+
+def all_empty(coding: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]) -> str:
+    """The problem of masks without a single pixel of a class."""
+    held = _listed({code for _, counts in found for code in counts})
+    threshold = f", from {coding.threshold} on" if coding.threshold is not None else ""
+    return f"every mask is empty: no pixel belongs to a class. Masks hold {held}; {coding}{threshold} ({_HOW})"
 
 
 def colour_name(code: int) -> str | None:
@@ -279,7 +329,9 @@ def _as_colour(code: int) -> int:
     return code if code >= COLOUR else COLOUR + min(code, 255) * 0x010101
 
 
-def _binary(declared: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding, list[str]]:
+def _binary(
+    declared: MaskCoding, total: Mapping[int, int], found: Sequence[tuple[str, Mapping[int, int]]]
+) -> tuple[MaskCoding, list[str]]:
     """Take two undeclared values, 0 or black and another, as background and one class."""
     values = set(total) - set(declared.ignore)
     background = set(declared.background) or ({COLOUR} if COLOUR in values else {0})
@@ -290,18 +342,57 @@ def _binary(declared: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding,
     if len(others) == 1 and len(values) == 2:
         value = others[0]
         note = f"masks hold {shown}: {_describe_code(value)} was taken as foreground"
-        return replace(declared, classes=(("foreground", (value,)),)), [note]
+        return replace(declared, classes=((UNNAMED, (value,)),)), [note]
     if len(others) == 1:
-        hint = f"no pixel is background; if that is right, write classes = {{ foreground = {shown} }}"
-    elif max(others) < 256 and len(others) >= _SOFT_VALUES:
-        top = max(others)
-        hint = f"edges look soft; write classes = {{ foreground = {top} }} and threshold = {DEFAULT_THRESHOLD}"
-    elif max(others) < 256 and len(others) == 2 and others[1] == 255:
-        hint = f"write classes = {{ foreground = 255 }} with ignore = {others[0]}, or both as classes"
+        hint = f"no pixel is background; if that is right, declare classes = {{ foreground = {shown} }}"
     else:
-        example = ", ".join(f"name{i} = {_describe_code(code)}" for i, code in enumerate(others[:3], start=1))
-        hint = f"write what they mean, for example classes = {{ {example} }}"
-    raise DataError(_UNDECLARED, [f"masks hold {shown}, and no classes are declared: {hint}; {_HOW}"])
+        top = max(others)
+        ends = background | set(declared.ignore) | {top}
+        grey = top < 256 and len(others) >= _SOFT_VALUES
+        if grey and (problems := _photographs(found, ends, _NEAR, _ENDS_DECLARED)):
+            raise DataError(_UNDECLARED, problems)
+        each = [set(counts) & set(others) for _, counts in found]
+        hint = _hint(others, alone=all(len(codes) < 2 for codes in each))
+    raise DataError(_UNDECLARED, [f"masks hold {shown}, and no classes are declared: {hint} ({_HOW})"])
+
+
+def _hint(others: Sequence[int], *, alone: bool) -> str:
+    """What to declare for several undeclared foreground values; `alone` if no mask holds two of them."""
+    top, shown = max(others), ", ".join(map(_describe_code, others[:8]))
+    example = ", ".join(f"name{i} = {_describe_code(code)}" for i, code in enumerate(others[:3], start=1))
+    classes = f"classes = {{ {example} }}"
+    small, large = (sum(code < _NEAR for code in others), sum(top >= code > top - _NEAR for code in others))
+    if alone and len(others) < 8:
+        same = f"classes = {{ foreground = [{shown}] }}"
+        if small + large == len(others) and top > 256 - _NEAR and small < 2:
+            return f"each mask holds one of them, as if they were saved in different ways; declare {same}"
+        return f"each mask holds one of them; if all mean the same, declare {same}, otherwise for example {classes}"
+    threshold = f"classes = {{ foreground = {top} }} and threshold = {DEFAULT_THRESHOLD}"
+    if 256 - _NEAR < top < 256 and small + large == len(others) and large > 1:
+        return f"values near 0 and {top} look like losses of JPEG; save masks as PNG, or declare {threshold}"
+    if top < 256 and len(others) >= _SOFT_VALUES:
+        return f"edges look soft; declare {threshold}"
+    if len(others) == 2 and top == 255:
+        one, rest = (others[0], 255) if small else (255, others[0])
+        return f"declare classes = {{ foreground = {one} }} with ignore = {rest}, or both as classes"
+    return f"declare what they mean, for example {classes}"
+
+
+def _photographs(
+    found: Sequence[tuple[str, Mapping[int, int]]], ends: AbstractSet[int], near: int, least: float
+) -> list[str]:
+    """A problem for each mask of which less than the share `least` has values in `ends`, or within `near` of them."""
+    problems = []
+    for name, counts in found:
+        total = sum(counts.values())
+        share = sum(count for code, count in counts.items() if any(abs(code - end) <= near for end in ends)) / total
+        if share < least:
+            words = f"only {share:.1%} of its pixels are {' or '.join(map(str, sorted(ends)))}"
+            problems.append(f"{name}: {words}, which of a mask nearly all are: is it a photograph?")
+    if problems:
+        soft = f", or declare threshold = {DEFAULT_THRESHOLD} if its edges are soft" if least == _ENDS else ""
+        problems[0] += f"\n    put the mask in its place{soft}"
+    return problems
 
 
 def _with_background(coding: MaskCoding, total: Mapping[int, int]) -> tuple[MaskCoding, list[str]]:
@@ -320,9 +411,8 @@ def _with_background(coding: MaskCoding, total: Mapping[int, int]) -> tuple[Mask
 
 def _unknown_problems(coding: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]) -> list[str]:
     problems = [f"{name}: {_unknown_values(extra)}" for name, counts in found if (extra := set(counts) - coding.known)]
-    words = ", ".join(f"{name} = {' or '.join(map(_describe_code, codes))}" for name, codes in coding.classes)
-    remedy = f"declared are {words}; {BACKGROUND} is {' or '.join(map(_describe_code, coding.background))}"
+    remedy = f"{coding}; {BACKGROUND} is {' or '.join(map(_describe_code, coding.background))}"
     remedy += f". Declare the rest as ignore, {BACKGROUND} or a class"
     if coding.only_value is not None:
         remedy += f", or threshold = {DEFAULT_THRESHOLD} if they are soft edges"
-    return [*problems[:-1], f"{problems[-1]}\n    {remedy}; {_HOW}"]
+    return [f"{problems[0]}\n    {remedy} ({_HOW})", *problems[1:]]

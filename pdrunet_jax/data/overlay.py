@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from pdrunet_jax.data.layers import region, to_bits
+from pdrunet_jax.data.lettering import write
 from pdrunet_jax.data.masks import IGNORE, resize_mask
 from pdrunet_jax.runtime.files import atomic_write
 
@@ -24,6 +26,11 @@ GROUND = (18, 18, 18)
 TEXT = (225, 225, 225)
 """Colours of a sheet and its lettering."""
 _GAP, _LINE = 6, 22
+_TALL, _WIDE = 4, 2
+"""Longest side of a slender picture, in multiples of the usual longest side."""
+_SIDE = 256
+_LEAST = 84
+"""Longest side of a panel on a sheet, and width of the narrowest column, which has its name above it."""
 
 
 def grey_or_rgb(pixels: np.ndarray) -> np.ndarray:
@@ -36,47 +43,57 @@ def grey_or_rgb(pixels: np.ndarray) -> np.ndarray:
 def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Tint and outline every class in its colour; returns (H, W, 3) uint8.
 
-    `pixels` is (H, W, C) or (H, W) in [0, 255]; `mask` holds (H, W) class indices, ignored pixels are grey.
+    `pixels` is (H, W, C) or (H, W) in [0, 255]; `mask` holds (H, W) class indices, or (H, W, K) layers, whose colours
+    blend where they overlap. Ignored pixels are grey.
     """
     picture = grey_or_rgb(pixels).astype(np.float32)
     # An outline of one pixel is lost when a large radiograph is scaled to a screen.
-    width = max(1, round(min(mask.shape) / 300))
-    for index in np.unique(mask):
-        if index == 0:
-            continue
-        region = mask == index
-        colour = np.array(colour_of(int(index)), np.float32)
-        picture[region] += 0.3 * (colour - picture[region])
-        picture[outline(region, width)] = colour
+    width = max(1, round(min(mask.shape[:2]) / 300))
+    parts = (
+        [(int(index), mask == index) for index in np.unique(mask) if index]
+        if mask.ndim == 2
+        else [
+            *((index, region(mask, index)) for index in range(1, mask.shape[-1] + 1)),
+            (IGNORE, (mask == IGNORE).any(axis=-1)),
+        ]
+    )
+    for index, inside in parts:
+        colour = np.array(colour_of(index), np.float32)
+        picture[inside] += 0.3 * (colour - picture[inside])
+        picture[outline(inside, width)] = colour
     return np.round(picture).astype(np.uint8)
 
 
 def difference(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Draw errors over the dimmed image: missed orange, extra blue, wrong class pink, ignored grey.
 
-    Arguments and result as in `overlay`. Regions on which both agree get a thin white outline.
+    Arguments and result as in `overlay`. Regions on which both agree get a thin white outline. Where classes overlap, a
+    pixel is missed or extra if it is for any class, and of a wrong class if it is both.
     """
     picture = grey_or_rgb(pixels).astype(np.float32) * 0.6
-    counted = truth != IGNORE
-    for region, colour in (
-        (counted & (truth > 0) & (prediction == 0), MISSED),
-        (counted & (truth == 0) & (prediction > 0), EXTRA),
-        (counted & (truth > 0) & (prediction > 0) & (truth != prediction), CONFUSED),
-    ):
-        picture[region] = 0.15 * picture[region] + 0.85 * np.array(colour, np.float32)
-    picture[~counted] = 0.5 * picture[~counted] + 0.5 * np.array(IGNORED, np.float32)
-    agreed = outline(counted & (truth > 0) & (truth == prediction), 1)
+    each = truth != IGNORE
+    differs = each & (truth != prediction)
+    found = [each & (truth > 0), differs & (truth > 0), differs & (prediction > 0)]
+    if truth.ndim == 3:
+        each, *found = (layers.any(axis=-1) for layers in (each, *found))
+    present, missed, extra = found
+    for part, colour in ((missed & ~extra, MISSED), (extra & ~missed, EXTRA), (missed & extra, CONFUSED)):
+        picture[part] = 0.15 * picture[part] + 0.85 * np.array(colour, np.float32)
+    picture[~each] = 0.5 * picture[~each] + 0.5 * np.array(IGNORED, np.float32)
+    agreed = outline(present & ~missed & ~extra, 1)
     picture[agreed] = 0.4 * picture[agreed] + 0.6 * 255
     return np.round(picture).astype(np.uint8)
 
 
-def panels(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray, side: int = 256) -> list[Image.Image]:
-    """Draw the four `PANELS` of one case, with a longest side of `side` pixels.
+def panels(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray, side: int = _SIDE) -> list[Image.Image]:
+    """Draw the four `PANELS` of one case, with a longest side of `side` pixels; slender images are larger.
 
     Image and masks (by nearest neighbour) are scaled before drawing, so that outlines keep their width.
     """
-    height, width = truth.shape
-    scale = side / max(height, width)
+    height, width = truth.shape[:2]
+    # The short side gets at least `side` / 2.5, unless the long one would be too long for a sheet.
+    most = side * (_TALL if height > width else _WIDE)
+    scale = max(side / max(height, width), min(side / 2.5 / min(height, width), most / max(height, width)))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = np.asarray(Image.fromarray(grey_or_rgb(pixels)).resize(size, Image.Resampling.BILINEAR))
     true, predicted = (resize_mask(mask.astype(np.uint8), size[::-1]) for mask in (truth, prediction))
@@ -90,49 +107,55 @@ def sample_sheet(
     predictions: Sequence[np.ndarray],
     captions: Sequence[str],
 ) -> Image.Image:
-    """Draw a sheet with one case per row (image, truth, prediction, difference) and a legend below.
+    """Draw cases (image, truth, prediction, difference) below each other, slender ones side by side, and a legend.
 
     Args:
         images: (H, W, C) or (H, W) in [0, 255], each of any size.
         truths: (H, W) class indices, of the image's size.
         predictions: (H, W) class indices, of the image's size.
-        captions: One line above each row.
+        captions: One line above each case.
     """
-    # The widest panel and the heights of all rows give the size.
-    cases = zip(images, truths, predictions, captions, strict=True)
-    rows = [(caption, panels(image, truth, prediction)) for image, truth, prediction, caption in cases]
-    column = max(row[0].width for _, row in rows)
-    width = _GAP + len(PANELS) * (column + _GAP)
-    height = 2 * _LINE + sum(_LINE + row[0].height + _GAP for _, row in rows)
-    sheet = Image.new("RGB", (width, height), GROUND)
+    # The widest panel gives the columns, the highest case of each row its height.
+    parts = zip(images, truths, predictions, captions, strict=True)
+    cases = [(caption, panels(image, truth, prediction)) for image, truth, prediction, caption in parts]
+    column = max(_LEAST, *(drawn[0].width for _, drawn in cases)) + _GAP
+    wide = len(PANELS) * column
+    across = min(len(cases), max(1, len(PANELS) * (_SIDE + _GAP) // wide))
+    rows = [cases[first : first + across] for first in range(0, len(cases), across)]
+    heights = [_LINE + max(drawn[0].height for _, drawn in row) + _GAP for row in rows]
+    sheet = Image.new("RGB", (_GAP + across * wide, 2 * _LINE + sum(heights)), GROUND)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
     # Column titles, then the cases.
-    for number, name in enumerate(PANELS):
-        draw.text((_GAP + number * (column + _GAP), 3), name, TEXT, font)
+    for number in range(across * len(PANELS)):
+        write(draw, (_GAP + number * column, 3), PANELS[number % len(PANELS)], 14, column, TEXT)
     top = _LINE
-    for caption, row in rows:
-        draw.text((_GAP, top + 3), fitted(caption, width - 2 * _GAP, font), TEXT, font)
-        top += _LINE
-        for number, panel in enumerate(row):
-            sheet.paste(panel, (_GAP + number * (column + _GAP), top))
-        top += row[0].height + _GAP
+    for row, height in zip(rows, heights, strict=True):
+        for place, (caption, drawn) in enumerate(row):
+            left = _GAP + place * wide
+            write(draw, (left, top + 3), caption, 14, wide - _GAP, TEXT)
+            for number, panel in enumerate(drawn):
+                sheet.paste(panel, (left + number * column, top + _LINE))
+        top += height
     # Legend.
     left = _GAP
     for name, colour in LEGEND:
         draw.rectangle((left, top + 4, left + 12, top + 16), fill=colour)
-        draw.text((left + 18, top + 2), name, TEXT, font)
-        left += 34 + int(font.getlength(name))
+        left += 34 + write(draw, (left + 18, top + 2), name, 14, sheet.width, TEXT)
     return sheet
 
 
 def index_mask(mask: np.ndarray, classes: int) -> Image.Image:
     """Make a palette image of class indices (H, W): NumPy reads indices, a viewer shows colours.
 
-    A single foreground class is white on black: converted to grey, it becomes 255.
+    A single foreground class is white on black: converted to grey, it becomes 255. From layers (H, W, K), NumPy reads
+    bits (bit i is class i + 1), and a viewer shows the mean of the colours.
     """
-    image = Image.fromarray(mask.astype(np.uint8))
+    image = Image.fromarray(to_bits(mask).astype(np.uint8))
     colours = [(255, 255, 255)] if classes == 1 else [colour_of(index) for index in range(1, classes + 1)]
+    if mask.ndim == 3:
+        every = np.array(colours)
+        sets = (every[[bits >> place & 1 == 1 for place in range(classes)]] for bits in range(1, 1 << classes))
+        colours = [tuple(each.mean(axis=0).astype(int).tolist()) for each in sets]
     image.putpalette([value for colour in [(0, 0, 0), *colours] for value in colour])
     return image
 
@@ -161,12 +184,3 @@ def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
-
-
-def fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Shorten `text` to `width` pixels at its beginning: the end of a path says most."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"...{text}") > width:
-        text = text[1:]
-    return f"...{text}"

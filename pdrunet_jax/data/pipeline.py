@@ -10,10 +10,12 @@ import numpy as np
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Resized, keeps
 from pdrunet_jax.data.dataset import Dataset
-from pdrunet_jax.data.images import read_image, resize_image
-from pdrunet_jax.data.masks import IGNORE, read_mask, read_soft_mask, resize_mask, resize_soft_mask
+from pdrunet_jax.data.fit import Fit
+from pdrunet_jax.data.images import read_image
+from pdrunet_jax.data.layers import read_truth
+from pdrunet_jax.data.masks import IGNORE, read_soft_mask, resize_soft_mask
 from pdrunet_jax.data.split import Sample, split_counts
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import DataError, UserError
 
 Batch = dict[str, np.ndarray]
 Shard = tuple[int, int]
@@ -79,9 +81,10 @@ def train_batches(
 ) -> TrainBatches:
     """Endless batches of `dataset.of("train")`; each epoch has an order of its own, which depends only on `seed`.
 
-    Each batch holds image uint8 (N, H, W, C); mask uint8 (N, H, W), class indices, or shares of 255 with
-    `config.soft_masks`; index int32 (N,) into `dataset.of("train")`; epoch int32 (N,). Every batch is full: it may
-    span two epochs. N is `batch_size`, or the part selected by `process_shard`; images of other shards are not read.
+    Each batch holds image uint8 (N, H, W, C); mask uint8 (N, H, W), class indices with `IGNORE` and `PADDING`, or
+    shares of 255 with `config.soft_masks`, or (N, H, W, K) if classes overlap (see `data/layers.py`); index int32 (N,)
+    into `dataset.of("train")`; epoch int32 (N,). Every batch is full: it may span two epochs. N is `batch_size`, or the
+    part selected by `process_shard`; images of other shards are not read.
 
     Raises `UserError` if there are no training images.
     """
@@ -155,7 +158,7 @@ def eval_batches(
         first = batch * batch_size + rows.start
         chosen = np.arange(first, min(first + size, len(samples)))
         image = np.zeros((size, height, width, channels), np.uint8)
-        mask = np.full((size, height, width), 0 if config.soft_masks else IGNORE, np.uint8)
+        mask = np.full((size, height, width, *dataset.layers), 0 if config.soft_masks else IGNORE, np.uint8)
         index = np.zeros(size, np.int32)
         if len(chosen):
             image[: len(chosen)], mask[: len(chosen)] = source[chosen]
@@ -174,13 +177,13 @@ class _Source:
     """Resized images and masks of `samples`, cached with the dataset if `config.cache` says so."""
 
     def __init__(self, dataset: Dataset, samples: tuple[Sample, ...], config: DataConfig, channels: int) -> None:
-        self._all, self._coding = dataset.samples, dataset.coding
-        self._size, self._channels, self._soft = config.height_width, channels, config.soft_masks
+        self._dataset, self._all, self._coding = dataset, dataset.samples, dataset.coding
+        self._fit, self._channels, self._soft = Fit.of(config), channels, config.soft_masks
         place = {sample.id: row for row, sample in enumerate(self._all)}
         self._rows = np.array([place[sample.id] for sample in samples], np.int64)
         self._cache = None
-        if keeps(config, len(self._all), channels):
-            self._cache = dataset.cache(self._size, channels, soft=self._soft)
+        if keeps(config, len(self._all), channels, *dataset.layers):
+            self._cache = dataset.cache(self._fit, channels, soft=self._soft)
 
     def __getitem__(self, index: np.ndarray) -> Resized:
         """Images (N, H, W, C) and masks (N, H, W) of the samples `index` (N,)."""
@@ -192,10 +195,16 @@ class _Source:
 
     def _read(self, row: int) -> Resized:
         sample = self._all[row]
-        image = resize_image(read_image(sample.image, self._channels), self._size)
+        spacing = self._dataset.spacing_of(sample) if self._fit.spacing else None
+        try:
+            image = self._fit.image(read_image(sample.image, self._channels), spacing)
+        except DataError:
+            raise
+        except UserError as error:  # does not name the image
+            raise DataError("images do not fit", [f"{sample.id}: {error}"]) from None
         if self._soft:
-            return image, resize_soft_mask(read_soft_mask(sample.mask, self._coding), self._size)
-        return image, resize_mask(read_mask(sample.mask, self._coding), self._size)
+            return image, resize_soft_mask(read_soft_mask(sample.mask, self._coding), self._fit.size)
+        return image, self._fit.mask(read_truth(sample, self._coding), spacing)
 
 
 def _read_options(threads: int) -> grain.ReadOptions:

@@ -1,20 +1,22 @@
 """Patients and splits: patient-disjoint training, validation and test samples."""
 
 import hashlib
+import posixpath
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import floor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.folder import SPLIT_FOLDERS, Pair
 from pdrunet_jax.data.masks import MaskCoding
 from pdrunet_jax.data.scan import ScanResult, foreground_share
 
-_PATIENT = r"patient\d+"
+_COLUMN, _PATH, ALONE = "the patient column", "the word patient with digits in the path", "the image itself"
+_PATIENT = r"(?<![A-Za-z])patient\d+"  # not an inpatient
 
 
 @dataclass(frozen=True)
@@ -30,20 +32,40 @@ class Sample:
     """One of "train", "val" and "test"."""
     digest: str = ""
     """SHA-256 of both files' bytes."""
+    pixels: str = ""
+    """SHA-256 of the image's decoded pixels."""
+    spacing: tuple[float, float] | None = None
+    """(row, column) spacing in mm that the manifest states."""
+    layers: tuple[Path | None, ...] = ()
+    """As `Pair.layers`."""
+
+    @property
+    def mask_files(self) -> list[Path]:
+        """Every mask file of the sample."""
+        return [path for path in self.layers or (self.mask,) if path is not None]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Samples with their patients and splits."""
+
+    samples: tuple[Sample, ...]
+    patients: str
+    """What named the patients."""
+    notes: list[str]
+    problems: list[str]
 
 
 def partition(
     config: DataConfig, pairs: Sequence[Pair], scanned: Sequence[ScanResult], coding: MaskCoding
-) -> tuple[tuple[Sample, ...], list[str], list[str]]:
-    """Assign a patient and a split to each pair.
+) -> Partition:
+    """Assign a patient and a split to each pair, in the order of `pairs`.
 
     A declared split is kept and checked: no patient and no image may be in two. An undeclared split, or validation
     split, is drawn by patient with `config.split_seed`.
-
-    Returns samples in the order of `pairs`, notes for the log, and problems.
     """
     ids = [pair.id for pair in pairs]
-    patients, notes, problems = patients_of(ids, [pair.patient for pair in pairs], config.patient_regex)
+    patients, source, notes, problems = patients_of(pairs, config.patient_regex)
     pixels = [item.pixels for item in scanned]
     groups = together(patients, pixels)
     # Which images need a split: all, or if splits are declared without val, those of train.
@@ -58,6 +80,8 @@ def partition(
     else:
         notes.append(f"no split is declared: drawn by patient, seed {config.split_seed}")
         merged = len(set(patients)) - len(set(groups))
+        if len(set(groups)) == 1 and len(ids) > 1:
+            notes.append(f"warning: {one_patient(len(ids), groups[0], source)}")
         if merged:
             notes.append(f"{merged} patients have images identical to another patient's and share their split")
     shares = [foreground_share(scanned[index].codes, coding) for index in undecided]
@@ -65,41 +89,61 @@ def partition(
     drawn = assign(undecided_groups, shares, val=config.val_fraction, test=test_fraction, seed=config.split_seed)
     for index in undecided:
         splits[index] = drawn[groups[index]]
-    notes += [f"warning: identical pixels: {' = '.join(names)}" for names in identical(ids, pixels)]
+    notes += _twins(identical(ids, pixels))
     samples = tuple(
-        Sample(pair.id, pair.image, pair.mask, patient, split, item.digest)
+        Sample(pair.id, pair.image, pair.mask, patient, split, item.digest, item.pixels, pair.spacing, pair.layers)
         for pair, item, patient, split in zip(pairs, scanned, patients, splits, strict=True)
     )
     notes.append(split_counts(samples))
-    return samples, notes, problems
+    return Partition(samples, source, notes, problems)
 
 
-def patients_of(
-    ids: Sequence[str], declared: Sequence[str | None], regex: str | None
-) -> tuple[list[str], list[str], list[str]]:
-    """Find each image's patient; returns patients, notes for the log, and problems.
+def patients_of(pairs: Sequence[Pair], regex: str | None) -> tuple[list[str], str, list[str], list[str]]:
+    """Find each image's patient; returns patients, what named them, notes for the log, and problems.
 
     In order of precedence: `regex` on the path (its first group, or the whole match), the declared patient, `patient`
-    with a number in the path, the image itself.
+    with a number in the path, the image itself. The last two do not depend on where images are that the manifest names
+    by absolute paths: the number is searched below their common folder, and such an image goes by its mask's path.
     """
     if regex is not None:
-        matches = [re.search(regex, image) for image in ids]
-        missed = [image for image, match in zip(ids, matches, strict=True) if not match]
+        matches = [re.search(regex, pair.id) for pair in pairs]
+        missed = [pair.id for pair, match in zip(pairs, matches, strict=True) if not match]
         problems = [f"{image}: data.patient_regex {regex!r} finds no patient" for image in missed]
-        return list(map(_matched, matches, ids)), [], problems
-    patients, alone = [], 0
-    for image, given in zip(ids, declared, strict=True):
-        match = re.search(_PATIENT, image)
-        patients.append(given or _matched(match, image))
-        alone += not given and not match
+        patients = [_matched(match, pair.id) for pair, match in zip(pairs, matches, strict=True)]
+        return patients, "data.patient_regex", [], problems
+    patients = []
+    sources: Counter[str] = Counter()
+    for pair, place in zip(pairs, _below_common_folder([pair.id for pair in pairs]), strict=True):
+        match = re.search(_PATIENT, place)
+        source = _COLUMN if pair.patient else _PATH if match else ALONE
+        sources[source] += 1
+        patients.append(
+            pair.patient or _matched(match, pair.mask_id if PurePosixPath(pair.id).is_absolute() else pair.id)
+        )
     notes = []
-    if alone:
-        which = "each image" if alone == len(ids) else f"each of {alone} images"
+    if alone := sources[ALONE]:
+        which = "each image" if alone == len(pairs) else f"each of {alone} images"
         notes.append(
             f"no patients are known: {which} counts as a patient of its own, so images of one person may be in two "
             "splits; give a patient column or data.patient_regex"
         )
-    return patients, notes, []
+    return patients, " or ".join(sources), notes, []
+
+
+def one_patient(images: int, patient: str, source: str) -> str:
+    """What to do about images that all count as one patient's."""
+    return (
+        f"all {images} images count as one patient, {patient}, by {source}, and a split keeps a patient together; "
+        "give the right patients with --data.patient-regex or a patient column, or --data.patient-regex '.+' for a "
+        "split by images"
+    )
+
+
+def _below_common_folder(ids: Sequence[str]) -> list[str]:
+    """`ids`, with absolute paths made relative to the folder that they have in common."""
+    absolute = [image for image in ids if PurePosixPath(image).is_absolute()]
+    common = posixpath.commonpath([posixpath.dirname(image) for image in absolute]) if absolute else ""
+    return [posixpath.relpath(image, common) if PurePosixPath(image).is_absolute() else image for image in ids]
 
 
 def together(patients: Sequence[str], pixels: Sequence[str]) -> list[str]:
@@ -154,6 +198,17 @@ def identical(ids: Sequence[str], pixels: Sequence[str]) -> list[list[str]]:
     for image, digest in zip(ids, pixels, strict=True):
         same[digest].append(image)
     return [names for digest, names in same.items() if digest and len(names) > 1]
+
+
+def _twins(groups: Sequence[Sequence[str]], most: int = 5) -> list[str]:
+    """A warning for each of the first groups of identical images, and one for the others."""
+    lines = []
+    for names in groups[:most]:
+        more = f" and {len(names) - most} more" if len(names) > most else ""
+        lines.append(f"warning: identical pixels: {' = '.join(names[:most])}{more}")
+    if len(groups) > most:
+        lines.append(f"warning: identical pixels in {len(groups) - most} more groups of images")
+    return lines
 
 
 def manifest_rows(root: Path, samples: Sequence[Sample]) -> list[dict[str, str]]:

@@ -28,7 +28,7 @@ GEOMETRY = AugmentConfig(
 )
 
 
-run = jax.jit(augment, static_argnames=("config", "soft"))
+run = jax.jit(augment, static_argnames=("config", "soft", "swapped"))
 
 
 def keys(count: int, epoch: int = 0, seed: int = 0) -> jax.Array:
@@ -73,6 +73,20 @@ def test_flips_are_exact(config: AugmentConfig, flip: Callable[[np.ndarray], np.
     out_images, out_masks = run(images, masks, keys(3), config)
     assert np.array_equal(out_images, flip(np.asarray(images)))
     assert np.array_equal(out_masks, flip(np.asarray(masks)))
+
+
+@pytest.mark.parametrize("translate", [0.0, 1e-7])
+def test_classes_of_either_side_change_places_in_a_mirror_image_and_not_in_a_turned_one(translate: float) -> None:
+    images, masks = noise(3), classes(3)
+    masks = masks.at[:, 0, 0].set(IGNORE)
+    table = np.arange(256, dtype=np.uint8)
+    table[:3] = 0, 2, 1
+    for horizontal, vertical in ((1, 0), (0, 1), (1, 1)):
+        config = AugmentConfig(flip_horizontal=horizontal, flip_vertical=vertical, translate=translate)
+        out = run(images, masks, keys(3), config, swapped=(0, 2, 1))[1]
+        plain = np.asarray(run(images, masks, keys(3), config)[1])
+        assert np.array_equal(out, table[plain] if horizontal != vertical else plain)
+        assert out.dtype == np.uint8
 
 
 def test_flips_come_as_often_as_asked() -> None:

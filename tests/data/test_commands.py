@@ -1,9 +1,10 @@
 """`python -m pdrunet_jax.data` as a user types it."""
 
-import base64
 import csv
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from PIL import Image
 
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.overlay import colour_of
-from tests.support.small_data import config, shapes
+from tests.support.small_data import config, save, shapes
 
 Folder = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,7 +27,7 @@ def test_check_reports_what_is_there(folder: Folder) -> None:
     command = [sys.executable, "-m", "pdrunet_jax.data", "check", str(folder(6)), "--classes", "bone", "255"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    for words in ("6, 24 to 24 pixels wide", "6 L", "bone", "patients  6", "in val"):
+    for words in ("6, 24 to 24 pixels wide", "6 L", "bone", "patients  unknown; each of 6", "in val"):
         assert words in result.stdout
 
 
@@ -94,9 +95,17 @@ def test_a_patient_whose_images_were_in_two_splits_is_named(run: Run, folder: Fo
 def test_the_help_of_check_has_the_settings_of_training_that_matter(run: Run) -> None:
     shown = run("check", "--help").stdout
     assert "usage: python -m pdrunet_jax.data check [-h] [CHECK OPTIONS] FOLDER" in shown
-    for option in ("--classes", "--ignore", "--threshold", "--soft-masks", "--patient-regex", "--test-fraction"):
+    for option in (
+        "--classes",
+        "--ignore",
+        "--threshold",
+        "--soft-masks",
+        "--patient-regex",
+        "--test-fraction",
+        "--size",
+    ):
         assert option in shown
-    for option in ("--size", "--cache", "--phantoms"):
+    for option in ("--cache", "--phantoms"):
         assert option not in shown
 
 
@@ -115,7 +124,7 @@ def test_check_draws_masks_over_images_on_a_page_that_needs_nothing_else(
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     with Image.open(tmp_path / "seen" / "here" / "contact_sheet.png") as picture:
         sheet = np.asarray(picture.convert("RGB"))
-    assert base64.b64encode((tmp_path / "seen" / "here" / "contact_sheet.png").read_bytes()).decode() in page
+    assert len(re.findall("<figcaption>[1-6]  images/x00", page)) == page.count("data:image/png;base64,") == 6
     cells = sheet[6:156, 6 : 6 + 4 * 366].reshape(150, 4, 366, 3)  # the upper row: four of six, the emptiest first
     for index in (1, 2):  # femur and tibia, each outlined in its colour
         outlined = (cells[:, :, 180:] == colour_of(index)).all(axis=-1).any(axis=(0, 2))
@@ -123,17 +132,42 @@ def test_check_draws_masks_over_images_on_a_page_that_needs_nothing_else(
     assert not (cells[:, :, :180] == colour_of(1)).all(axis=-1).any()  # the image beside it is bare
 
 
+def test_names_beyond_ascii_and_slender_images_are_legible(run: Run, tmp_path: Path) -> None:
+    names, shape = ("Röntgen", "膝关节", "wide"), {"wide": (30, 240)}
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 99, shape.get(name, (240, 30)), dtype=np.uint8)
+        pixels[10:20, 10:20] = 255
+        save(pixels, tmp_path / "data/images" / f"{name}.png")
+        save((pixels > 99).astype(np.uint8), tmp_path / "data/masks" / f"{name}.png")
+    result = run(
+        "check", tmp_path / "data", "--output", tmp_path / "seen", "--classes", "fémur", "1", "--size", "240", "30"
+    )
+    assert "squeezes 1 of 3 images" in result.stdout
+    page = (tmp_path / "seen" / "check.html").read_text()
+    assert all(f"  images/{name}.png<br>" in page for name in names)
+    assert "fémur 1.4%" in page
+    with Image.open(tmp_path / "seen" / "contact_sheet.png") as sheet:
+        assert sheet.height > 500  # the short sides have 72 pixels
+
+
 def test_check_takes_a_threshold_and_several_values_for_a_class(run: Run, folder: Folder) -> None:
     root = folder(4, lambda i: np.array([0, 90, 200], np.uint8)[shapes(i)])
-    assert "bone: 0.0%" in run("check", root, "--classes", "bone", "255", "--threshold", "201").stdout
+    large = f"bone: {np.mean([(shapes(i) == 2).mean() for i in range(4)]):.1%}"
+    assert large in run("check", root, "--classes", "bone", "200", "--threshold", "100").stdout
     both = run("check", root, "--classes", "bone", "90,200").stdout
     assert f"bone: {np.mean([(shapes(i) > 0).mean() for i in range(4)]):.1%}" in both
 
 
 def test_a_split_that_cannot_be_written_is_one_message_and_exit_code_1(run: Run, folder: Folder) -> None:
     root = folder(5)
-    (root / ".manifest.csv.tmp").mkdir()  # in the way of the file that is written first
-    result = run("split", root)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+    try:
+        result = run("split", root)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith(f"error: {root / 'manifest.csv'}: cannot be written (")
     assert not (root / "manifest.csv").exists()

@@ -168,14 +168,14 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
     bad = {
         "zero.png": (b"", "empty"),
-        "text.png": (b"this is text, not an image", "no PNG, JPEG, TIFF, BMP or DICOM"),
+        "text.png": (b"this is text, not an image", "no PNG, JPEG, TIFF, BMP, GIF"),
         "half.png": (whole["png"][: len(whole["png"]) // 2], "truncated"),
         "half.jpg": (whole["jpg"][: len(whole["jpg"]) // 2], "truncated"),
         "flipped.png": (whole["png"][:60] + b"\xff\xff" + whole["png"][62:], "damaged"),
         "bomb.png": (png_with(tmp_path, 100_000, 100_000), "bomb"),
         "large.png": (png_with(tmp_path, 10_000, 10_000), "bomb"),
         "pages.tif": ((tmp_path / "pages.tif").read_bytes(), "2 pages"),
-        "text.dcm": (b"this is text, not an image", "no readable DICOM"),
+        "text.dcm": (b"this is text, not an image", "WebP, JPEG 2000 or DICOM image"),
     }
     for name, (content, reason) in bad.items():
         (tmp_path / name).write_bytes(content)

@@ -1,6 +1,7 @@
 """Every mask coding seen in public data comes out as the classes that its author drew."""
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.data.masks import IGNORE, declare, read_mask, read_soft_mask, resize_mask
 from pdrunet_jax.runtime.errors import DataError, UserError
 from tests.support.seen_data import deep_png
-from tests.support.small_data import SIZE, config, save, shapes
+from tests.support.small_data import SIZE, config, noise, save, shapes
 
 Folder = Callable[..., Path]
 PALETTE = [0, 0, 0, 128, 0, 0, 0, 128, 0]
@@ -169,9 +170,52 @@ def soft(i: int) -> np.ndarray:
 
 
 def test_soft_edges_of_a_declared_class_are_cut_at_128_and_the_log_says_so(folder: Folder) -> None:
-    dataset = open_dataset(config(folder(mask=soft), classes={"bone": 255}))
+    def large(pixels: np.ndarray) -> Image.Image:
+        return Image.fromarray(pixels).resize((480, 400), Image.Resampling.NEAREST)
+
+    root = folder(mask=lambda i: large((shapes(i) > 0).astype(np.uint8) * 255).rotate(7, Image.Resampling.BICUBIC))
+    for index in range(6):
+        save(large(noise(index)), root / "images" / f"x{index:03}.png")
+    (root / "masks" / "x001.png").rename(root / "kept.png")
+    save(large(noise(9)), root / "masks" / "x001.png")
+    for settings in ({"classes": {"bone": 255}}, {"classes": {"bone": 255}, "threshold": 128}, {}):
+        with pytest.raises(DataError, match=r"1 problem:\n  - masks/x001.png: only .*is it a photograph\?"):
+            open_dataset(config(root, **settings))
+    (root / "kept.png").rename(root / "masks" / "x001.png")
+    dataset = open_dataset(config(root, classes={"bone": 255}))
     assert any("from 128 on count as bone" in note for note in dataset.notes)
-    np.testing.assert_array_equal(first_mask(dataset), soft(0) >= 128)
+    grey = np.asarray(Image.open(root / "masks" / "x000.png"))
+    np.testing.assert_array_equal(first_mask(dataset), grey >= 128)
+
+
+def test_wide_soft_edges_need_a_declared_threshold(folder: Folder) -> None:
+    with pytest.raises(DataError, match="or declare threshold = 128 if its edges are soft"):
+        open_dataset(config(folder(mask=soft), classes={"bone": 255}))
+
+
+@pytest.mark.parametrize(
+    ("mask", "hint"),
+    [
+        # Some masks 0/1, others 0/255.
+        (lambda i: (shapes(i) > 0).astype(np.uint8) * np.uint8(1 if i < 2 else 255), "foreground = [1, 255]"),
+        (lambda i: (shapes(i) > 0).astype(np.uint8) * np.uint8(254 if i < 2 else 255), "foreground = [254, 255]"),
+        # JPEG losses of high quality.
+        (lambda i: np.array([1, 254, 255], np.uint8)[shapes(i)] * np.uint8(noise(i) > 9), "threshold = 128"),
+        # A class for each image.
+        (lambda i: (shapes(i) > 0).astype(np.uint8) * np.uint8(1 + i % 2), "name1 = 1, name2 = 2"),
+        (lambda i: np.array([0, 1, 255], np.uint8)[shapes(i)], "foreground = 1 } with ignore = 255"),
+    ],
+)
+def test_hints_read_the_masks_they_are_given_for(folder: Folder, mask: Callable[[int], np.ndarray], hint: str) -> None:
+    root = folder(mask=mask)
+    with pytest.raises(DataError) as caught:
+        open_dataset(config(root))
+    assert hint in str(caught.value)
+    declaration = re.search(r"(classes = \{[^}]*\})(?: (?:and|with) (\w+ = \d+))?", str(caught.value))
+    assert declaration
+    (root / "dataset.toml").write_text("\n".join(filter(None, declaration.groups())))
+    dataset = open_dataset(config(root))
+    assert not any("empty" in note for note in dataset.notes)
 
 
 def test_soft_edges_are_cut_at_the_declared_threshold(folder: Folder) -> None:
@@ -213,6 +257,15 @@ def test_a_photograph_is_no_mask(folder: Folder) -> None:
 def test_masks_without_any_foreground_are_refused(folder: Folder) -> None:
     with pytest.raises(DataError, match="every mask is empty"):
         open_dataset(config(folder(mask=lambda i: np.zeros(SIZE, np.uint8))))
+
+
+def test_declared_masks_without_any_foreground_are_refused(folder: Folder) -> None:
+    for root in (
+        folder(mask=lambda i: (shapes(i) > 0).astype(np.uint8)),
+        folder(mask=lambda i: np.zeros(SIZE, np.uint8)),
+    ):
+        with pytest.raises(DataError, match=r"every mask is empty.*declared are bone = 255, from 128 on"):
+            open_dataset(config(root, classes={"bone": 255}, threshold=128))
 
 
 def test_some_empty_masks_are_a_warning(folder: Folder) -> None:

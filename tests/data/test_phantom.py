@@ -161,7 +161,7 @@ def test_an_interrupted_drawing_leaves_no_dataset(tmp_path: Path, how: signal.Si
     root = tmp_path / "phantoms"
     script = "import signal, sys, pathlib\nfrom pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
-    script += "write_phantoms(pathlib.Path(sys.argv[1]), PhantomOptions(10**6, size=32))"
+    script += "write_phantoms(pathlib.Path(sys.argv[1]), PhantomOptions(10**5, size=32))"
     with subprocess.Popen([sys.executable, "-c", script, str(root)], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".phantoms-*/dataset/masks/*.png")):

@@ -80,9 +80,9 @@ def pages(path: Path) -> None:
     two[0].save(path, save_all=True, append_images=two[1:])
 
 
-def gif(path: Path) -> None:
+def ppm(path: Path) -> None:
     file = io.BytesIO()
-    Image.fromarray(noise(0)).save(file, format="GIF")
+    Image.fromarray(noise(0)).save(file, format="PPM")
     path.write_bytes(file.getvalue())
 
 
@@ -130,17 +130,17 @@ PLANTED: list[Plant] = [
     column("patient", "p98", "patient p98 is in test and train"),
     content("image", ".png", picture(noise(97)), "identical pixels"),
     content("image", ".png", lambda path: path.write_bytes(b""), "the file is empty"),
-    content("image", ".png", lambda path: path.write_text("no image"), "no PNG, JPEG, TIFF, BMP or DICOM image"),
+    content("image", ".png", lambda path: path.write_text("no image"), "no PNG, JPEG, TIFF, BMP, GIF, WebP"),
     content("image", ".png", cut(picture(noise(0))), "damaged or truncated"),
     content("image", ".jpg", cut(picture(noise(0))), "damaged or truncated"),
     content("image", ".bmp", cut(picture(noise(0))), "damaged or truncated"),
     content("image", ".tif", cut(picture(noise(0)), 0.9), "damaged or truncated"),
     content("image", ".png", spoiled, "damaged or truncated"),
     content("image", ".png", bomb, "refused as a bomb"),
-    content("image", ".png", gif, "no PNG, JPEG, TIFF, BMP or DICOM image"),
+    content("image", ".png", ppm, "no PNG, JPEG, TIFF, BMP, GIF, WebP"),
     content("image", ".tif", pages, "2 pages"),
     content("image", ".tif", nan, "holds NaN"),
-    content("image", ".dcm", lambda path: path.write_text("no image"), "no readable DICOM file"),
+    content("image", ".dcm", lambda path: path.write_text("no image"), "or DICOM image"),
     content("image", ".dcm", cut(dicom), "damaged or truncated DICOM pixel data"),
     content("image", ".dcm", without_pixels, "a DICOM file without an image"),
     content("image", ".dcm", frames, "save it as one grey or 8-bit RGB image"),

@@ -1,5 +1,6 @@
 """No patient is in two splits, and a split is the same on every machine."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.split import assign
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.train.run import require_validation
 from tests.support.small_data import config, noise, save, shapes
 
 Folder = Callable[..., Path]
@@ -129,3 +131,42 @@ def test_a_missing_validation_split_is_taken_from_train_by_patient(folder: Folde
 def test_a_folder_of_test_images_only_can_be_opened(folder: Folder) -> None:
     dataset = open_dataset(config(manifest(folder(2), [("p0", "test"), ("p1", "test")])))
     assert len(dataset.of("test")) == len(dataset.of("all")) == 2
+
+
+def test_a_drawn_split_does_not_depend_on_where_absolute_images_are(folder: Folder, tmp_path: Path) -> None:
+    root = folder(20)
+    masks = [f"masks/x{index:03}.png" for index in range(20)]
+    drawn = []
+    for place in ("a", "patient7/mounted/elsewhere"):
+        shutil.copytree(root / "images", tmp_path / place)
+        rows = [f"{tmp_path / place / Path(mask).name},{mask}" for mask in masks]
+        (root / "manifest.csv").write_text("\n".join(["image,mask", *rows]))
+        drawn.append([(Path(sample.id).name, sample.split) for sample in open_dataset(config(root)).samples])
+    assert drawn[0] == drawn[1]
+    assert {split for _, split in drawn[0]} == {"train", "val", "test"}
+
+
+def test_patients_below_the_common_folder_of_absolute_images_are_found(folder: Folder, tmp_path: Path) -> None:
+    root = folder(6)
+    (root / "manifest.csv").write_text("image,mask\n")
+    with (root / "manifest.csv").open("a") as manifest:
+        for index in range(6):
+            image = save(noise(index), tmp_path / "inpatient2024" / f"patient{index // 2}" / f"{index}.png")
+            manifest.write(f"{image},masks/x{index:03}.png\n")
+    dataset = open_dataset(config(root))
+    assert {sample.patient for sample in dataset.samples} == {"patient0", "patient1", "patient2"}
+    assert dataset.patients_from == "the word patient with digits in the path"
+
+
+def test_images_of_a_single_patient_say_so_with_the_way_out(folder: Folder, tmp_path: Path) -> None:
+    root = folder()
+    (root / "images").rename(root / "all")
+    (root / "masks").rename(root / "drawn")
+    shutil.move(root / "all", root / "images" / "patient7")
+    shutil.move(root / "drawn", root / "masks" / "patient7")
+    dataset = open_dataset(config(root))
+    (remark,) = [note for note in dataset.notes if "one patient" in note]
+    assert "all 6 images count as one patient, patient7, by the word patient with digits" in remark
+    with pytest.raises(UserError, match=r"no validation images, .* --data.patient-regex '.\+' for a split by images"):
+        require_validation(dataset)
+    require_validation(open_dataset(config(root, patient_regex=".+")))

@@ -28,7 +28,8 @@ def network(seed: int = 0, *, param_dtype: str = "float32", **options: Any) -> P
 def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
     """Build a PDR-UNet that classifies by brightness alone: above 0.5 is class 1.
 
-    With 3 outputs, above 0.25 is class 1 and above 0.75 class 2. Every block is the identity, and the long skips add up
+    With 3 outputs, above 0.25 is class 1 and above 0.75 class 2. With 2, for overlapping classes, above 0.25 is class 1
+    and above 0.5 class 2, too. Every block is the identity, and the long skips add up
     to 32 times the image.
     """
     model = network(in_channels=in_channels, outputs=outputs, filters=1, norm="none", dropout=0.0, conv="plain")
@@ -41,7 +42,8 @@ def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
         if name == "std_block":
             block.first.kernel.set_value(block.first.kernel[...].at[1, 1, 0, 0].set(1.0))
             block.second.kernel.set_value(block.second.kernel[...].at[1, 1, 0, 0].set(1.0))
-    slope, shift = ([1.0], [-16.0]) if outputs == 1 else ([0.0, 1.0, 2.0], [0.0, -8.0, -32.0])
+    slope = {1: [1.0], 2: [1.0, 1.0], 3: [0.0, 1.0, 2.0]}[outputs]
+    shift = {1: [-16.0], 2: [-8.0, -16.0], 3: [0.0, -8.0, -32.0]}[outputs]
     model.final_conv.kernel.set_value(jnp.array(slope).reshape(1, 1, 1, outputs))
     model.final_conv.bias.set_value(jnp.array(shift))
     return model

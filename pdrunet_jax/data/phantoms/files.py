@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pdrunet_jax.data.folder import write_manifest
 from pdrunet_jax.data.importers.common import write_description, write_mask
+from pdrunet_jax.data.manifest import write_manifest
 from pdrunet_jax.data.phantoms.anatomy import BONES
 from pdrunet_jax.data.phantoms.phantom import Difficulty, draw, generator
 from pdrunet_jax.runtime.errors import UserError
@@ -18,6 +18,9 @@ SMALLEST = 32
 """Smallest side in pixels at which a bone is still recognisable."""
 
 _SPLIT = 2  # stream of random numbers; phantom.py has the others
+
+MOST_COUNT, MOST_SIZE = 100_000, 8192
+"""Largest number of phantoms, and their largest side in pixels."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,16 @@ def write_phantoms(root: Path, drawing: PhantomOptions) -> None:
     """Write phantoms as a dataset folder: images, masks, manifest.csv, dataset.toml.
 
     About 60, 20 and 20 % of the patients are in train, val and test. The folder appears completely or not at all.
-    Raises `UserError` if `root` is not empty or cannot be written, or if count or size is too small.
+    Raises `UserError` if `root` is not empty or cannot be written, or if count, size or seed is out of range.
     """
     if drawing.count < 1:
         raise UserError(f"--count {drawing.count}: ask for at least one phantom")
     if drawing.size < SMALLEST:
         raise UserError(f"--size {drawing.size}: phantoms need at least {SMALLEST} pixels to show bones")
+    if drawing.count > MOST_COUNT or drawing.size > MOST_SIZE:
+        raise UserError(f"--count {drawing.count} --size {drawing.size}: at most {MOST_COUNT} and {MOST_SIZE}")
+    if not 0 <= drawing.seed < 1 << 64:
+        raise UserError(f"--seed {drawing.seed}: give a number from 0 to {(1 << 64) - 1}")
     with new_folder(root, "phantoms") as folder:
         for name in ("images", "masks"):
             (folder / name).mkdir()
