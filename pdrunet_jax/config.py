@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,22 +18,33 @@ import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.opening import read_text
+from pdrunet_jax.runtime.run_folder import MOST_STEPS
 
-MAY_CHANGE = ("tracking", "data.root", "data.threads", "data.cache")
-"""Settings that a resumed run may change, since they do not affect the result. The data must still have the fingerprint
-that the checkpoints were saved with."""
+OF_A_PROCESS = ("tracking", "data.root", "data.threads", "data.cache")
+"""Settings that each of several processes may have for itself. The data must have the same fingerprint."""
+
+MAY_CHANGE = (
+    *OF_A_PROCESS,
+    *("train.steps", "train.log_every", "train.save_every", "train.keep_latest", "train.keep_best", "train.samples"),
+    "train.eval_batch_size",
+)
+"""Settings that a resumed run may change: without effect on its results, or on its end alone. The data must still have
+the fingerprint that the checkpoints were saved with."""
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=MOST_STEPS)]
+Count = Annotated[int, Field(ge=0, le=MOST_STEPS)]
+Side = Annotated[int, Field(gt=0, le=1 << 16)]
+Threads = Annotated[int, Field(ge=0, le=1024)]
+Seed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
-MaskValue = Annotated[
-    int | str, BeforeValidator(lambda value: ",".join(map(str, value)) if isinstance(value, list) else value)
-]
+_LISTS = BeforeValidator(lambda value: ",".join(map(str, value)) if isinstance(value, list) else value)
+MaskValue = Annotated[int | str, _LISTS]
 """A grey value, palette index or "#rrggbb" colour, or several of them separated by commas or in a TOML list."""
 
 
@@ -45,15 +56,27 @@ class DataConfig:
 
     root: str = "data"
     """Dataset folder: one with a manifest.csv, or any layout listed in docs/data.md."""
-    size: Annotated[tuple[Positive, ...], Field(min_length=1, max_length=2)] = (256,)
+    size: Annotated[tuple[Side, ...], Field(min_length=1, max_length=2)] = (256,)
     """Height and width in pixels to which images are resized; one number sets both."""
+    fit: Literal["stretch", "pad"] = "stretch"
+    """How images of other proportions are brought to data.size. stretch changes the ratio of their sides; pad keeps it
+    and fills up with black, which counts in neither loss nor scores."""
+    spacing: PositiveFloat | None = None
+    """Resample all images to this many mm per pixel, then pad to data.size. Needs data.fit = pad, and the pixel spacing
+    of every image: from its file (DICOM), the manifest or dataset.toml."""
     classes: dict[str, MaskValue] = dataclasses.field(default_factory=dict)
     """Mask coding: class names with their grey value, palette index or "#rrggbb" colour; "1,2" gives a class several.
     Overrides dataset.toml. Without either, masks must be binary."""
-    ignore: MaskValue | None = None
+    ignore: Annotated[int | str | None, _LISTS] = None
     """Mask value or colour to exclude from loss and metrics; "1,2" excludes several."""
     threshold: Annotated[int, Field(gt=0, le=255)] | None = None
     """Lowest grey value (1 to 255) that is foreground in a soft-edged binary mask; 128 if unset."""
+    swap_on_flip: tuple[tuple[str, str], ...] | None = None
+    """Pairs of classes that change places in a mirror image, such as femur_left femur_right. Overrides dataset.toml.
+    If unset: those whose names differ in left and right alone."""
+    multilabel: bool = False
+    """Classes overlap: each has an output of its own, with a sigmoid. A mask value may belong to several classes, or
+    each class has its own mask files: masks/CLASS/NAME.png or masks/NAME_CLASS.png."""
     soft_masks: bool = False
     """Train on bilinearly resized binary masks without rounding them, as the public code does."""
     patient_regex: str | None = None
@@ -62,11 +85,11 @@ class DataConfig:
     """Share of patients in the validation set, if the dataset declares no split."""
     test_fraction: Rate = 0.2
     """Share of patients in the test set, if the dataset declares no split."""
-    split_seed: int = 0
+    split_seed: Seed = 0
     """Seed of the random split."""
     cache: Literal["auto", "memory", "none"] = "auto"
     """Cache of decoded images, as uint8. auto caches them in memory if they fit in a quarter of it."""
-    threads: Count = 4
+    threads: Threads = 4
     """Image decoding threads; the order of samples does not depend on their number."""
     phantoms: Count = 0
     """Number of synthetic X-rays to draw into data.root if it does not exist; 0 draws none."""
@@ -75,6 +98,19 @@ class DataConfig:
     def height_width(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.size[0], self.size[-1]
+
+    def under(self, arguments: Sequence[str]) -> "DataConfig":
+        """These settings as defaults of command-line `arguments`.
+
+        Classes given there are a whole new set, which has nothing to do with the ignore value and the threshold here.
+        """
+        if any(argument.split("=")[0] == "--data.classes" for argument in arguments):
+            return self.without_coding()
+        return self
+
+    def without_coding(self) -> "DataConfig":
+        """These settings without what they say about masks."""
+        return dataclasses.replace(self, classes={}, ignore=None, threshold=None, swap_on_flip=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +151,12 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
 
-    in_channels: Positive = 1
+    in_channels: Side = 1
     """Image channels: 1 for grey, 3 for RGB."""
-    outputs: Positive | None = None
+    outputs: Side | None = None
     """Output channels. 1: sigmoid; 2 or more: softmax over exclusive classes, background included.
-    If unset: 1 for a dataset with one class, n + 1 for n classes."""
-    filters: Positive = 40
+    If unset: 1 for a dataset with one class, n + 1 for n classes, n with data.multilabel."""
+    filters: Side = 40
     """Channels of every hidden layer."""
     shortcut: Literal["input", "conv1"] = "input"
     """Start of a block's residual connection: its input (the public code) or its first convolution (the paper)."""
@@ -128,8 +164,9 @@ class ModelConfig:
     """Normalisation after each 3x3 convolution."""
     dropout: Rate = 0.3
     """Dropout rate of the two dropout layers in the bottleneck."""
-    conv: Literal["auto", "plain", "fused", "polyphase"] = "auto"
-    """Execution path of the 3x3 convolutions. Affects speed and memory only; results agree up to rounding."""
+    conv: Literal["auto", "plain", "fused", "polyphase", "pallas"] = "auto"
+    """Execution path of the 3x3 convolutions. Affects speed and memory only; results agree up to rounding.
+    pallas runs on NVIDIA GPUs only and has not been timed; auto never takes it."""
     init: Literal["torch", "he"] = "torch"
     """Weight initialisation: PyTorch's defaults, or He normal with zero biases."""
 
@@ -141,12 +178,13 @@ class LossConfig:
     __pydantic_config__ = STRICT
 
     name: Literal["bce", "dice", "bce_dice", "focal", "tversky", "ce", "ce_dice"] | None = None
-    """Loss function. bce, bce_dice and focal need one output, ce and ce_dice two or more; dice and tversky take either.
-    If unset: bce_dice for one output, ce_dice for more."""
+    """Loss function. bce, bce_dice and focal need one output or data.multilabel, ce and ce_dice exclusive classes; dice
+    and tversky take either. If unset: bce_dice for one output and data.multilabel, else ce_dice."""
     dice_weight: Fraction = 0.5
     """Weight of the Dice term in bce_dice and ce_dice; cross-entropy has the rest."""
     class_weights: tuple[NonNegative, ...] = ()
-    """Class weights in the loss, background first: one per output, or two for a single output."""
+    """Class weights in the loss, background first: one per output, or two for a single output. With data.multilabel
+    one per class, without background."""
     focal_gamma: NonNegative = 2.0
     """Focusing exponent of the focal loss."""
     tversky_alpha: NonNegative = 0.3
@@ -234,15 +272,15 @@ class TrackingConfig:
     __pydantic_config__ = STRICT
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B mode. auto: online when logged in, else offline."""
+    """W&B mode. auto: as WANDB_MODE says; else online when logged in, or offline."""
     project: str = "pdrunet-jax"
-    """W&B project."""
+    """W&B project. The default gives way to WANDB_PROJECT."""
     entity: str | None = None
-    """W&B user or team."""
+    """W&B user or team; WANDB_ENTITY if unset."""
     name: str | None = None
-    """W&B run name; the name of the run folder if unset."""
+    """W&B run name; WANDB_NAME or the name of the run folder if unset."""
     tags: tuple[str, ...] = ()
-    """W&B tags."""
+    """W&B tags; WANDB_TAGS if unset."""
     artifact: bool = False
     """Upload best.safetensors as a W&B artifact when training ends."""
 
@@ -253,7 +291,7 @@ class Config:
 
     __pydantic_config__ = STRICT
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, sample order, augmentation and dropout."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -291,7 +329,7 @@ def load(name: str | Path) -> Config:
 def read(path: Path) -> Config:
     """Read a TOML file; raises `UserError` that names it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     return parse(text, str(path))
@@ -301,7 +339,7 @@ def parse(text: str, source: str) -> Config:
     """Parse TOML `text`; raises `UserError` that names `source`."""
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also a number of thousands of digits
         raise UserError(f"{source} is not valid TOML: {error}") from None
     except RecursionError:
         raise UserError(f"{source} is nested too deeply; refused") from None
@@ -324,7 +362,10 @@ def from_dict(values: Mapping[str, Any], source: str) -> Config:
         config = _adapter().validate_python(values)
     except ValidationError as error:
         raise DataError(f"{source} is not a valid configuration", map(_explain, error.errors())) from None
-    if problems := _conflicts(config):
+    problems = [
+        f"{key}: NUL characters are not allowed" for key, item in _flat(values).items() if "\0" in f"{key}{item}"
+    ]
+    if problems := problems or _conflicts(config):
         raise DataError(f"{source} is not a valid configuration", problems)
     return config
 
@@ -410,6 +451,12 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(f"optim.warmup_steps = {optim.warmup_steps} must be less than train.steps = {train.steps}")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction must be less than 1, to leave patients to train on")
+    if data.spacing is not None and data.fit != "pad":
+        problems.append("data.spacing keeps the scale of images, and data.fit = stretch changes it; set data.fit = pad")
+    if data.soft_masks and data.fit == "pad":
+        problems.append("data.soft_masks has no value for padding; set data.fit = stretch, or switch soft masks off")
+    if data.soft_masks and data.multilabel:
+        problems.append("data.soft_masks needs one class, and data.multilabel several; switch one of them off")
     if data.soft_masks and len(data.classes) > 1:
         problems.append("data.soft_masks needs a dataset with one class, and data.classes declares several")
     return problems

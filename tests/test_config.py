@@ -98,6 +98,17 @@ def test_classes_can_be_declared_as_options() -> None:
     assert parsed.data.classes == {"femur": 1, "tibia": "#ff0000"}
 
 
+def test_classes_on_the_command_line_are_a_whole_new_set(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[data]\nclasses = { bone = 255 }\nthreshold = 100\nignore = 127\nsize = [64]\n")
+    data = options.parse(["--config", str(path), "--data.classes", "femur", "2", "tibia", "1"]).settings.data
+    assert list(data.classes) == ["femur", "tibia"]
+    assert (data.threshold, data.ignore, data.size) == (None, None, (64,))
+    pairs = options.parse(["--config", str(path), "--data.swap-on-flip", "a", "b", "c", "d"]).settings.data
+    assert (pairs.swap_on_flip, pairs.threshold) == ((("a", "b"), ("c", "d")), 100)
+    assert parse(to_toml(Config(data=pairs)), "it") == Config(data=pairs)
+
+
 def test_options_out_of_bounds_are_refused_with_the_bound() -> None:
     with pytest.raises(UserError, match=r"optim\.learning_rate: input should be greater than 0"):
         options.parse(["--config", "mura", "--optim.learning-rate", "-1"])
@@ -136,3 +147,21 @@ def test_a_run_records_its_environment_beside_its_settings() -> None:
     text = to_toml(Config()) + '\n[environment]\njax = "0.10"\n'
     assert tomllib.loads(text)["environment"] == {"jax": "0.10"}
     assert parse(text, "test") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[train]\nsteps = 1e21", "train.steps: "),
+        ("[train]\nsteps = 2147483648", "train.steps: input should be less than or equal to 2147483647"),
+        ("[data]\nthreads = 100000", "data.threads: input should be less than or equal to 1024"),
+        ("[data]\nsize = [1000000]", "data.size.0: input should be less than or equal to 65536"),
+        ("seed = 9223372036854775808", "seed: input should be less than 9223372036854775808"),
+        (f"seed = {'9' * 5000}", "is not valid TOML: Exceeds the limit"),
+        ('[data]\nroot = "a\\u0000b"', "data.root: NUL characters are not allowed"),
+    ],
+)
+def test_absurd_values_are_refused(text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(text, "c.toml")
+    assert message in str(caught.value)

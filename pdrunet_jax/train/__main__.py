@@ -1,6 +1,6 @@
 """Command line of `python -m pdrunet_jax.train`. Started again, a run resumes exactly.
 
-Heavy imports are deferred so that SIGTERM is handled even while they load.
+Heavy imports are deferred so that signals are handled even while they load.
 """
 
 import sys

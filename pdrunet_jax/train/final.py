@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pdrunet_jax.config import Config, DataConfig, settings_digest
 from pdrunet_jax.data.dataset import Dataset
+from pdrunet_jax.data.fit import Box
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.masks import IGNORE, read_mask, resize_mask
 from pdrunet_jax.evaluate import scores
@@ -27,10 +28,12 @@ from pdrunet_jax.evaluate.report.page import write_report
 from pdrunet_jax.model.files import write_safetensors
 from pdrunet_jax.model.load import MODEL_OPTIONS, load_model
 from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.sides import SWAP, VERTICAL, find_pairs
 from pdrunet_jax.model.weights import to_public
-from pdrunet_jax.predict.threshold import store_threshold
+from pdrunet_jax.predict.threshold import store_threshold, thresholds_text
 from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
 from pdrunet_jax.runtime.errors import DataError
+from pdrunet_jax.runtime.files import require_inside
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.runtime.stop import StopFlag
 from pdrunet_jax.train.progress import Progress
@@ -87,22 +90,28 @@ def save_best(
 
 
 def weights_options(config: Config, dataset: Dataset, outputs: int) -> dict[str, Any]:
-    """What weights need to be used, as JSON values: the network's options, its input size and the class names."""
-    return {
+    """What weights need to be used, as JSON values: the network's options, how images are fitted, the class names."""
+    options: dict[str, Any] = {
         **{name: getattr(config.model, name) for name in MODEL_OPTIONS},
         "outputs": outputs,
         "size": list(config.data.height_width),
+        "fit": config.data.fit,
+        **({} if config.data.spacing is None else {"spacing": config.data.spacing}),
+        **({"multilabel": True} if dataset.multilabel else {}),
         "class_names": list(dataset.class_names),
     }
+    if dataset.swap_on_flip is not None and (dataset.swap_on_flip or any(find_pairs(dataset.class_names))):
+        options |= {SWAP: [list(pair) for pair in dataset.swap_on_flip], VERTICAL: bool(config.augment.flip_vertical)}
+    return options
 
 
 class Choice(NamedTuple):
-    """The best threshold on the validation set."""
+    """The best threshold on the validation set; one for each class if classes overlap."""
 
-    threshold: float
-    """One of `calibration.THRESHOLDS`; of several equally good ones, the one nearest 0.5."""
+    threshold: float | tuple[float, ...]
+    """Of `calibration.THRESHOLDS`; of several equally good ones, the one nearest 0.5."""
     dice: float
-    """Mean Dice at this threshold, at the images' own resolution."""
+    """Mean Dice (mean of classes) at this threshold, at the images' own resolution."""
     dice_at_half: float
     """Mean Dice at 0.5."""
 
@@ -112,15 +121,18 @@ def choose_threshold(
 ) -> Choice | None:
     """Find the threshold with the highest mean Dice on the validation set; None if asked to stop, between two images.
 
-    `model` must have one output. `config` says how to read images, and the size that the network works at.
+    `model` must have one output, or overlapping classes. `config` says how to read images, and the size that the
+    network works at.
     """
     histograms = Histograms(dataset.class_names)
     for _, probability, truth in predicted_probabilities(model, dataset, "val", config, batch_size=batch_size):
         if stop:
             return None
         histograms.add(probability, truth)
-    (curves,) = histograms.curves().values()
-    return Choice(*curves.best, curves.dice[THRESHOLDS.index(0.5)])
+    curves = list(histograms.curves().values())
+    chosen, dice = zip(*(each.best for each in curves), strict=True)
+    half = [each.dice[THRESHOLDS.index(0.5)] for each in curves]
+    return Choice(chosen if model.multilabel else chosen[0], float(np.mean(dice)), float(np.mean(half)))
 
 
 def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> str | None:
@@ -135,7 +147,7 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
     model, batch_size = load_model(run.path), config.train.batch_size
     about: dict[str, Any] = {"weights": str(run.best), "threshold": 0.5}
     choice = None
-    if model.outputs == 1:
+    if model.outputs == 1 or model.multilabel:
         choice = choose_threshold(model, dataset, config.data, batch_size=batch_size, stop=stop)
         if choice is None:
             tracker.status = "stopped"
@@ -148,10 +160,11 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
     if choice and store_threshold(run.best, choice.threshold):
         about["validation_threshold"] = choice.threshold
         tracker.say(
-            f"best threshold on the validation set: {choice.threshold:g} (Dice {choice.dice:.3f}, "
+            f"best threshold on the validation set: {thresholds_text(choice.threshold)} (Dice {choice.dice:.3f}, "
             f"{choice.dice_at_half:.3f} at 0.5); use it with --threshold validation"
         )
-    write_evaluation(result, run.path / "evaluation" / split, about)
+    require_inside(run.path, run.evaluation / split)
+    write_evaluation(result, run.evaluation / split, about)
     report = write_report(run.path)
     tracker.scores(split, _numbers(result), _table(result), _pictures(result))
     print(result.text())
@@ -184,9 +197,7 @@ def _pictures(result: Evaluation) -> Iterator[Picture]:
         size = max(1, round(height * scale)), max(1, round(width * scale))
         masks = [resize_mask(mask, size) for mask in result.masks_of(sample)]
         cases.append((f"{kind}, dice {dice:.3f}  {sample.id}", [resize_image(image, size)[..., 0], *masks]))
-    high, wide = np.max([pixels[0].shape for _, pixels in cases], axis=0) if cases else (0, 0)
+    size = tuple(np.max([pixels[0].shape for _, pixels in cases], axis=0).tolist()) if cases else (0, 0)
     for name, pixels in cases:
-        image, truth, prediction = (
-            np.pad(each, ((0, high - each.shape[0]), (0, wide - each.shape[1]))) for each in pixels
-        )
+        image, truth, prediction = (Box(0, 0, *each.shape[:2]).place(each, size, 0) for each in pixels)
         yield Picture(name, image, prediction, truth)

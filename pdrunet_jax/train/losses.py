@@ -1,8 +1,9 @@
 """Binary and multi-class losses on logits, without ignored pixels.
 
 All take logits (N, H, W, K), a target and `valid` (N, H, W), bool. With K = 1 the target is the probability of the
-foreground, float (N, H, W) in [0, 1]; with K >= 2 it is the class index, int (N, H, W). All return a scalar in the
-dtype of the logits.
+foreground, float (N, H, W) in [0, 1]; with K >= 2 it is the class index, int (N, H, W). Overlapping classes have a
+sigmoid each: target and `valid` are (N, H, W, K) then, and weights are one a class, without background. All return a
+scalar in the dtype of the logits.
 """
 
 from collections.abc import Callable
@@ -18,25 +19,26 @@ Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """loss(logits, target, valid) -> scalar."""
 
 
-def make_loss(config: LossConfig, outputs: int) -> Loss:
-    """Build the loss that `config` names, for `outputs` logits a pixel.
+def make_loss(config: LossConfig, outputs: int, *, multilabel: bool = False) -> Loss:
+    """Build the loss that `config` names, for `outputs` logits a pixel, of classes that overlap with `multilabel`.
 
     Raises:
         UserError: the loss or its class weights do not fit the number of outputs.
     """
-    binary = outputs == 1
+    binary = outputs == 1 or multilabel
     name = config.name or ("bce_dice" if binary else "ce_dice")
     allowed = ("bce", "dice", "bce_dice", "focal", "tversky") if binary else ("ce", "dice", "ce_dice", "tversky")
     if name not in allowed:
-        raise UserError(
-            f"loss.name = {name} does not fit model.outputs = {outputs}; with that it is one of {', '.join(allowed)}"
-        )
-    classes = max(outputs, 2)
+        setting = "data.multilabel = true" if multilabel else f"model.outputs = {outputs}"
+        raise UserError(f"loss.name = {name} does not fit {setting}; with that it is one of {', '.join(allowed)}")
+    classes = outputs if multilabel else max(outputs, 2)
     if config.class_weights and len(config.class_weights) != classes:
-        raise UserError(
-            f"loss.class_weights has {len(config.class_weights)} numbers; model.outputs = {outputs} needs {classes}, "
-            "background first"
+        needs = (
+            f"data.multilabel needs {classes}, one a class"
+            if multilabel
+            else (f"model.outputs = {outputs} needs {classes}, background first")
         )
+        raise UserError(f"loss.class_weights has {len(config.class_weights)} numbers; {needs}")
     weights = config.class_weights or (1.0,) * classes
 
     entropy = partial(cross_entropy, weights=weights)
@@ -62,9 +64,12 @@ def cross_entropy(logits: jax.Array, target: jax.Array, valid: jax.Array, weight
     """Weighted cross-entropy, averaged over valid pixels with their weights (as in torch's `weight=`).
 
     K = 1: torch's binary_cross_entropy_with_logits for equal weights; `weights` is (background, foreground).
-    K >= 2: torch's cross_entropy with `weight` and `ignore_index`.
+    K >= 2: torch's cross_entropy with `weight` and `ignore_index`. Overlapping classes: the first, over all classes.
     """
-    if logits.shape[-1] == 1:
+    if target.ndim == logits.ndim:
+        pixel = _binary_cross_entropy(logits, target)
+        weight = _by_class(weights, logits)
+    elif logits.shape[-1] == 1:
         pixel = _binary_cross_entropy(logits[..., 0], target)
         weight = weights[1] * target + weights[0] * (1 - target)
     else:
@@ -77,11 +82,12 @@ def cross_entropy(logits: jax.Array, target: jax.Array, valid: jax.Array, weight
 def focal_loss(
     logits: jax.Array, target: jax.Array, valid: jax.Array, weights: tuple[float, ...], *, gamma: float
 ) -> jax.Array:
-    """Focal loss for one output: mean of w (1 - p_t)^gamma CE (Lin et al., 2017, equation 5)."""
-    logit = logits[..., 0]
+    """Focal loss for one output or overlapping classes: mean of w (1 - p_t)^gamma CE (Lin et al., 2017, equation 5)."""
+    overlap = target.ndim == logits.ndim
+    logit = logits if overlap else logits[..., 0]
     p = jax.nn.sigmoid(logit)
     missing = p * (1 - target) + (1 - p) * target
-    weight = weights[1] * target + weights[0] * (1 - target)
+    weight = _by_class(weights, logits) if overlap else weights[1] * target + weights[0] * (1 - target)
     # The power's gradient at 0 is infinite below gamma = 1; the smallest normal number keeps it finite.
     modulation = jnp.maximum(missing, jnp.finfo(logit.dtype).tiny) ** gamma if gamma else 1.0
     return _mean(weight * modulation * _binary_cross_entropy(logit, target), valid)
@@ -96,19 +102,27 @@ def soft_tversky(
     al., 2017, equation 3); alpha = 1/2 makes it soft Dice, (2 TP + s) / (2 TP + FP + FN + s). Background counts in
     cross-entropy, not here.
     """
-    if logits.shape[-1] == 1:
+    if overlap := target.ndim == logits.ndim:
+        p, t = jax.nn.sigmoid(logits), target
+    elif logits.shape[-1] == 1:
         p, t = jax.nn.sigmoid(logits), target[..., None].astype(logits.dtype)
     else:
         p = jax.nn.softmax(logits)[..., 1:]
         t = jax.nn.one_hot(jnp.where(valid, target, 0), logits.shape[-1], dtype=logits.dtype)[..., 1:]
-    weight = weights[1:] if sum(weights[1:]) else (1.0,) * len(weights[1:])
-    inside = valid[..., None].astype(logits.dtype)
+    weight = weights if overlap else weights[1:]
+    weight = weight if sum(weight) else (1.0,) * len(weight)
+    inside = (valid if overlap else valid[..., None]).astype(logits.dtype)
     true = (p * t * inside).sum((1, 2))
     false_positive = (p * (1 - t) * inside).sum((1, 2))
     false_negative = ((1 - p) * t * inside).sum((1, 2))
     index = (true + smooth / 2) / (true + alpha * false_positive + (1 - alpha) * false_negative + smooth / 2)
     share = jnp.asarray(weight, logits.dtype) / sum(weight)
     return 1 - (index.mean(0) * share).sum()
+
+
+def _by_class(weights: tuple[float, ...], logits: jax.Array) -> jax.Array:
+    """`weights`, one a class, for each element of logits (N, H, W, K)."""
+    return jnp.broadcast_to(jnp.asarray(weights, logits.dtype), logits.shape)
 
 
 def _binary_cross_entropy(logit: jax.Array, target: jax.Array) -> jax.Array:

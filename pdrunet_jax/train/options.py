@@ -17,7 +17,11 @@ from pdrunet_jax.runtime.processes import DetectCluster, Distributed
 class TrainOptions:
     """Train PDR-UNet. Started again on the same run folder, training resumes exactly where it stopped.
 
-    Exit codes: 0 done, 2 bad input, 1 failure, 75 stopped by SIGTERM or SIGINT with everything saved.
+    A resumed run may have other --train.steps, more to prolong it or fewer to end it sooner, and other --tracking,
+    --train.log-every, --train.save-every, --train.keep-latest, --train.keep-best, --train.samples and
+    --train.eval-batch-size. All other settings have to stay.
+
+    Exit codes: 0 done, 2 bad input, 1 failure, 75 stopped by a signal (or a closed pipe) with everything saved.
     """
 
     config: str = "mura"
@@ -26,6 +30,8 @@ class TrainOptions:
     """Run folder; by default runs/ and the configuration's name."""
     verify: Path | None = None
     """Check the digests, weights, metrics and configuration of this run folder, and change nothing."""
+    finish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """End a stopped run at its newest checkpoint, with test scores and report. The command without --finish goes on."""
     detect: DetectCluster = False
     """Train in several processes, started by SLURM, Kubernetes or Cloud TPU."""
     distributed: Distributed = dataclasses.field(default_factory=Distributed)
@@ -48,6 +54,7 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
     if name is None and not {"-h", "--help", "--verify"} & {argument.split("=")[0] for argument in arguments}:
         raise UserError("--config is missing: give the name of a configuration or a TOML file, as in --config phantom")
     settings = load(name) if name is not None else Config()
+    settings = dataclasses.replace(settings, data=settings.data.under(arguments))
     default = TrainOptions(config=name or "mura", settings=settings)
     prog = cli.program("train")
     options = tyro.cli(TrainOptions, prog=prog, args=list(arguments), default=default, use_underscores=False)

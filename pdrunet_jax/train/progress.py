@@ -5,11 +5,12 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pdrunet_jax.config import TrainConfig
 from pdrunet_jax.data.split import Sample
@@ -33,6 +34,8 @@ class Progress:
         best_step: step of the best validation Dice.
         validated: step of the last validation.
     """
+
+    __pydantic_config__ = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     data: str
     step: int = 0
@@ -82,25 +85,44 @@ class Progress:
         if saved.get(SETTINGS, settings) != settings:
             what = f"the checkpoint of step {step} in {run} was saved with other settings than those of config.toml"
             raise UserError(f"{what}. Restore the one that was replaced, or choose another --workdir for a new run.")
-        if saved["data"] not in ("", data):
+        try:
+            progress = TypeAdapter(cls).validate_python({**saved, "step": step})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(
+                f"the checkpoint of step {step} in {run} has no valid {where} ({first['msg']}). Restore an intact one, "
+                "or choose another --workdir for a new run."
+            ) from None
+        if progress.data not in ("", data):
             raise UserError(
                 f"{run} was trained on other data: images, masks or splits of data.root have changed since. "
                 "Restore them to resume it, or choose another --workdir for a new run."
             )
-        known = {field.name: saved[field.name] for field in fields(cls) if field.name in saved}
-        return cls(**{**known, "data": data, "step": step})
+        return replace(progress, data=data)
+
+
+class Moment(NamedTuple):
+    """A time in seconds, and the part of it so far that was spent waiting for data."""
+
+    time: float
+    waited: float
 
 
 class Clock:
     """Time since the last report, and the part of it that was spent waiting for data."""
 
     def __init__(self) -> None:
+        self._waited = 0.0
         self.restart()
 
     def restart(self) -> None:
         """Start again from zero."""
-        self._start = time.perf_counter()
-        self._waited = 0.0
+        self._start = self.now()
+
+    def now(self) -> Moment:
+        """This moment, for `lap`."""
+        return Moment(time.perf_counter(), self._waited)
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -109,11 +131,14 @@ class Clock:
         yield
         self._waited += time.perf_counter() - entered
 
-    def lap(self) -> tuple[float, float]:
-        """Return the seconds since the start and the share of them spent waiting, and restart."""
-        total, waited = time.perf_counter() - self._start, self._waited
-        self.restart()
-        return total, waited / total
+    def lap(self, end: Moment | None = None) -> tuple[float, float]:
+        """Return the seconds from the start to `end`, or now, and the share of them spent waiting; restart from there.
+
+        The seconds are more than 0 even if the clock stands still.
+        """
+        start, self._start = self._start, end or self.now()
+        seconds = max(self._start.time - start.time, 1e-9)
+        return seconds, (self._start.waited - start.waited) / seconds
 
 
 class DivergedError(RunError):
@@ -147,7 +172,7 @@ class StepLog:
         self._batch_size = batch_size
         self._logged = step
         self._unchecked: list[_Step] = []
-        self._pending: tuple[Progress, Metrics] | None = None
+        self._pending: tuple[Progress, Metrics, Moment | None] | None = None
         self.clock = Clock()
 
     def add(self, before: Progress, index: np.ndarray, metrics: Metrics) -> None:
@@ -156,9 +181,11 @@ class StepLog:
 
     def report(self, state: TrainState, progress: Progress, metrics: Metrics, *, due: bool) -> None:
         """Log the last step that was due, and keep this one for the next call if it is. Raises `DivergedError`."""
+        # On a CPU the step is done by now; elsewhere its end is when its results arrive.
+        end = self.clock.now() if _is_ready(metrics["loss"]) else None
         self._write(state)
         if due:
-            self._pending = progress, metrics
+            self._pending = progress, metrics, end
 
     def flush(self, state: TrainState) -> None:
         """Wait for the device and log everything. Raises `DivergedError`."""
@@ -170,11 +197,11 @@ class StepLog:
     def _write(self, state: TrainState) -> None:
         if self._pending is None:
             return
-        (progress, metrics), self._pending = self._pending, None
+        (progress, metrics, end), self._pending = self._pending, None
         if bool(metrics["diverged"]):
             raise self._diverged(state)
         loss = float(metrics["loss"])  # waits for the step, so that its whole time is measured
-        seconds, waited = self.clock.lap()
+        seconds, waited = self.clock.lap(end)
         images = (progress.step - self._logged) * self._batch_size
         self._logged = progress.step
         self._tracker.log(
@@ -207,3 +234,8 @@ class StepLog:
             f"in {path}, and the checkpoint of step {good} holds the state before it. A lower --optim.learning-rate or "
             "--optim.clip-norm 1 may help.",
         )
+
+
+def _is_ready(value: Any) -> bool:
+    """Whether the device has delivered `value`; numbers of the host always are."""
+    return not hasattr(value, "is_ready") or bool(value.is_ready())

@@ -5,7 +5,6 @@ import tomllib
 from collections import deque
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +12,39 @@ import numpy as np
 import tomli_w
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pdrunet_jax.config import MAY_CHANGE, Config, diff, parse, read, settings_digest, to_toml
+from pdrunet_jax.config import MAY_CHANGE, OF_A_PROCESS, Config, diff, parse, read, settings_digest, to_toml
 from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
 from pdrunet_jax.data.pipeline import train_batches
+from pdrunet_jax.data.split import one_patient
+from pdrunet_jax.evaluate.training_images import write_training_images
+from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.load import load_same, load_weights, start_from
 from pdrunet_jax.model.network import foreground_classes
+from pdrunet_jax.model.sides import swapped
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.checkpoint import Checkpoints
+from pdrunet_jax.runtime.checkpoint import Checkpoints, checkpoint_steps, choose_intact, read_meta
 from pdrunet_jax.runtime.devices import Placement, describe_device, make_mesh, require_divisible
+from pdrunet_jax.runtime.digest import SETTINGS
 from pdrunet_jax.runtime.errors import DataError, UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import atomic_write, is_present, writing
+from pdrunet_jax.runtime.opening import read_text
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
-from pdrunet_jax.runtime.stop import SIGNALS, StopFlag
+from pdrunet_jax.runtime.stop import SIGNALS, UNHEARD, StopFlag
 from pdrunet_jax.train.final import final_evaluation, save_best
 from pdrunet_jax.train.loop import Training, train
 from pdrunet_jax.train.options import TrainOptions
 from pdrunet_jax.train.progress import Progress
+from pdrunet_jax.train.resume import describe_changes, end_here, require_ahead
 from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
 from pdrunet_jax.train.tracking import Tracker
 
 
 def run(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
     """Check everything, then train and score. Returns the exit code."""
-    config = arguments.settings
+    config, folder = arguments.settings, RunFolder(arguments.run_folder)
+    if arguments.finish:
+        config = end_here(config, folder, group)
     require_same_settings(group, config)
 
     # Devices and data. Nothing is written before all processes agree on them.
@@ -44,35 +52,36 @@ def run(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
     mesh, devices = choose_devices(config.train.batch_size)
     device = ", ".join(filter(None, (device, devices)))
     group.log(device)
+    Execution.of(config.model.conv)  # refuses a path that does not run here, before anything is written
     with group.main_first():  # the main process may have to draw phantoms
         dataset = open_dataset(config.data)
     require_same_data(group, dataset)
     for note in dataset.notes:
         group.log(note)
     outputs = choose_outputs(config, dataset)
-    if not dataset.of("val"):
-        raise UserError(
-            f"{dataset.root} has no validation images, which select the best weights: raise --data.val-fraction, "
-            "or give some patients the split val"
-        )
-    folder = RunFolder(arguments.run_folder)
+    require_validation(dataset)
+    config = settle_flips(config, dataset)
     if group.is_main and config.train.weights is not None and not folder.config_file.exists():
         # Before the folder is made: it would record settings that cannot be used.
-        load_same(config.train.weights, {**dataclasses.asdict(config.model), "outputs": outputs})
+        network = {**dataclasses.asdict(config.model), "outputs": outputs, "multilabel": dataset.multilabel}
+        load_same(config.train.weights, network)
     group.wait()
 
     # Train, then score the best weights. The run folder stays locked, and W&B is closed before the last line.
     agreed = AgreedStop(stop) if group.count > 1 else stop
+    changes = describe_changes(folder, config) if group.is_main else []
     folder = open_run(arguments.run_folder, config, device) if group.is_main else folder
     line = None
     with folder.lock() if group.is_main else nullcontext():
         if agreed:
             return cli.STOPPED
         training = prepare(config, folder, dataset, outputs, group, Placement(mesh))
+        if group.is_main:
+            write_training_images(folder, dataset, config.train.weights)
         step, names = training.progress.step, dataset.class_names
         with Tracker(folder if group.is_main else None, config, step=step, class_names=names) as tracker:
             if training.resumed:
-                tracker.say(f"resumed {folder.path} at step {step}")
+                tracker.say("\n".join([f"resumed {folder.path} at step {step}", *changes]))
             elif config.train.weights is not None:
                 tracker.say(f"started from the weights of {config.train.weights}")
             if not train(training, tracker, agreed):
@@ -112,9 +121,13 @@ def prepare(
     restored = checkpoints.restore(state)
     if restored is not None:
         state = restored.state
-        batches.set_state(restored.position)
         digest = settings_digest(config)
         progress = Progress.resumed(restored.extra, restored.step, fingerprint, digest, folder.path)
+        if restored.position.get("batches_done", progress.step) != progress.step:
+            raise UserError(
+                f"the checkpoint of step {progress.step} in {folder.path} states another position in the data"
+            )
+        batches.set_state(restored.position)
         if group.is_main:
             try:
                 best = load_weights(folder.best).options.get("step")
@@ -125,7 +138,7 @@ def prepare(
             if progress.best_step == progress.step != best and progress.step:  # the run was killed just before this
                 save_best(folder, config, dataset, outputs, state, progress)
     elif group.is_main:
-        folder.require_new(min(settings.save_every, settings.eval_every, settings.steps))
+        folder.require_new(first_save(config))
     return Training(
         config,
         folder,
@@ -134,7 +147,9 @@ def prepare(
         group,
         place,
         checkpoints,
-        make_train_step(config, graphdef, outputs, place.mesh),
+        make_train_step(
+            config, graphdef, outputs, place.mesh, swapped=swapped(dataset.class_names, dataset.swap_on_flip or ())
+        ),
         make_eval_step(config, graphdef, outputs, place.mesh),
         batches,
         place.replicate(group.broadcast_arrays(state)),
@@ -143,14 +158,41 @@ def prepare(
     )
 
 
+def require_validation(dataset: Dataset) -> None:
+    """Raise `UserError` if there are no validation images."""
+    if dataset.of("val"):
+        return
+    what = f"{dataset.root} has no validation images, which select the best weights"
+    patients = {sample.patient for sample in dataset.samples}
+    if len(patients) == 1:
+        raise UserError(f"{what}: {one_patient(len(dataset.samples), patients.pop(), dataset.patients_from)}")
+    raise UserError(f"{what}: raise --data.val-fraction, or give some patients the split val")
+
+
+def settle_flips(config: Config, dataset: Dataset) -> Config:
+    """The settings with what mirroring training images means for the classes of `dataset`.
+
+    Pairs of classes that change places are recorded, so that a run resumes with the same ones; flips are switched off
+    if such pairs are unknown.
+    """
+    if not (config.augment.flip_horizontal or config.augment.flip_vertical):
+        return config
+    if dataset.swap_on_flip is None:
+        without = dataclasses.replace(config.augment, flip_horizontal=0.0, flip_vertical=0.0)
+        return dataclasses.replace(config, augment=without)
+    if dataset.swap_on_flip:
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, swap_on_flip=dataset.swap_on_flip))
+    return config
+
+
 def choose_outputs(config: Config, dataset: Dataset) -> int:
     """The number of output channels: `model.outputs`, or as the classes need. Raises `UserError` if they disagree."""
     classes = len(dataset.class_names)
     outputs = config.model.outputs or dataset.outputs
-    if foreground_classes(outputs) != classes:
+    if foreground_classes(outputs, multilabel=dataset.multilabel) != classes:
         raise UserError(
             f"--model.outputs {outputs} does not fit the {classes} classes of {dataset.root} "
-            f"({', '.join(dataset.class_names)}): leave it out, or give {classes + 1}"
+            f"({', '.join(dataset.class_names)}): leave it out, or give {dataset.outputs}"
         )
     if config.data.soft_masks and outputs != 1:
         raise UserError("data.soft_masks needs one output; set --model.outputs 1 or switch soft masks off")
@@ -185,19 +227,45 @@ def choose_devices(batch_size: int) -> tuple[Mesh | None, str]:
 def record(run: RunFolder, config: Config, device: str = "") -> None:
     """Write config.toml, or compare `config` with the settings that the run was started with.
 
-    A restart adds its time and the versions that changed. Raises `UserError` with the differences, or if the existing
-    config.toml cannot be read.
+    A restart adds its time and the settings and versions that changed. Raises `UserError` with the differences, or if
+    the run is past its last step, or if the existing config.toml cannot be read, or is gone and the rest of the run is
+    of other settings.
     """
     header = "Settings of this run, written by the program. Start it again with the same settings to resume."
     now = environment(device)
-    if run.config_file.exists():
+    if is_present(run.config_file):
         remedy = "Give the earlier settings to resume it, or choose another --workdir for a new run."
-        _require_equal(read(run.config_file), config, f"{run.path} holds a run with other settings", remedy)
-        started: dict[str, Any] = tomllib.loads(run.config_file.read_text(encoding="utf-8")).get("environment", {})
+        old = read(run.config_file)
+        _require_equal(old, config, f"{run.path} holds a run with other settings", remedy, MAY_CHANGE)
+        require_ahead(run, config)
+        started = tomllib.loads(read_text(run.config_file)).get("environment", {})
+        started = started if isinstance(started, dict) else {}
+        restarts = started.get("restarts", [])
         other = {key: value for key, value in now.items() if started.get(key) != value}
-        now = {**started, "restarts": [*started.get("restarts", []), other]}
+        other |= {"changed": changed} if (changed := diff(old, config)) else {}
+        now = {**started, "restarts": [*(restarts if isinstance(restarts, list) else []), other]}
+    elif checkpoint_steps(run.checkpoints):
+        _require_saved_with(run, config)
+    else:
+        run.require_new(first_save(config))
     with writing(run.config_file):
         atomic_write(run.config_file, to_toml(config, header) + "\n" + tomli_w.dumps({"environment": now}))
+
+
+def first_save(config: Config) -> int:
+    """The step of the first checkpoint of a run."""
+    return min(config.train.save_every, config.train.eval_every, config.train.steps)
+
+
+def _require_saved_with(run: RunFolder, config: Config) -> None:
+    """Raise `UserError` unless the checkpoints of a run without a config.toml were saved with the settings `config`."""
+    saved = read_meta(choose_intact(run.path, "latest"))["extra"].get(SETTINGS)
+    if saved != settings_digest(config):
+        what = "were saved with other settings" if saved else "do not state their settings"
+        raise UserError(
+            f"{run.config_file} is gone, and the checkpoints next to it {what}. Give the settings that the run was "
+            "started with, restore the file, or choose another --workdir for a new run; nothing was overwritten."
+        )
 
 
 def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
@@ -221,12 +289,13 @@ def require_same_settings(group: Group, config: Config) -> None:
     """Raise `UserError` with the differences if this process has other settings than the main one."""
     text = group.broadcast(to_toml(config))
     what = f"process {group.index} has other settings than the main one"
-    _require_equal(parse(text, "the main process's settings"), config, what, "Give all processes the same settings.")
+    main, remedy = parse(text, "the main process's settings"), "Give all processes the same settings."
+    _require_equal(main, config, what, remedy, OF_A_PROCESS)
 
 
-def _require_equal(old: Config, new: Config, what: str, remedy: str) -> None:
-    """Raise `UserError` with the settings that differ, except `MAY_CHANGE`."""
-    if changed := diff(old, new, ignore=MAY_CHANGE):
+def _require_equal(old: Config, new: Config, what: str, remedy: str, ignore: tuple[str, ...]) -> None:
+    """Raise `UserError` with the settings that differ, except those to `ignore`."""
+    if changed := diff(old, new, ignore=ignore):
         listing = "\n".join(f"  - {line}" for line in changed)
         raise UserError(f"{what}:\n{listing}\n{remedy}")
 
@@ -250,7 +319,7 @@ class AgreedStop(StopFlag):
 
     def ask(self) -> bool:
         """Exchange flags; return whether any process had been asked to stop two asks ago."""
-        names = ["", "request", *(number.name for number in SIGNALS)]
+        names = ["", "request", UNHEARD, *(number.name for number in SIGNALS)]
         flags = np.full(jax.local_device_count(), names.index(self._own.signal or ""), np.int32)
         self._sent.append(self._highest(jax.make_array_from_process_local_data(self._spread, flags)))
         if len(self._sent) > self.BEHIND:

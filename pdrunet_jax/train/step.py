@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from pdrunet_jax.config import Config
 from pdrunet_jax.data.augment import augment, sample_keys
-from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.data.masks import PADDING
 from pdrunet_jax.evaluate import metrics
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.layers import State, split_state
@@ -73,6 +73,7 @@ def build_model(config: Config, outputs: int) -> PDRUNet:
     return PDRUNet(
         dataclasses.replace(config.model, outputs=outputs),
         dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else _dtype(config),
+        multilabel=config.data.multilabel,
         param_dtype=_dtype(config),
         rngs=nnx.Rngs(params=random_stream(config.seed, _INIT)),
     )
@@ -96,46 +97,56 @@ def create_state(config: Config, model: PDRUNet) -> tuple[Graph, TrainState]:
 def targets(mask: jax.Array, *, outputs: int, soft: bool, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Convert a uint8 mask (N, H, W) of class indices, or of grey values if `soft`, to the target of a loss.
 
+    A mask (N, H, W, K) of overlapping classes gives a target and valid pixels (N, H, W, K).
+
     Returns:
         target (N, H, W): the probability of foreground for one output, otherwise class indices, int32.
-        valid (N, H, W): bool, false for ignored pixels.
+        valid (N, H, W): bool, false for ignored pixels and padding.
     """
     if soft:
         return unit_range(mask, dtype), jnp.ones(mask.shape, bool)
-    valid = mask != IGNORE
-    return ((mask == 1).astype(dtype) if outputs == 1 else mask.astype(jnp.int32)), valid
+    valid = mask < PADDING
+    return ((mask == 1).astype(dtype) if outputs == 1 or mask.ndim == 4 else mask.astype(jnp.int32)), valid
 
 
 def make_train_step(
-    config: Config, graphdef: Graph, outputs: int, mesh: Mesh | None = None
+    config: Config, graphdef: Graph, outputs: int, mesh: Mesh | None = None, *, swapped: tuple[int, ...] = ()
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Compile the training step, (state, batch) -> (state, metrics). The state's buffers are donated.
 
     The batch holds `image` uint8 (N, H, W, C), `mask` uint8 (N, H, W), `index` and `epoch` int32 (N,). Metrics are
     scalars: loss, dice (mean over images and classes), grad_norm, learning_rate and diverged. A step whose loss or
-    gradient is not finite leaves the state as it was, marked as diverged.
+    gradient is not finite leaves the state as it was, marked as diverged. `swapped` is as for `augment`.
 
     On a mesh, state and metrics are on every device, and batches come from `Placement.shard_batch`.
     """
     where = {} if mesh is None else {"out_shardings": replicated(mesh)}
-    return jit(partial(train_step, config, graphdef, outputs, mesh=mesh), donate_argnums=0, **where)
+    return jit(partial(train_step, config, graphdef, outputs, mesh=mesh, swapped=swapped), donate_argnums=0, **where)
 
 
 def train_step(
-    config: Config, graphdef: Graph, outputs: int, state: TrainState, batch: Batch, *, mesh: Mesh | None = None
+    config: Config,
+    graphdef: Graph,
+    outputs: int,
+    state: TrainState,
+    batch: Batch,
+    *,
+    mesh: Mesh | None = None,
+    swapped: tuple[int, ...] = (),
 ) -> tuple[TrainState, Metrics]:
     """Update the weights once; `make_train_step` compiles this, with its static arguments first."""
     # Augment the images, on the device.
     soft, dtype = config.data.soft_masks, _dtype(config)
     keys = sample_keys(random_stream(config.seed, _AUGMENT), batch["epoch"], batch["index"])
-    images, mask = augment(unit_range(batch["image"], dtype), batch["mask"], keys, config.augment, soft=soft)
+    pixels, padded = unit_range(batch["image"], dtype), config.data.fit == "pad"
+    images, mask = augment(pixels, batch["mask"], keys, config.augment, soft=soft, padded=padded, swapped=swapped)
     target, valid = targets(mask, outputs=outputs, soft=soft, dtype=dtype)
 
     # Loss, logits and gradients; the forward pass also updates the running statistics.
     loss, logits, gradients, stats = accumulate(
         graphdef,
         Execution.of(config.model.conv, remat=config.train.remat, mesh=mesh),
-        make_loss(config.loss, outputs),
+        make_loss(config.loss, outputs, multilabel=config.data.multilabel),
         (state.params, state.stats),
         (images, target, valid),
         dropout_key(config.seed, state.step),
@@ -156,7 +167,9 @@ def train_step(
     kept = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
 
     truth = jnp.round(target).astype(jnp.int32)
-    counts = metrics.confusion(predict_classes(logits), truth, valid, foreground_classes(outputs))
+    overlap = config.data.multilabel
+    classes = foreground_classes(outputs, multilabel=overlap)
+    counts = metrics.confusion(predict_classes(logits, multilabel=overlap), truth, valid, classes)
     return dataclasses.replace(kept, diverged=diverged), {
         "loss": loss,
         "dice": metrics.dice(counts).mean(),
@@ -211,7 +224,7 @@ def make_eval_step(
     """Compile the validation step, (params, stats, batch) -> values for each image.
 
     `loss` (N,), each image's own; `tp`, `fp`, `fn`, `tn` (N, foreground classes); `prediction` (N, H, W), uint8 class
-    indices. On a mesh they are spread over the devices as the batch is.
+    indices, or (N, H, W, K) if classes overlap. On a mesh they are spread over the devices as the batch is.
     """
     where = {} if mesh is None else {"out_shardings": batch_sharding(mesh)}
     return jit(partial(_eval_step, config, graphdef, outputs, mesh=mesh), **where)
@@ -224,14 +237,15 @@ def _eval_step(
     target, valid = targets(batch["mask"], outputs=outputs, soft=config.data.soft_masks, dtype=dtype)
     model = nnx.merge(graphdef, params, stats, copy=True)
     logits = model(unit_range(batch["image"], dtype), execution=Execution.of(config.model.conv, mesh=mesh))
-    loss_function = make_loss(config.loss, outputs)
+    overlap = config.data.multilabel
+    loss_function = make_loss(config.loss, outputs, multilabel=overlap)
 
     def one(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
         return loss_function(logits[None], target[None], valid[None])
 
-    prediction = predict_classes(logits)
+    prediction = predict_classes(logits, multilabel=overlap)
     truth = jnp.round(target).astype(jnp.int32)
-    counts = metrics.confusion(prediction, truth, valid, foreground_classes(outputs))
+    counts = metrics.confusion(prediction, truth, valid, foreground_classes(outputs, multilabel=overlap))
     return {
         "loss": jax.vmap(one)(logits, target, valid),
         "prediction": prediction.astype(jnp.uint8),

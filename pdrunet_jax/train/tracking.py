@@ -12,7 +12,8 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from pdrunet_jax.config import Config
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import atomic_write, open_in_place, writing
+from pdrunet_jax.runtime.opening import read_regular
 from pdrunet_jax.runtime.run_folder import RunFolder, read_entries
 from pdrunet_jax.train.wandb_run import Picture, ScoreTable, WandbRun
 
@@ -104,7 +105,7 @@ class MetricsLog:
         line = json.dumps(entry, allow_nan=False) + "\n"
         with writing(self.path):
             # One write per line: a killed process leaves at most one partial line, at the end.
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            descriptor = open_in_place(self.path, os.O_WRONLY | os.O_APPEND)
             try:
                 if os.write(descriptor, line.encode()) < len(line):
                     raise OSError(0, "only part of a line could be written; is the disk full?")
@@ -117,7 +118,7 @@ class MetricsLog:
         if not self.path.exists():
             return
         with writing(self.path):
-            content = self.path.read_bytes()
+            content = read_regular(self.path)
             lines = zip(content.split(b"\n")[:-1], read_entries(self.path), strict=True)
             kept = b"".join(line + b"\n" for line, entry in lines if entry and entry["step"] <= step)
             if kept != content:
@@ -131,7 +132,9 @@ class ProgressBar:
         self._total = total
         self._first = step
         self._began = time.monotonic()
-        self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+        # Drawn at every call: tqdm's least interval would wait for a wall clock that has gone back.
+        options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0}
+        self._bar = tqdm(total=total, initial=step, **options) if sys.stderr.isatty() else None
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a log step; `time/data_wait` is a fraction of the time."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from pdrunet_jax.data.masks import PADDING
 from pdrunet_jax.data.overlay import sample_sheet
 from pdrunet_jax.evaluate import metrics
 from pdrunet_jax.model.layers import State
@@ -15,7 +16,10 @@ from pdrunet_jax.train.step import Batch, Metrics
 from pdrunet_jax.train.wandb_run import Picture
 
 Case = tuple[np.ndarray, np.ndarray, np.ndarray, str]
-"""Image (H, W, C), true mask (H, W), predicted mask (H, W), all uint8, and a caption."""
+"""Image (H, W, C), true mask with `PADDING`, predicted mask, all uint8, and a caption.
+
+Masks are (H, W), or (H, W, K) if classes overlap.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,22 @@ class Validation:
         return {"val/loss": self.loss, "val/dice": self.dice, "val/iou": self.iou}
 
     def sheet(self) -> Image.Image:
-        """Draw the cases: image, truth, prediction and errors of each."""
-        images, truths, predictions, captions = zip(*self.cases, strict=True)
-        return sample_sheet(images, truths, predictions, captions)
+        """Draw the cases without their padding: image, truth, prediction and errors of each."""
+        cropped = []
+        for *pixels, _ in self.cases:
+            inside = pixels[1].reshape(*pixels[1].shape[:2], -1)[..., 0] != PADDING
+            part = np.ix_(inside.any(axis=1), inside.any(axis=0))
+            cropped.append([each[part] for each in pixels])
+        images, truths, predictions = zip(*cropped, strict=True)
+        return sample_sheet(images, truths, predictions, [caption for *_, caption in self.cases])
 
     def pictures(self) -> list[Picture]:
-        """The cases as W&B shows them."""
-        return [Picture(caption, image, prediction, truth) for image, truth, prediction, caption in self.cases]
+        """The cases as W&B shows them: all of one size, so padding stays, as background."""
+        pictures = []
+        for image, truth, prediction, caption in self.cases:
+            masks = (np.where(truth == PADDING, 0, mask).astype(np.uint8) for mask in (prediction, truth))
+            pictures.append(Picture(caption, image, *masks))
+        return pictures
 
 
 def validate(

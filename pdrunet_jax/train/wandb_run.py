@@ -18,8 +18,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from pdrunet_jax.config import Config, to_dict
+from pdrunet_jax.config import Config, TrackingConfig, to_dict
 from pdrunet_jax.runtime.files import atomic_write
+from pdrunet_jax.runtime.opening import read_text
 from pdrunet_jax.runtime.run_folder import RunFolder
 
 INIT_TIMEOUT = 15
@@ -51,7 +52,8 @@ SETTINGS: dict[str, Any] = {
 class Picture:
     """An image with its masks for W&B's viewer.
 
-    `image` is (H, W), (H, W, 1) or (H, W, 3) uint8; `prediction` and `truth` are (H, W) uint8 class indices.
+    `image` is (H, W), (H, W, 1) or (H, W, 3) uint8; `prediction` and `truth` are (H, W) uint8 class indices, or layers
+    (H, W, K) of overlapping classes, which the viewer shows as masks of their own.
     """
 
     name: str
@@ -81,6 +83,7 @@ class WandbRun:
         mode: str = config.tracking.wandb
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+            mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)  # W&B's names of old
         if mode != "disabled":
             self._start(mode)
         if mode == "online" and self._run is None:
@@ -148,13 +151,15 @@ class WandbRun:
             id_file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(id_file, secrets.token_hex(4))
         run = wandb.init(
-            project=tracking.project,
-            entity=tracking.entity,
-            name=tracking.name or self._folder.path.absolute().name,
-            tags=tracking.tags,
+            project=os.environ.get("WANDB_PROJECT") or tracking.project
+            if tracking.project == TrackingConfig().project
+            else tracking.project,
+            entity=tracking.entity,  # None leaves it, like the tags, to W&B and its environment variables
+            name=tracking.name or os.environ.get("WANDB_NAME") or self._folder.path.absolute().name,
+            tags=tracking.tags or None,
             dir=str(self._folder.path.absolute()),
             config=to_dict(self._config),
-            id=id_file.read_text(encoding="utf-8").strip(),
+            id=read_text(id_file).strip(),
             resume="allow",  # offline too: a later part would replace the earlier ones when they are synced
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(
@@ -192,6 +197,12 @@ class WandbRun:
 
     def _image(self, picture: Picture) -> Any:
         masks = {"prediction": picture.prediction, "truth": picture.truth}
+        if picture.truth.ndim == 3:
+            masks = {
+                f"{kind} {self._labels[index]}": layers[..., index - 1] * np.uint8(index)
+                for kind, layers in masks.items()
+                for index in range(1, layers.shape[-1] + 1)
+            }
         layers = {name: {"mask_data": mask, "class_labels": self._labels} for name, mask in masks.items()}
         return self._wandb.Image(picture.image.squeeze(), caption=picture.name, masks=layers)
 

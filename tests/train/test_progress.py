@@ -1,11 +1,14 @@
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pdrunet_jax.config import TrainConfig
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.train.progress import Progress
+from pdrunet_jax.runtime.run_folder import RunFolder
+from pdrunet_jax.train.progress import Clock, Progress, StepLog
 
 SETTINGS = TrainConfig(steps=30, log_every=5, eval_every=12, save_every=4)
 
@@ -54,3 +57,30 @@ def test_what_is_due_at_each_step() -> None:
     assert [each.step for each in at if each.save_due(SETTINGS)] == [4, 8, 16, 20, 28]  # not where a validation is
     assert not Progress(data="x", step=12, validated=12).validation_due(SETTINGS)
     assert Progress(data="x", step=31).finished(SETTINGS)  # a run whose configuration asks for fewer steps now
+
+
+def test_images_per_second_are_those_of_training_also_before_and_after_a_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, rates = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    tracker: Any = SimpleNamespace(log=lambda _, entry: rates.append(entry["time/images_per_second"]))
+    state: Any = SimpleNamespace(diverged=False)
+    log = StepLog(RunFolder(tmp_path), [], tracker, 0, 8, writes=False)
+    progress = Progress(data="x")
+    for step in range(1, 7):
+        metrics: Any = {"loss": 1.0, "dice": 0.5, "grad_norm": 1.0, "learning_rate": 0.1, "diverged": False}
+        now[0] += 2.0
+        log.add(progress, np.array([0]), metrics)
+        progress = progress.advanced(np.array([0]))
+        log.report(state, progress, metrics, due=True)
+        if step % 3 == 0:
+            log.flush(state)
+            now[0] += 50.0  # a validation
+            log.clock.restart()
+    assert rates == [4.0] * 6
+
+
+def test_a_clock_that_stands_still_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: 1.0)
+    assert Clock().lap() == (1e-9, 0.0)

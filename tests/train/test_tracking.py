@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import resource
 import signal
 import socket
 import struct
@@ -77,9 +78,20 @@ def test_resuming_drops_later_lines_and_a_half_written_one_and_leaves_the_rest_a
     assert log.path.read_bytes() == kept + b'{"step": 30}\n'
 
 
-def test_a_full_disk_is_reported_with_the_file() -> None:
-    with pytest.raises(RunError, match=r"/dev/full: cannot be written \(No space left"):
-        MetricsLog(Path("/dev/full")).append(1, {"train/loss": 1.0})
+def test_a_line_that_cannot_be_written_is_reported_with_the_file(tmp_path: Path) -> None:
+    for place, reason in ((Path("/dev/full"), "not a regular file"), (tmp_path / "link", "a symbolic link")):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(RunError, match=rf"{place}: cannot be written \(it is {reason}"):
+            MetricsLog(place).append(1, {"train/loss": 1.0})
+    assert not (tmp_path / "elsewhere").exists()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written"):
+            MetricsLog(tmp_path / "metrics.jsonl").append(1, {"train/loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_away_from_a_terminal_every_log_step_is_a_line(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,17 +206,35 @@ def test_an_offline_run_holds_config_metrics_and_masks_and_nothing_secret(
 
 
 def test_the_parts_of_a_resumed_offline_run_are_synced_as_one(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    for start in (0, 5):
-        with Tracker(run, config("offline"), step=start) as tracker:
-            for step in range(start + 1, start + 6):
-                tracker.log(step, {"train/loss": step / 10})
+    """Stopped twice offline; between them an online part whose server failed at the start."""
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
     with serve("accepts") as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        for start, mode in ((0, "offline"), (5, "online"), (10, "offline")):
+            server.behaviour = "errors"
+            with Tracker(run, config(mode), step=start) as tracker:
+                for step in range(start + 1, start + 6):
+                    tracker.log(step, {"train/loss": step / 10})
+        server.behaviour = "accepts"
         for part in sorted(run.wandb.glob("offline-run-*")):
             command = [sys.executable, "-m", "wandb", "sync", str(part.absolute())]
             subprocess.run(command, check=True, capture_output=True, cwd=run.path)  # it writes a log there
-    assert [line["_step"] for line in server.history] == [*range(1, 11)]
+    assert [line["_step"] for line in server.history] == [*range(1, 16)]
+
+
+def test_the_variables_of_wandb_fill_in_what_no_option_says(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"PROJECT": "bones", "NAME": "monday", "ENTITY": "clinic", "TAGS": "a,b"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    given = from_dict({"tracking": {"project": "mine", "name": "tuesday", "tags": ["c"]}}, "the test")
+    for settings in (config("auto"), given):
+        Tracker(run, settings).__exit__(None, None, None)
+    found = [record.run for part in records(run.path) for record in part if record.HasField("run")]
+    told = {(item.project, item.display_name, item.entity, tuple(item.tags)) for item in found}
+    assert told == {("bones", "monday", "clinic", ("a", "b")), ("mine", "tuesday", "clinic", ("c",))}
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert WandbRun(run, config("auto"), {}).place == ""
 
 
 @pytest.fixture(params=["refuses", "errors", "hangs"])
