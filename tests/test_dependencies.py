@@ -42,7 +42,7 @@ def normalised(requirement: str) -> str:
 
 def declared() -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    optional = [item for extra in ("torch", "dicom", "nrrd", "nifti", "export") for item in extras[extra]]
+    optional = [item for extra in ("torch", "dicom", "nrrd", "nifti", "volumes", "export") for item in extras[extra]]
     return {normalised(item) for item in PROJECT["dependencies"] + optional}
 
 
@@ -58,3 +58,12 @@ def test_every_declared_distribution_has_a_tested_version() -> None:
     pinned = {normalised(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     development = {normalised(item) for item in PROJECT["optional-dependencies"]["dev"]} - {"pdrunet-jax"}
     assert (declared() | development) - pinned == set()
+
+
+def test_no_message_or_page_installs_the_package_by_its_name() -> None:
+    """It is in no index: `pip install '.[dicom]'` in the checkout works, or `how_to_install`."""
+    texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "pdrunet_jax").rglob("*.py")]
+    assert [path.name for path in texts if "pip install 'pdrunet-jax" in path.read_text(encoding="utf-8")] == []
+    calls = re.findall(r"how_to_install\(['\"](\w+)", "".join(path.read_text(encoding="utf-8") for path in texts))
+    assert set(calls) >= {"torch", "dicom", "export", "cuda12"}
+    assert set(calls) <= PROJECT["optional-dependencies"].keys()

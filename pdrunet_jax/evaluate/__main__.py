@@ -1,5 +1,6 @@
 """`python -m pdrunet_jax.evaluate`: score a model on a dataset, per image and in summary, and compare two models.
 
+--predictions scores masks made elsewhere (see `pdrunet_jax.evaluate.predictions`).
 Scores are computed at each input's own resolution, without ignored pixels (see `pdrunet_jax.evaluate.evaluation`).
 --against compares with another evaluation of the same images (see `pdrunet_jax.evaluate.compare`).
 """
@@ -10,14 +11,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
 from pdrunet_jax import config as configuration
-from pdrunet_jax.config import Config, DataConfig
+from pdrunet_jax.config import Config, DataConfig, MaskValue
 from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
+from pdrunet_jax.data.fit import Fit
+from pdrunet_jax.data.folder import read_description
+from pdrunet_jax.data.masks import UNNAMED
 from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.evaluation import (
     Evaluation,
@@ -26,36 +30,51 @@ from pdrunet_jax.evaluate.evaluation import (
     read_spacings,
     write_evaluation,
 )
+from pdrunet_jax.evaluate.predictions import evaluate_predictions
 from pdrunet_jax.evaluate.report.page import write_evaluation_report
 from pdrunet_jax.evaluate.scores import ScoringOptions
+from pdrunet_jax.evaluate.training_images import require_unseen
 from pdrunet_jax.model.load import Loaded, build_loaded, find_run, load_weights
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import require_inside
 from pdrunet_jax.runtime.processes import DetectCluster, Distributed, Group, join
-from pdrunet_jax.runtime.run_folder import environment
+from pdrunet_jax.runtime.run_folder import RunFolder, environment
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Score a model on a dataset. Prints a table; writes report.html, per_image.csv, summary.json and more."""
+    """Score a model, or masks made elsewhere, on a dataset.
 
-    weights: str
+    Prints a table; writes report.html, per_image.csv,
+    summary.json and more.
+    """
+
+    weights: str = ""
     """Run folder, checkpoint, .safetensors or public .pth."""
+    predictions: Path | None = None
+    """Score the masks in this folder, made elsewhere, instead of a model: NAME.png or NAME_mask.png for each image."""
+    prediction_classes: dict[str, MaskValue] = field(default_factory=dict)
+    """What the values in --predictions mean: class names with a grey value, palette index, "#rrggbb" colour, or several
+    (1,2). By default as in the masks of the dataset."""
     data: DataConfig = field(default_factory=DataConfig)
     """Dataset. Defaults come from the run folder's config.toml."""
     split: Literal["train", "val", "test", "all"] = "test"
     """Split to score; all takes every image, for a dataset unseen in training."""
     output: Path | None = None
-    """Output folder. Default: evaluation/SPLIT in the run folder if --data.root is the run's own, else evaluation."""
+    """Output folder. Default: evaluation/SPLIT in the run folder if --data.root is the run's own, else
+    evaluation/WEIGHTS_DATASET/SPLIT, both with the names of their folders or files."""
     threshold: Threshold = 0.5
     """Probability above which a pixel is foreground, or validation for the best one on the validation set. Models with
-    one output only."""
+    one output or overlapping classes only."""
     against: str | None = None
     """Compare on the same images with this evaluation folder, or with these weights (evaluated too, at the size they
     were trained at). Prints a table; writes comparison.json and comparison.csv."""
+    allow_training_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Score images that the model was trained on too, instead of refusing."""
     scoring: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)
     detect: DetectCluster = False
     """Evaluate in several processes started by SLURM, Kubernetes or Cloud TPU; the first one writes."""
@@ -66,12 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command. Raises `UserError` for invalid options or data, `RunError` if the results cannot be written."""
     options, loaded = _parse(list(sys.argv[1:] if arguments is None else arguments))
     scoring = options.scoring
-    if scoring.batch_size < 1:
-        raise UserError(f"--batch-size {scoring.batch_size}: must be at least 1")
+    if not 1 <= scoring.batch_size <= 1 << 16:
+        raise UserError(f"--batch-size {scoring.batch_size}: must be from 1 to {1 << 16}")
     if not (math.isfinite(scoring.tolerance) and scoring.tolerance >= 0):
         raise UserError(f"--tolerance {scoring.tolerance}: must be a distance of 0 or more")
     if not (math.isnan(scoring.empty_dice) or 0 <= scoring.empty_dice <= 1):
         raise UserError(f"--empty-dice {scoring.empty_dice}: must be between 0 and 1, or nan")
+    if options.predictions is not None:
+        _score_predictions(options, options.predictions)
+        return
     with join(options.distributed, options.detect) as group:
         _run(options, loaded or load_weights(options.weights), group)
 
@@ -79,27 +101,61 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: list[str]) -> tuple[EvaluateOptions, Loaded | None]:
     """The options, with data settings checked and defaults from the weights; and the weights, if read for that."""
     weights = cli.first_value(arguments, "--weights")
+    if weights and cli.first_value(arguments, "--predictions"):
+        raise UserError("give either --weights, to score a model, or --predictions, to score masks made elsewhere")
     run = find_run(weights) if weights else None
     loaded = load_weights(weights) if weights and not run else None
     defaults = DataConfig()
     if run:
         defaults = configuration.read(run.config_file).data
-    elif loaded and loaded.size:
-        defaults = DataConfig(size=loaded.size)
-    default = EvaluateOptions(weights=weights or tyro.MISSING, data=defaults)
+    elif loaded:
+        defaults = _data_of(loaded)
+    own_root = defaults.root
+    root = cli.first_value(arguments, "--data.root")
+    if root is not None and Path(root).resolve() != Path(own_root).resolve():
+        declared = read_description(Path(root)).declares_coding
+        # Never the threshold of one with the classes of the other.
+        defaults = defaults.without_coding() if declared else replace(defaults, swap_on_flip=None)
+    defaults = defaults.under(arguments)
+    default = EvaluateOptions(weights=weights or "", data=defaults)
     options = tyro.cli(EvaluateOptions, args=arguments, default=default, prog=cli.program("evaluate"))
+    if not options.weights and options.predictions is None:
+        raise UserError("give --weights, to score a model, or --predictions, to score masks made elsewhere")
+    if options.predictions is None and options.prediction_classes:
+        raise UserError("--prediction-classes says what the values in --predictions mean; give that folder too")
     data = configuration.check(Config(data=options.data), "the command line").data
-    own = run.path / "evaluation" / options.split if run and data.root == defaults.root else Path("evaluation")
-    return replace(options, data=data, output=options.output or own), loaded
+    output = options.output or _default_output(options, run if data.root == own_root else None)
+    return replace(options, data=data, output=output), loaded
 
 
-@dataclass(frozen=True)
+def _default_output(options: EvaluateOptions, run: RunFolder | None) -> Path:
+    """A folder of its own for each weights, dataset and split; in the run folder `run` if the data is the run's own."""
+    path = Path(options.weights or options.predictions or "").absolute()
+    step = f"step_{path.name}" if path.parent.name == "checkpoints" else ""
+    if run is not None:
+        return run.evaluation / step / options.split
+    place = path.parent.parent if step else path
+    parts = [place.parent.name, place.stem if place.is_file() else place.name, step, Path(options.data.root).name]
+    return Path("evaluation") / "_".join(filter(None, parts)) / options.split
+
+
+def fitted_as(data: DataConfig, loaded: Loaded) -> DataConfig:
+    """`data` with the size, fit and spacing that `loaded` was trained with, if known."""
+    return replace(data, size=loaded.size, fit=loaded.fit, spacing=loaded.spacing) if loaded.size else data
+
+
+def _data_of(loaded: Loaded) -> DataConfig:
+    """Default settings of data for weights without a run."""
+    return replace(fitted_as(DataConfig(), loaded), multilabel=loaded.multilabel)
+
+
+@dataclass(frozen=True, eq=False)
 class _Candidate:
     """A model to evaluate."""
 
     weights: str
     loaded: Loaded
-    threshold: float
+    threshold: float | tuple[float, ...]
 
 
 def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
@@ -110,18 +166,20 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
     dataset = open_dataset(options.data)
     require_same_data(group, dataset)
     other, rival = _opponent(options, dataset)
-    for each in (candidate, rival):
-        _check_order(each, dataset)
+    judged = {each: _matched(each, dataset) for each in (candidate, rival) if each}
+    if options.split != "train" and not options.allow_training_images:
+        for each in judged:
+            require_unseen(each.weights, dataset.of(options.split), dataset)
     for note in dataset.notes:
         group.log(note)
 
     # Score the model, and the one to compare with unless its scores are known.
     began = time.monotonic()
-    evaluation = _evaluate(candidate, dataset, options.data, options, group)
+    evaluation = _evaluate(candidate, judged[candidate], options.data, options, group)
     seconds = time.monotonic() - began
     if rival:
-        resized = replace(options.data, size=rival.loaded.size or options.data.size)
-        other = compare.Other(rival.weights, _evaluate(rival, dataset, resized, options, group).rows)
+        resized = fitted_as(options.data, rival.loaded)
+        other = compare.Other(rival.weights, _evaluate(rival, judged[rival], resized, options, group).rows)
     if not group.is_main:
         return
 
@@ -129,13 +187,50 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
         "weights": options.weights,
         "data": options.data.root,
         "size": list(options.data.height_width),
+        "fit": options.data.fit,
+        "spacing": options.data.spacing,
         "threshold": threshold,
         "threshold_from": "validation" if options.threshold == "validation" else "option",
         "cleaning": asdict(options.scoring.cleaning),
         "seconds": round(seconds, 3),
     }
+    _finish(options, evaluation, other, about, environment(jax.devices()[0].device_kind))
+
+
+def _score_predictions(options: EvaluateOptions, folder: Path) -> None:
+    """Score masks made elsewhere; print and write the results."""
+    began = time.monotonic()
+    dataset = open_dataset(options.data)
+    other, rival = _opponent(options, dataset)
+    if rival:
+        raise UserError(f"--against {options.against}: with --predictions, name a finished evaluation folder")
+    evaluation, notes = evaluate_predictions(
+        folder, dataset, options.split, options.scoring, options.prediction_classes
+    )
+    for note in (*dataset.notes, *notes):
+        print(cli.printable(note))
+    about = {
+        "predictions": str(folder),
+        "data": options.data.root,
+        "cleaning": asdict(options.scoring.cleaning),
+        "seconds": round(time.monotonic() - began, 3),
+    }
+    _finish(options, evaluation, other, about, environment())
+
+
+def _finish(
+    options: EvaluateOptions,
+    evaluation: Evaluation,
+    other: compare.Other | None,
+    about: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
+    """Print and write the results."""
     folder = options.output or Path("evaluation")
-    write_evaluation(evaluation, folder, about, environment(jax.devices()[0].device_kind))
+    run = find_run(options.weights) if options.weights else None
+    if run and run.evaluation in folder.parents:
+        require_inside(run.path, folder)
+    write_evaluation(evaluation, folder, about, facts)
     print(evaluation.text())
     if other:
         comparison = compare.compare(evaluation.rows, other, evaluation.summary.rules)
@@ -162,14 +257,22 @@ def _opponent(options: EvaluateOptions, dataset: Dataset) -> tuple[compare.Other
     return None, _Candidate(against, loaded, resolve_threshold(options.threshold, loaded.options, against))
 
 
-def _check_order(candidate: _Candidate | None, dataset: Dataset) -> None:
-    """Refuse a model with the dataset's classes in another order: one class would be scored as another."""
-    names = candidate.loaded.options.get("class_names") if candidate else None
-    if names and tuple(names) != dataset.class_names and sorted(names) == sorted(dataset.class_names):
-        raise UserError(
-            f"the class order differs: the model has {', '.join(names)}, {dataset.root} has "
-            f"{', '.join(dataset.class_names)}; declare the classes in the model's order with --data.classes"
-        )
+def _matched(candidate: _Candidate, dataset: Dataset) -> Dataset:
+    """The dataset with its classes in the model's order, matched by name. Raises `UserError` if they differ."""
+    names = candidate.loaded.options.get("class_names")
+    if not names or (len(names) == 1 and UNNAMED in (names[0], *dataset.class_names) and len(dataset.class_names) == 1):
+        return dataset
+    if sorted(names) == sorted(dataset.class_names):
+        return dataset.in_order(names)
+    run = find_run(candidate.weights)
+    known = configuration.read(run.config_file).data if run else DataConfig()
+    coding = read_description(Path(known.root)).coding(known) if run else None
+    own = f" ({coding})" if coding and coding.names == tuple(names) else ""
+    raise UserError(
+        f"the classes differ: {candidate.weights} has {', '.join(names)}{own}; {dataset.root} has "
+        f"{', '.join(dataset.class_names)} ({dataset.coding}). Declare its masks with the model's names: "
+        f"--data.classes {' '.join(f'{name} VALUE' for name in names)}"
+    )
 
 
 def _evaluate(
@@ -179,7 +282,7 @@ def _evaluate(
     weights = content_digest(
         to_public(loaded.params, loaded.stats, dead_block=False), {"shortcut": loaded.options["shortcut"]}
     )
-    rules = threshold, config.height_width, options.split, options.scoring
+    rules = threshold, Fit.of(config), options.split, options.scoring
     group.require_same(f"{weights} {rules}", "start all processes with the same weights and options")
     model = build_loaded(loaded)
     return evaluate_split(model, dataset, options.split, config, options.scoring, threshold=threshold, group=group)

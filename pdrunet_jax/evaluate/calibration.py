@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.data.layers import counted, region
 
 THRESHOLDS = tuple(number / 100 for number in range(1, 100))
 """Thresholds of the Dice curve, 0.01 to 0.99; the decisions equal `predict.threshold.apply_threshold`'s."""
@@ -86,16 +86,17 @@ class Histograms:
         """Add one image.
 
         Args:
-            probability: float32 (H, W) of the only class, or (H, W, K) with background first.
-            truth: Class indices (H, W); `IGNORE` is excluded.
+            probability: float32 (H, W) of the only class, or (H, W, K) with background first, without it if classes
+                overlap.
+            truth: Class indices (H, W), or layers (H, W, K) if classes overlap; `IGNORE` is excluded.
         """
-        counted = truth != IGNORE
-        classes = truth[counted]
         for index, counts in enumerate(self.counts, 1):
-            of_class = (probability if probability.ndim == 2 else probability[..., index])[counted]
+            inside, channel = counted(truth, index), index - 1 if truth.ndim == 3 else index
+            of_class = (probability if probability.ndim == 2 else probability[..., channel])[inside]
+            is_class = region(truth, index)[inside]
             # Column = number of thresholds that the pixel exceeds, in float32 as `apply_threshold` compares them.
             columns = np.searchsorted(np.asarray(THRESHOLDS, np.float32), of_class, side="left")
-            pixels, true = (np.bincount(part, minlength=_COLUMNS) for part in (columns, columns[classes == index]))
+            pixels, true = (np.bincount(part, minlength=_COLUMNS) for part in (columns, columns[is_class]))
             predicted, hits = (part[::-1].cumsum()[::-1][1:] for part in (pixels, true))
             both = predicted + true.sum()
             dice = np.where(both > 0, 2 * hits / np.maximum(both, 1), self._empty)

@@ -20,10 +20,12 @@ from pdrunet_jax.evaluate.scores import METRICS, ImageScores, ScoringOptions, fo
 from pdrunet_jax.runtime.cli import printable
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
+from pdrunet_jax.runtime.opening import read_text
 
 FILES = ("comparison.json", "comparison.csv")
 LOWER_IS_BETTER = ("hd95", "assd", "area_error")
 FLIPS = 1 << 16  # sign flips evaluated: all of them for up to 16 patients, random ones for more
+MOST_BYTES = 1 << 30  # of a file of another evaluation
 MOST_LISTED = 6  # images listed as most changed, or as missing
 DIGITS = 6  # decimals that scores are rounded to before comparison, the same as in per_image.csv
 
@@ -87,12 +89,15 @@ def read_other(folder: Path) -> Other | None:
     path = folder if folder.suffix == ".csv" else folder / "per_image.csv"
     if not path.is_file():
         return None
-    rows = tuple(scores.read_csv(path))
     summary = path.with_name("summary.json")
+    for file in (path, summary):
+        if file.is_file() and file.stat().st_size > MOST_BYTES:
+            raise UserError(f"{file} is larger than any file of an evaluation; pass the weights instead")
+    rows = tuple(scores.read_csv(path))
     if not summary.is_file():
         return Other(str(folder), rows)
     try:
-        values = json.loads(summary.read_text(encoding="utf-8"))
+        values = json.loads(read_text(summary))
         empty = math.nan if values["empty_dice"] is None else float(values["empty_dice"])
         rules = ScoringOptions(str(values["unit"]), float(values["tolerance"]), empty)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

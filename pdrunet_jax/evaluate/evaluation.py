@@ -19,8 +19,9 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data import overlay
 from pdrunet_jax.data.dataset import Dataset
-from pdrunet_jax.data.images import read_image, read_spacing
-from pdrunet_jax.data.masks import read_mask
+from pdrunet_jax.data.fit import Fit
+from pdrunet_jax.data.images import read_image
+from pdrunet_jax.data.layers import read_truth
 from pdrunet_jax.data.pipeline import eval_batches
 from pdrunet_jax.data.split import Sample
 from pdrunet_jax.evaluate import compare, scores
@@ -33,7 +34,7 @@ from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
 from pdrunet_jax.runtime.cli import printable
 from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import atomic_write, require_inside, writing
 from pdrunet_jax.runtime.processes import Group
 
 WORST = 6  # on worst.png
@@ -109,8 +110,8 @@ class Evaluation:
         return sorted(cases.values(), key=lambda case: order.index(case.kind))
 
     def masks_of(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-        """Truth and prediction of one of the cases, (H, W) uint8 at its own resolution."""
-        truth = read_mask(sample.mask, self.dataset.coding)
+        """Truth and prediction of one of the cases, uint8 (H, W), or (H, W, K) if classes overlap."""
+        truth = read_truth(sample, self.dataset.coding)
         return truth, np.frombuffer(zlib.decompress(self.masks[sample.id]), np.uint8).reshape(truth.shape)
 
 
@@ -121,7 +122,7 @@ def evaluate_split(
     config: DataConfig,
     options: EvaluationOptions | None = None,
     *,
-    threshold: float = 0.5,
+    threshold: float | tuple[float, ...] = 0.5,
     group: Group | None = None,
 ) -> Evaluation:
     """Score `model` on the split "train", "val" or "test", or on every image for "all".
@@ -132,7 +133,7 @@ def evaluate_split(
 
     Raises `UserError` if the split is empty, model and dataset have different classes, or the threshold is invalid.
     """
-    check_threshold(threshold, model.outputs)
+    check_threshold(threshold, model.outputs, multilabel=model.multilabel)
     options, group = options or EvaluationOptions(), group or Group()
     samples = dataset.of(split)
     spacings, unit, unit_note = read_spacings(dataset, samples)
@@ -146,7 +147,7 @@ def evaluate_split(
         model, dataset, split, config, batch_size=options.batch_size, stride=(group.index, group.count)
     ):
         histograms.add(probability, truth)
-        predicted = clean(apply_threshold(probability, threshold), options.cleaning)
+        predicted = clean(apply_threshold(probability, threshold, multilabel=model.multilabel), options.cleaning)
         spacing = spacings.get(sample.id)
         rows += scores.score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
         masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
@@ -171,6 +172,12 @@ def predicted_probabilities(
 
     Arguments and errors as for `evaluate_split`; `stride` (k, n) selects the batches k, k + n, k + 2 n, ...
     """
+    if model.multilabel != dataset.multilabel:
+        raise UserError(
+            f"the classes of the model {'overlap' if model.multilabel else 'exclude each other'}, and those of "
+            f"{dataset.root} {'overlap' if dataset.multilabel else 'exclude each other'}: give data.multilabel as in "
+            "training"
+        )
     if model.foreground_classes != len(dataset.class_names):
         raise UserError(
             f"the model has {model.foreground_classes} foreground classes, but {dataset.root} has "
@@ -181,7 +188,7 @@ def predicted_probabilities(
     if not samples:
         filled = [name for name in ("train", "val", "test") if dataset.of(name)]
         raise UserError(f"{dataset.root} has no images in the split {split}; use --split {', '.join(filled)} or all")
-    place = Placement.here()
+    fit, place = Fit.of(config), Placement.here()
     batches = eval_batches(
         dataset, split, config, batch_size=place.eval_batch_size(batch_size), channels=model.in_channels, stride=stride
     )
@@ -189,16 +196,17 @@ def predicted_probabilities(
         values = np.asarray(logits)
         for number in np.flatnonzero(batch["valid"]):
             sample = samples[int(batch["index"][number])]
-            truth = read_mask(sample.mask, dataset.coding)
-            probability = finite_probabilities(values[number], sample.id)
-            yield sample, resize_to_image(probability, truth.shape), truth
+            truth = read_truth(sample, dataset.coding)
+            probability = finite_probabilities(values[number], sample.id, multilabel=model.multilabel)
+            box = fit.box(truth.shape, dataset.spacing_of(sample) if fit.spacing else None)
+            yield sample, resize_to_image(box.crop(probability), truth.shape[:2]), truth
 
 
 def read_spacings(dataset: Dataset, samples: Sequence[Sample]) -> tuple[Mapping[str, tuple[float, float]], str, str]:
     """Pixel spacing in mm by sample id (empty unless every image has one), the unit of distances, and the reason."""
     spacings = {}
     for sample in samples:
-        spacing = read_spacing(sample.image) or dataset.spacing
+        spacing = dataset.spacing_of(sample)
         if spacing is None:
             note = f"distances are in pixels: {sample.id} has no pixel spacing, and dataset.toml declares none"
             return {}, "pixels", note
@@ -215,9 +223,11 @@ def write_evaluation(
     """Write per_image.csv, summary.json, curves.json, worst.png and the report's cases to `folder`, which is created.
 
     A comparison in it is deleted, because its scores are replaced. `about` (weights, settings) and `environment` are
-    copied to summary.json. Raises `RunError` if the folder cannot be written.
+    copied to summary.json. Raises `RunError` if the folder cannot be written, `UserError` if its
+    cases/ is a link out of it.
     """
     curves = {name: each.to_dict() for name, each in evaluation.curves.items()}
+    require_inside(folder, folder / "cases")
     with writing(folder):
         (folder / "cases").mkdir(parents=True, exist_ok=True)
         for name in compare.FILES:
@@ -268,7 +278,14 @@ def _describe(dataset: Dataset) -> dict[str, Any]:
     for name in ("train", "val", "test"):
         samples = dataset.of(name)
         splits[name] = {"images": len(samples), "patients": len({sample.patient for sample in samples})}
-    return {"name": dataset.name, "classes": list(dataset.class_names), "splits": splits, "notes": list(dataset.notes)}
+    return {
+        "name": dataset.name,
+        "classes": list(dataset.class_names),
+        "multilabel": dataset.multilabel,
+        "patients_from": dataset.patients_from,
+        "splits": splits,
+        "notes": list(dataset.notes),
+    }
 
 
 def _write_cases(evaluation: Evaluation, folder: Path) -> list[dict[str, Any]]:

@@ -23,16 +23,17 @@ def confusion(prediction: Array, target: Array, valid: Array, classes: int) -> C
     """Count true and false positives and negatives for every image and foreground class.
 
     Args:
-        prediction: Class indices (N, H, W).
-        target: Class indices (N, H, W); the value is irrelevant where `valid` is False.
-        valid: Booleans (N, H, W); False excludes a pixel from all four counts.
+        prediction: Class indices (N, H, W), or (N, H, W, K') of 0 and 1 if classes overlap.
+        target: The same; the value is irrelevant where `valid` is False.
+        valid: Booleans of the same shape; False excludes a pixel from all four counts.
         classes: Number of foreground classes K', with indices 1 to K'.
     """
     xp = _namespace(prediction)
     indices = xp.arange(1, classes + 1).reshape(1, 1, 1, classes)
-    predicted = prediction[..., None] == indices
-    true = target[..., None] == indices
-    counted = valid[..., None]
+    if prediction.ndim == 4:
+        predicted, true, counted = prediction == 1, target == 1, valid
+    else:
+        predicted, true, counted = prediction[..., None] == indices, target[..., None] == indices, valid[..., None]
 
     def count(pixels: Array) -> Any:
         return xp.sum(pixels & counted, axis=(1, 2), dtype=xp.int32)

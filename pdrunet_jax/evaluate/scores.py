@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pdrunet_jax.data.layers import counted, region
 from pdrunet_jax.data.masks import IGNORE
 from pdrunet_jax.evaluate import metrics, surface
 from pdrunet_jax.evaluate.intervals import interval
@@ -111,8 +112,8 @@ def score(
 ) -> list[ImageScores]:
     """Score one image: one row per foreground class, where `names[i]` has the index i + 1.
 
-    `predicted` and `truth` are class indices (H, W); true pixels of `IGNORE` are excluded. `spacing` is the distance
-    between rows and between columns in mm; None measures in pixels.
+    `predicted` and `truth` are class indices (H, W), or layers (H, W, K) if classes overlap; true pixels of `IGNORE`
+    are excluded. `spacing` is the distance between rows and between columns in mm; None measures in pixels.
     """
     valid = truth != IGNORE
     counts = metrics.confusion(predicted[None], truth[None], valid[None], len(names))
@@ -122,7 +123,7 @@ def score(
     }
     rows = []
     for number, name in enumerate(names):
-        ours, theirs = (predicted == number + 1) & valid, truth == number + 1
+        ours, theirs = region(predicted, number + 1) & counted(truth, number + 1), region(truth, number + 1)
         apart = surface.distances(ours, theirs, spacing=spacing, tolerance=rules.tolerance)
         rows.append(
             ImageScores(

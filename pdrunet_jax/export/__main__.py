@@ -14,8 +14,9 @@ from pdrunet_jax.export.onnx_graph import build_onnx, open_onnx, require
 from pdrunet_jax.export.stablehlo import GraphSpec, build_stablehlo, open_stablehlo, pillow_resizes_tall_first
 from pdrunet_jax.model.load import build_loaded, class_names, load_weights
 from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.sides import SWAP
 from pdrunet_jax.predict.inference import height_width
-from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
+from pdrunet_jax.predict.threshold import Threshold, resolve_threshold, thresholds_text
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, require_replaceable, writing
@@ -45,7 +46,7 @@ class ExportOptions:
     """Size in pixels to run the network at: height and width, or one number for both. Default: the training size."""
     threshold: Threshold = 0.5
     """Foreground probability threshold, or validation for the one that scored best on the validation set during
-    training. Models with one output only."""
+    training. Models with one output or overlapping classes only."""
     check_image: tuple[Path, ...] = ()
     """Images for the comparison. Default: synthetic X-rays."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -67,13 +68,19 @@ def export(options: ExportOptions) -> list[str]:
     build, open_file = FORMATS[options.format]
     loaded = load_weights(options.weights)
     model = build_loaded(loaded, param_dtype=jnp.float32)
+    if model.spacing is not None:
+        raise UserError(
+            f"{options.weights} works on images resampled to {model.spacing:g} mm per pixel (data.spacing), and an "
+            "exported file is not told the spacing of an image: use predict, or train with data.spacing unset"
+        )
     threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
     size = height_width(options.size) or model.size
     if size is None:
         raise UserError(f"{options.weights} does not state the size that it was trained at; give --size")
     images = check_images(options.check_image, model.config.in_channels)
     facts = _metadata(model, loaded.options.get("class_names"), size, threshold)
-    data = build(model, GraphSpec(size, threshold, pillow_resizes_tall_first(), facts))
+    facts |= {SWAP: loaded.options[SWAP]} if loaded.options.get(SWAP) else {}
+    data = build(model, GraphSpec(size, threshold, pillow_resizes_tall_first(), model.fit, facts))
     agreement = compare_outputs(open_file(data), model, images, size=size, threshold=threshold)
     if not agreement.good:
         raise RunError(f"{options.output} was not written: its results do not agree with the model's. {agreement}")
@@ -84,7 +91,7 @@ def export(options: ExportOptions) -> list[str]:
         f"{options.output}: {options.format}, {len(data):,} bytes",
         f"  {facts['input']}",
         *(f"  -> {line}" for line in facts["outputs"]),
-        f"  works at {size[0]} x {size[1]}; classes: {', '.join(facts['class_names'])}",
+        f"  works at {size[0]} x {size[1]} ({model.fit}); classes: {', '.join(facts['class_names'])}",
         f"  agrees with the model on {agreement}",
     ]
 
@@ -94,19 +101,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\n".join(export(tyro.cli(ExportOptions, args=arguments, prog=cli.program("export")))))
 
 
-def _metadata(model: PDRUNet, labels: Sequence[str] | None, size: tuple[int, int], threshold: float) -> dict[str, Any]:
+def _metadata(
+    model: PDRUNet, labels: Sequence[str] | None, size: tuple[int, int], threshold: float | tuple[float, ...]
+) -> dict[str, Any]:
     """Self-description of the file, as JSON values; `labels` are the foreground classes, if known."""
     height, width = size
-    channels, single = model.config.in_channels, model.outputs == 1
-    decision = f"above {threshold}" if single else "the most probable class"
+    channels, single, overlap = model.config.in_channels, model.outputs == 1, model.multilabel
+    names = class_names(model, labels)
+    decision = f"index into class_names; {f'above {threshold}' if single else 'the most probable class'}"
+    if overlap:
+        decision = f"1 where a class of class_names is, above {thresholds_text(threshold)}; classes may overlap"
     return {
         "version": pdrunet_jax.__version__,
-        "class_names": ["background", *class_names(model, labels)],
+        "class_names": names if overlap else ["background", *names],
+        "multilabel": overlap,
         "size": [height, width],
-        "threshold": threshold if single else None,
+        "fit": model.fit,
+        "threshold": threshold if single or overlap else None,
         "input": f"images: uint8 (N, H, W, {channels}), {'grey' if channels == 1 else 'RGB'} values",
         "outputs": [
-            f"mask: uint8 (N, H, W), index into class_names; {decision}",
+            f"mask: uint8 (N, H, W{f', {model.outputs}' if overlap else ''}), {decision}",
             "probability: float32 (N, H, W) of foreground"
             if single
             else f"probability: float32 (N, H, W, {model.outputs})",

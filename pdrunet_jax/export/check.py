@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from pdrunet_jax.data.fit import Fit
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.phantoms.phantom import draw
 from pdrunet_jax.model.network import PDRUNet
@@ -67,7 +68,12 @@ def check_images(paths: Sequence[Path], channels: int) -> list[np.ndarray]:
 
 
 def compare_outputs(
-    run: Run, model: PDRUNet, images: Sequence[np.ndarray], *, size: tuple[int, int], threshold: float
+    run: Run,
+    model: PDRUNet,
+    images: Sequence[np.ndarray],
+    *,
+    size: tuple[int, int],
+    threshold: float | tuple[float, ...],
 ) -> Agreement:
     """Compare `run` with `segment` and the logits of `model` at the network size (height, width).
 
@@ -81,13 +87,14 @@ def compare_outputs(
         for number, image in enumerate(batch):
             with jax.default_matmul_precision("highest"):  # on GPUs, JAX's default would be TF32
                 want = segment(model, image, size=size, threshold=threshold)
-                want_logits = np.asarray(forward(model, resize_image(image, size)[None]))[0]
+                want_logits = np.asarray(forward(model, Fit(size, model.fit).image(image)[None]))[0]
             # np.maximum keeps NaN, max() would drop it.
             logits = np.maximum(logits, np.abs(got["logits"][number] - want_logits).max())
             largest = np.maximum(largest, np.abs(want_logits).max())
             probability = np.maximum(probability, np.abs(got["probability"][number] - want.probability).max())
             differing += int(np.sum(got["mask"][number] != want.mask))
-            inconsistent += int(np.sum(got["mask"][number] != apply_threshold(got["probability"][number], threshold)))
+            again = apply_threshold(got["probability"][number], threshold, multilabel=model.multilabel)
+            inconsistent += int(np.sum(got["mask"][number] != again))
             pixels += want.mask.size
         count += len(batch)
         sizes[batch.shape[1], batch.shape[2]] = None

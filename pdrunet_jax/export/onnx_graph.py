@@ -1,7 +1,7 @@
 """Export to ONNX: a graph from uint8 images to masks of the same size, built node by node under the public names.
 
 Images are resized exactly as Pillow does (see `stablehlo.py`): the weights are computed from the image's size and
-applied as one matrix product per axis.
+applied as one matrix product per axis. Padding is part of these matrices, as there.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -19,6 +19,7 @@ from pdrunet_jax.model.layers import EPSILON, split_state
 from pdrunet_jax.model.network import PDRUNet, wire
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.extras import how_to_install
 
 OPSET = 17
 IR_VERSION = 8
@@ -39,19 +40,24 @@ def build_onnx(model: PDRUNet, spec: GraphSpec) -> bytes:
     shape = nodes.add("Shape", "images")
     height, width = (nodes.add("Gather", shape, nodes.constant(np.int64(axis))) for axis in (1, 2))
     channels_first = nodes.add("Transpose", "images", perm=[0, 3, 1, 2])
-    pixels = _resize_images(nodes, channels_first, (height, width), spec)
+    spans = _box(nodes, height, width, spec)
+    pixels = _resize_images(nodes, channels_first, (height, width), spans, spec)
     unit = nodes.add("Div", nodes.cast(pixels, np.float32), nodes.constant(np.float32(255)))
     logits = _network(nodes, unit, model)
     nodes.add("Transpose", logits, perm=[0, 2, 3, 1], output="logits")
 
     # From logits to the mask.
-    small = nodes.add("Sigmoid", logits) if single else nodes.add("Softmax", logits, axis=1)
-    large = _resize_probability(nodes, small, spec.size, (height, width))
+    sigmoid = single or model.multilabel
+    small = nodes.add("Sigmoid", logits) if sigmoid else nodes.add("Softmax", logits, axis=1)
+    large = _resize_probability(nodes, small, spans, (height, width))
     if single:
         nodes.add("Squeeze", large, nodes.constant(np.array([1])), output="probability")
-        classes = nodes.add("Greater", "probability", nodes.constant(np.float32(spec.threshold)))
+        classes = nodes.add("Greater", "probability", nodes.constant(np.asarray(spec.threshold, np.float32)))
     else:
         nodes.add("Transpose", large, perm=[0, 2, 3, 1], output="probability")
+    if model.multilabel:
+        classes = nodes.add("Greater", "probability", nodes.constant(np.asarray(spec.threshold, np.float32)))
+    elif not single:
         classes = nodes.add("ArgMax", "probability", axis=-1, keepdims=0)
     nodes.cast(classes, np.uint8, output="mask")
 
@@ -59,7 +65,7 @@ def build_onnx(model: PDRUNet, spec: GraphSpec) -> bytes:
     value_info = helper.make_tensor_value_info
     images = value_info("images", types.UINT8, ["N", "H", "W", model.config.in_channels])
     outputs = [
-        value_info("mask", types.UINT8, ["N", "H", "W"]),
+        value_info("mask", types.UINT8, ["N", "H", "W", *([model.outputs] if model.multilabel else [])]),
         value_info("probability", types.FLOAT, ["N", "H", "W", *([] if single else [model.outputs])]),
         value_info("logits", types.FLOAT, ["N", *spec.size, model.outputs]),
     ]
@@ -98,7 +104,7 @@ def require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"--format onnx needs {package}: pip install 'pdrunet-jax[export]'") from None
+        raise UserError(f"--format onnx needs {package}: {how_to_install('export')}") from None
 
 
 class Nodes:
@@ -198,14 +204,43 @@ def _folded(arrays: Mapping[str, np.ndarray], name: str, norm: str | None) -> tu
     return kernel.astype(np.float32), bias.astype(np.float32)
 
 
-def _resize_images(nodes: Nodes, images: str, shape: tuple[str, str], spec: GraphSpec) -> str:
+class _Span(NamedTuple):
+    """One axis of the rectangle that the image fills, as in `stablehlo.Span`: names of int64 scalars."""
+
+    side: str
+    start: str
+    length: str
+
+
+def _box(nodes: Nodes, height: str, width: str, spec: GraphSpec) -> tuple[_Span, _Span]:
+    """Rows and columns of the rectangle of an image, `data.fit.Fit.box`; `height` and `width` are int64 scalars."""
+    sides = [nodes.constant(np.int64(side)) for side in spec.size]
+    zero, one, two = (nodes.constant(np.int64(value)) for value in (0, 1, 2))
+    if spec.fit == "stretch":
+        return _Span(sides[0], zero, sides[0]), _Span(sides[1], zero, sides[1])
+
+    def scaled(side: str, numerator: str, denominator: str) -> str:
+        doubled = nodes.add("Mul", two, nodes.add("Mul", side, numerator))
+        quotient = nodes.add("Div", nodes.add("Add", doubled, denominator), nodes.add("Mul", two, denominator))
+        return nodes.add("Max", quotient, one)
+
+    products = nodes.add("Mul", sides[0], width), nodes.add("Mul", sides[1], height)
+    tall = nodes.add("LessOrEqual", *products)
+    rows = nodes.add("Where", tall, sides[0], scaled(height, sides[1], width))
+    columns = nodes.add("Where", tall, scaled(width, sides[0], height), sides[1])
+    starts = [nodes.add("Div", nodes.add("Sub", *each), two) for each in zip(sides, (rows, columns), strict=True)]
+    return _Span(sides[0], starts[0], rows), _Span(sides[1], starts[1], columns)
+
+
+def _resize_images(
+    nodes: Nodes, images: str, shape: tuple[str, str], spans: tuple[_Span, _Span], spec: GraphSpec
+) -> str:
     """Resize images (N, C, H, W), uint8, to `spec.size` exactly as Pillow does; float64 holding whole grey values.
 
-    `shape` names H and W, int64 scalars.
+    `shape` names H and W, int64 scalars; black outside the rectangle `spans`.
     """
-    targets = [nodes.constant(np.int64(side)) for side in spec.size]
-    rows = _fixed_point(nodes, _weights(nodes, shape[0], targets[0]))
-    columns = _fixed_point(nodes, _weights(nodes, shape[1], targets[1], transposed=True))
+    rows = _fixed_point(nodes, _weights_in(nodes, shape[0], spans[0]))
+    columns = _fixed_point(nodes, _weights_in(nodes, shape[1], spans[1], transposed=True))
     pixels = nodes.cast(images, np.float64)  # exact: all sums of the two products are integers below 2^53
 
     def horizontal(nodes: Nodes, x: str) -> str:
@@ -216,7 +251,7 @@ def _resize_images(nodes: Nodes, images: str, shape: tuple[str, str], spec: Grap
 
     if not spec.tall_first:
         return vertical(nodes, horizontal(nodes, pixels))
-    shrunk = [nodes.add("Sub", *sides) for sides in zip(shape, targets, strict=True)]
+    shrunk = [nodes.add("Sub", side, span.length) for side, span in zip(shape, spans, strict=True)]
     twice = nodes.add("Mul", shrunk[1], nodes.constant(np.int64(2)))
     limit = nodes.add("Max", twice, nodes.constant(np.int64(0)))
     then, other = nodes.branch(), nodes.branch()
@@ -226,30 +261,53 @@ def _resize_images(nodes: Nodes, images: str, shape: tuple[str, str], spec: Grap
     return nodes.choose(tall, (then, first_vertical), (other, first_horizontal))
 
 
-def _resize_probability(nodes: Nodes, probability: str, size: tuple[int, int], shape: tuple[str, str]) -> str:
-    """Resize (N, K, height, width), float32, from `size` to (N, K, H, W); `shape` as for `_resize_images`."""
-    sources = [nodes.constant(np.int64(side)) for side in size]
-    rows = nodes.cast(_weights(nodes, sources[0], shape[0]), np.float32)
-    columns = nodes.cast(_weights(nodes, sources[1], shape[1], transposed=True), np.float32)
+def _resize_probability(nodes: Nodes, probability: str, spans: tuple[_Span, _Span], shape: tuple[str, str]) -> str:
+    """Resize the rectangle in (N, K, height, width), float32, to (N, K, H, W); arguments as for `_resize_images`."""
+    rows = nodes.cast(_weights_out(nodes, spans[0], shape[0]), np.float32)
+    columns = nodes.cast(_weights_out(nodes, spans[1], shape[1], transposed=True), np.float32)
     return nodes.add("MatMul", rows, nodes.add("MatMul", probability, columns))
 
 
-def _weights(nodes: Nodes, source: str, target: str, *, transposed: bool = False) -> str:
-    """Resize weights (target, source), float64, unrounded.
+def _weights_in(nodes: Nodes, source: str, into: _Span, *, transposed: bool = False) -> str:
+    """Resize weights (into.side, source); zero outside the span. See `_weights`."""
+    at = nodes.add("Sub", _range(nodes, into.side), nodes.cast(into.start, np.float64))
+    weights = _weights(nodes, _range(nodes, source), at, source, into.length, transposed=transposed)
+    axis = nodes.constant(np.array([0 if transposed else 1]))
+    inside = nodes.add("Unsqueeze", _inside(nodes, at, into.length), axis)
+    return nodes.add("Where", inside, weights, nodes.constant(np.float64(0)))  # outside they are 0 / 0
 
-    The transposed matrix is built directly: onnxruntime merges `Transpose` and `MatMul` into a node that some of its
-    versions lack for float64.
+
+def _weights_out(nodes: Nodes, of: _Span, target: str, *, transposed: bool = False) -> str:
+    """Resize weights (target, of.side); zero for sources outside the span. See `_weights`."""
+    sources = nodes.add("Sub", _range(nodes, of.side), nodes.cast(of.start, np.float64))
+    return _weights(nodes, sources, _range(nodes, target), of.length, target, transposed=transposed)
+
+
+def _inside(nodes: Nodes, at: str, length: str) -> str:
+    """Whether places, float64, are from 0 to below `length`."""
+    bounds = nodes.add("GreaterOrEqual", at, nodes.constant(np.float64(0)))
+    below = nodes.add("Less", at, nodes.cast(length, np.float64))
+    return nodes.add("And", bounds, below)
+
+
+def _weights(nodes: Nodes, sources: str, targets: str, source: str, target: str, *, transposed: bool) -> str:
+    """Resize weights (targets, sources), float64, unrounded, from `source` to `target` pixels.
+
+    `sources` and `targets` are the pixels' places, float64; sources outside weigh nothing. The transposed matrix is
+    built directly: onnxruntime merges `Transpose` and `MatMul` into a node that some of its versions lack for float64.
     """
     zero, half, one = (nodes.constant(np.float64(value)) for value in (0, 0.5, 1))
     first, last = nodes.constant(np.array([0])), nodes.constant(np.array([1]))
     source_axis, target_axis = (last, first) if transposed else (first, last)  # axes to insert next to each
     scale = nodes.add("Div", nodes.cast(source, np.float64), nodes.cast(target, np.float64))
     narrower = nodes.add("Div", one, nodes.add("Max", scale, one))
-    centres = nodes.add("Mul", nodes.add("Add", _range(nodes, target), half), scale)
-    positions = nodes.add("Unsqueeze", _range(nodes, source), source_axis)
+    centres = nodes.add("Mul", nodes.add("Add", targets, half), scale)
+    positions = nodes.add("Unsqueeze", sources, source_axis)
     offset = nodes.add("Sub", positions, nodes.add("Unsqueeze", centres, target_axis))
     distance = nodes.add("Abs", nodes.add("Mul", nodes.add("Add", offset, half), narrower))
     weights = nodes.add("Max", nodes.add("Sub", one, distance), zero)
+    inside = nodes.add("Unsqueeze", _inside(nodes, sources, source), source_axis)
+    weights = nodes.add("Where", inside, weights, zero)
     return nodes.add("Div", weights, nodes.add("ReduceSum", weights, target_axis, keepdims=1))
 
 

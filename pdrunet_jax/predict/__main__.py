@@ -1,6 +1,8 @@
 """Command `predict`: segment files, folders and globs, and write masks and everything derived from them."""
 
+import math
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,11 +12,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from tqdm import tqdm
 
+from pdrunet_jax.data.walk import some
 from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.load import build_loaded, class_names, load_weights
 from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.sides import SWAP, find_pairs
 from pdrunet_jax.model.weights import to_public
-from pdrunet_jax.predict.inference import Augmentation, height_width, segment
+from pdrunet_jax.predict.inference import Augmentation, check_augmentation, fit_of, height_width, row_column, segment
 from pdrunet_jax.predict.inputs import find_images, name_results, parse_shard, take_shard
 from pdrunet_jax.predict.outputs import Areas, WrittenFiles
 from pdrunet_jax.predict.postprocess import Cleaning
@@ -25,6 +29,7 @@ from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.devices import over_devices
 from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
+from pdrunet_jax.runtime.files import require_inside
 from pdrunet_jax.runtime.stop import StopFlag
 
 
@@ -39,7 +44,7 @@ class PredictOptions:
     """
 
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
-    """Image files, folders (searched recursively) and glob patterns."""
+    """Image files, folders (searched recursively), glob patterns, and @FILE for a list of them, one a line."""
     weights: str
     """Run folder, checkpoint, .safetensors or public .pth."""
     output: Path
@@ -47,11 +52,17 @@ class PredictOptions:
     size: tuple[int, ...] | Literal["own"] = ()
     """Size in pixels to run the network at: height and width, one number for both, or own for each image's own
     resolution. Default: the training size, or own if the weights do not state it."""
+    spacing: tuple[float, ...] = ()
+    """Pixel spacing in mm of images whose files state none: rows and columns, or one number for both. Areas are then
+    given in mm2, and weights trained at a fixed data.spacing can be used."""
     threshold: Threshold = 0.5
     """Foreground probability threshold, or validation for the one that scored best on the validation set during
-    training. Models with one output only."""
+    training. Models with one output or overlapping classes only."""
     augmentation: Augmentation = "none"
     """Test-time augmentation, averaging probabilities: flip adds the left-right mirror image, flips also top-bottom."""
+    swap_on_flip: tuple[tuple[str, str], ...] | None = None
+    """Pairs of classes that change places in a mirror image. Default: those that the weights were trained with, or
+    whose names differ in left and right alone."""
     tile: int | None = None
     """Run the network in tiles of this many pixels per side, for images that do not fit in memory."""
     halo: int = RADIUS
@@ -77,19 +88,35 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     shard = parse_shard(options.shard) if options.shard else (1, 1)
     table = f"areas_{shard[0]}of{shard[1]}.csv" if options.shard else "areas.csv"
     size: tuple[int, int] | Literal["own"] | None = "own" if options.size == "own" else height_width(options.size)
+    spacing = row_column(options.spacing)
     if (options.tile is not None and options.tile < 1) or options.halo < 0:
         raise UserError(f"--tile {options.tile} --halo {options.halo}: give at least 1 and 0 pixels")
     options.files.require_packages()
-    names = take_shard(name_results(find_images(options.inputs, options.output)), shard)
+    found = find_images(options.inputs, options.output)
+    if found.remarks:
+        print(cli.printable("\n".join(found.remarks)))
+    names = take_shard(name_results(found.images), shard)
     targets = {path: options.output / name for path, name in names.items()}
+    require_inside(options.output, *{target.parent for target in targets.values()})
 
     # Find out which images are finished.
     loaded = load_weights(options.weights)
+    if options.swap_on_flip is not None:
+        loaded.options[SWAP] = options.swap_on_flip
     model = build_loaded(loaded)
+    check_augmentation(options.augmentation, model.mirror)
+    options.files.check(overlap=model.multilabel)
+    fit_of(model, (1, 1), size)  # raises if they do not go together
     threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
     labels = class_names(model, loaded.options.get("class_names"))
     settings = _settings(options, model, labels, size or loaded.options.get("size") or "own", threshold)
-    recipe = Recipe(settings, tuple(labels), model.outputs, options.files)
+    if options.augmentation != "none" and (channels := model.mirror.channels):
+        others = channels if model.multilabel else [index - 1 for index in channels[1:]]
+        settings["swapped in mirror images"] = [labels[index] for index in others]
+        if SWAP not in loaded.options:
+            pairs = ", ".join(map(" and ".join, find_pairs(labels)[0]))
+            print(cli.printable(f"found by their names: {pairs} change places in mirror images"))
+    recipe = Recipe(settings, tuple(labels), model.outputs, options.files, overlap=model.multilabel)
     works = survey(recipe, targets, overwrite=options.overwrite)
     pending = [path for path, work in works.items() if not work.done]
     if options.tile and options.halo < RADIUS:
@@ -103,13 +130,15 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
         segment,
         model,
         size=size,
+        spacing=spacing,
         threshold=threshold,
         augmentation=options.augmentation,
         tile=options.tile,
         halo=options.halo,
         cleaning=options.cleaning,
     )
-    failed: list[str] = []
+    failed = list(found.problems)
+    remarks: dict[str, list[str]] = defaultdict(list)
     in_table = {path: name.with_name(path.name).as_posix() for path, name in names.items()}
     records = {in_table[path]: work.record for path, work in works.items() if work.record is not None}
     finished = {in_table[path] for path, work in works.items() if work.done}
@@ -129,17 +158,23 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
                 progress.update()
                 continue
             areas.add(in_table[path], record)
+            for remark in result.remarks:
+                remarks[remark].append(str(path))
             done += 1
             progress.update()
             if progress.disable:
-                shares = (f"{label} {pixels / result.mask.size:.1%}" for label, pixels in record["pixels"].items())
-                line = f"{done + len(failed)}/{len(names)} {path}: {', '.join(shares)}"
+                area = math.prod(result.mask.shape[:2])
+                shares = (f"{label} {pixels / area:.1%}" for label, pixels in record["pixels"].items())
+                line = f"{done + len(failed) - len(found.problems)}/{len(names)} {path}: {', '.join(shares)}"
                 print(cli.printable(line), flush=True)
 
     # Summarise.
+    for remark, images in remarks.items():
+        print(cli.printable(f"warning: {len(images)} images: {remark}: {some(images)}"))
     print(f"{done} of {len(names)} images segmented; results in {options.output}")
-    unreadable = DataError(f"{len(failed)} of {len(names)} images could not be read", failed)
-    if stop and done + len(failed) < len(names):
+    inputs = len(names) + len(found.problems)
+    unreadable = DataError(f"{len(failed)} of {inputs} images could not be read or written", failed)
+    if stop and done + len(failed) < inputs:
         if failed:
             print(cli.printable(str(unreadable)), file=sys.stderr)
         print(f"stopped by {stop.signal}; start the same command again to resume", file=sys.stderr)
@@ -150,7 +185,7 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
 
 
 def _settings(
-    options: PredictOptions, model: PDRUNet, labels: list[str], size: Any, threshold: float
+    options: PredictOptions, model: PDRUNet, labels: list[str], size: Any, threshold: float | tuple[float, ...]
 ) -> dict[str, Any]:
     """Everything that results depend on, except the image, as JSON values."""
     wiring = {"shortcut": model.config.shortcut, "in_channels": model.config.in_channels}
@@ -159,7 +194,12 @@ def _settings(
         "weights": content_digest(to_public(*split_state(model)[1:], dead_block=False), wiring),
         "classes": labels,
         "size": list(size) if isinstance(size, tuple | list) else size,
-        "threshold": threshold,
+        # None where earlier versions, which did not record this, would have computed the same.
+        "fit": None if model.fit == "stretch" or size == "own" else model.fit,
+        "data.spacing": model.spacing,
+        "spacing": list(options.spacing) or None,
+        "threshold": list(threshold) if isinstance(threshold, tuple) else threshold,
+        "multilabel": model.multilabel or None,
         "augmentation": options.augmentation,
         "tile and halo": [options.tile, options.halo] if approximate else None,
         "largest": options.cleaning.largest,

@@ -4,36 +4,73 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pdrunet_jax.data.images import SUFFIXES, looks_like_dicom
+from pdrunet_jax.data.images import FORMATS, stem
+from pdrunet_jax.data.walk import Found, is_litter, passed_over, walk_images
+from pdrunet_jax.predict.outputs import MASK, with_suffix
+from pdrunet_jax.predict.resume import read_record
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.opening import read_text
 
 _RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")  # pictures that the command itself writes
-_MACOS_FILES = ("._", ".DS_Store", "__MACOSX")  # name prefixes of macOS metadata, skipped whatever the extension
+_EARLIER = "results of earlier predictions"
+_HINTS = {
+    "-": "images are not read from standard input; name files",
+    ".zip": "an archive; unpack it and name the folder",
+    ".tar": "an archive; unpack it and name the folder",
+    ".gz": "a compressed file; unpack it first",
+    ".7z": "an archive; unpack it and name the folder",
+    ".txt": "a text; if it lists images, one a line, write @{}",
+    ".csv": "a table; to name images in a text file, one a line, write @FILE",
+}
+"""What cannot be an image, by its extension."""
 
 
-def find_images(inputs: Iterable[str], output: Path) -> list[Path]:
-    """Images named by files, folders and glob patterns, each once, in order.
+@dataclass
+class Inputs:
+    """The images to segment, each once, in order."""
 
-    A file is accepted whatever its name. In folders images are recognised by extension, and results of an earlier run
-    below `output` are skipped. Raises `UserError` that lists every input without an image.
+    images: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    """Folders that cannot be read, with the reason."""
+    remarks: list[str] = field(default_factory=list)
+    """What was passed over, a line for each kind."""
+
+
+def find_images(inputs: Iterable[str], output: Path) -> Inputs:
+    """Images named by files, folders, glob patterns, and lists of them (`@FILE`, one a line).
+
+    A file is accepted whatever its name. In folders images are recognised by extension or content; results of earlier
+    runs are passed over. Raises `DataError` that lists every input without an image.
     """
-    found: dict[Path, Path] = {}
-    empty = []
-    for text in inputs:
+    every: dict[Path, Path] = {}
+    found, empty = Found(), []
+    for text in _listed(inputs):
         path = Path(text)
-        places = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(text, recursive=True))]
-        images = [image for place in places for image in _images_in(place, output.resolve())]
-        if not images:
-            empty.append(f"{text}: {'contains no image' if places else 'no such file or folder'}")
+        hint = _HINTS.get(text if text == "-" else path.suffix.lower())
+        if hint and not path.is_dir():
+            empty.append(f"{text}: {hint.format(text)}")
+            continue
+        if path.is_dir():
+            images = _images_in(path, output.resolve(), found)
+        else:
+            images = [path] if os.path.lexists(path) else list(_matching(text, output.resolve(), found))
+        if not images and not found.problems:
+            empty.append(f"{text}: {'contains no image' if path.is_dir() else 'no such file or folder'}")
         for image in images:
-            found.setdefault(image.resolve(), image)
-    if empty or not found:
-        what = f"nothing to segment; supported extensions are {', '.join(sorted(SUFFIXES))}"
-        raise DataError(what, empty or ["no input was given"])
-    return list(found.values())
+            every.setdefault(image.parent.resolve() / image.name, image)
+    for result in {result for path in every for result in _results_of(path)} & every.keys():
+        found.passed[_EARLIER].append(every.pop(result))
+    problems = [f"{path}: {reason}" for path, reason in found.problems]
+    if empty or not every:
+        remarks = passed_over(found.passed) if not every else []
+        what = f"nothing to segment; images are {FORMATS} files"
+        raise DataError(what, [*empty, *problems, *remarks] or ["no input was given"])
+    return Inputs(list(every.values()), problems, passed_over(found.passed))
 
 
 def name_results(paths: Sequence[Path]) -> dict[Path, Path]:
@@ -43,7 +80,8 @@ def name_results(paths: Sequence[Path]) -> dict[Path, Path]:
     `a.png` and `a.dcm` become `a_png` and `a_dcm`.
     """
     common = Path(os.path.commonpath([path.absolute().parent for path in paths]))
-    stems = {path: path.absolute().relative_to(common).with_suffix("") for path in paths}
+    below = {path: path.absolute().relative_to(common) for path in paths}
+    stems = {path: name.with_name(stem(name.name)) for path, name in below.items()}
     # Compared without case: some file systems do not distinguish A_mask.png from a_mask.png.
     uses = Counter(str(stem).lower() for stem in stems.values())
     names = {
@@ -62,7 +100,7 @@ def name_results(paths: Sequence[Path]) -> dict[Path, Path]:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """(3, 16) for "3/16". Raises `UserError`."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     number, count = (int(part) for part in match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise UserError(f"--shard {text}: give K/N with K from 1 to N, such as 3/16")
@@ -76,20 +114,62 @@ def take_shard(names: dict[Path, Path], shard: tuple[int, int]) -> dict[Path, Pa
     return dict(ordered[number - 1 :: count])
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether `read_image` reads the file as DICOM. Raises `OSError` if it cannot be opened."""
-    with path.open("rb") as file:
-        return looks_like_dicom(file.read(132), path.name)
+def _listed(inputs: Iterable[str]) -> Iterator[str]:
+    """The inputs, with the lines of each `@FILE` in its place."""
+    for text in inputs:
+        if not text.startswith("@") or os.path.lexists(text):
+            yield text
+            continue
+        try:
+            lines = read_text(Path(text[1:]), "utf-8-sig").splitlines()
+        except OSError as error:
+            raise UserError(f"{text}: {error.strerror or error}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"{text}: not UTF-8 text; list one image a line") from None
+        yield from (line.strip() for line in lines if line.strip())
 
 
-def _images_in(place: Path, output: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    return [
-        path
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(_MACOS_FILES) for part in path.relative_to(place).parts)
-        and not (_RESULT.search(path.name) and path.resolve().is_relative_to(output))
-    ]
+def _matching(pattern: str, output: Path, found: Found) -> Iterator[Path]:
+    """Images that match a glob pattern; with `**`, links are followed as in folders, so that loops end."""
+    if "**" not in pattern:
+        for match in sorted(glob.glob(pattern)):
+            if Path(match).is_dir():
+                yield from _images_in(Path(match), output, found)
+            elif not is_litter(Path(match).name):
+                yield Path(match)
+        return
+    parts = Path(pattern).parts
+    start = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    base = Path(*parts[:start])
+    if base.is_dir():
+        for path in _images_in(base, output, found):
+            if _fits(path.relative_to(base).parts, parts[start:]):
+                yield path
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path, or a folder that it is in, matches a glob pattern."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_fits(parts[index:], pattern[1:]) for index in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _images_in(place: Path, output: Path, found: Found) -> list[Path]:
+    """Images below a folder; what is passed over is added to `found`."""
+    here = walk_images(place)
+    for kind, paths in here.passed.items():
+        found.passed[kind] += paths
+    found.problems += here.problems
+    written = {path for path in here.files if _RESULT.search(path.name) and path.resolve().is_relative_to(output)}
+    found.passed[_EARLIER] += sorted(written)
+    return [path for path in here.files if path not in written]
+
+
+def _results_of(mask: Path) -> Iterator[Path]:
+    """The mask and the other files of an earlier result, by its record; nothing for other files."""
+    if mask.name.endswith(MASK):
+        target = mask.with_name(mask.name.removesuffix(MASK))
+        if (record := read_record(target)) is not None:
+            yield from (with_suffix(target, suffix) for suffix in (MASK, *record["files"]))

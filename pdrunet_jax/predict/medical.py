@@ -15,9 +15,9 @@ import numpy as np
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-from pdrunet_jax.data.images import dicom_numbers, import_pydicom
+from pdrunet_jax.data.dicom import dicom_numbers, import_pydicom, is_dicom
 from pdrunet_jax.data.overlay import colour_of
-from pdrunet_jax.predict.inputs import is_dicom
+from pdrunet_jax.runtime.opening import open_regular, read_regular
 
 PROJECTIONS = ("1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.12.1", "1.2.840.10008.5.1.4.1.1.12.2")
 """SOP classes: computed radiography (as a prefix, also digital X-ray), angiography, fluoroscopy."""
@@ -66,7 +66,7 @@ def read_geometry(path: Path) -> Geometry:
     """Geometry that ITK reads from an image file; missing or invalid fields get ITK's defaults."""
     if is_dicom(path):
         return _dicom_geometry(path)
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(read_regular(path))) as image:
         across, down = 1.0, 1.0
         if image.format == "JPEG" and (unit := {1: 25.4, 2: 10.0}.get(image.info.get("jfif_unit", 0))):
             across, down = (unit / value if value else 1.0 for value in image.info["jfif_density"])
@@ -93,40 +93,53 @@ def nifti_file(mask: np.ndarray, geometry: Geometry) -> bytes:
 
 
 def nrrd_file(mask: np.ndarray, labels: Sequence[str], geometry: Geometry) -> bytes:
-    """A mask (H, W) as a 3D Slicer segmentation; class i + 1 is named `labels[i]`."""
+    """A mask (H, W) as a 3D Slicer segmentation; class i + 1 is named `labels[i]`.
+
+    Layers (H, W, K) of overlapping classes become layers of the segmentation.
+    """
     import nrrd
 
-    voxels = geometry.voxels(mask)
+    overlap = mask.ndim == 3
+    voxels = geometry.voxels(mask[..., 0] if overlap else mask)
+    shape, steps, kinds = voxels.shape, geometry.steps, ["domain"] * 3
+    if overlap:
+        voxels = np.stack([geometry.voxels(layer) for layer in np.moveaxis(mask, -1, 0)])
+        steps, kinds = np.vstack([np.full(3, np.nan), steps]), ["list", *kinds]
     header: dict[str, Any] = {
         "type": "uint8",
-        "dimension": 3,
+        "dimension": voxels.ndim,
         "space": "left-posterior-superior",
         "sizes": np.array(voxels.shape),
-        "kinds": ["domain"] * 3,
-        "space directions": geometry.steps,
+        "kinds": kinds,
+        "space directions": steps,
         "space origin": np.array(geometry.origin),
         "encoding": "gzip",
         "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
         "Segmentation_MasterRepresentation": "Binary labelmap",
         "Segmentation_ReferenceImageExtentOffset": "0 0 0",
     }
-    for number, label in enumerate(labels):
+    for number in range(len(labels)):
         fields = {
             "ID": f"Segment_{number + 1}",
-            "Name": " ".join(label.split()),
+            "Name": f"{{name {number}}}",
             "Color": " ".join(f"{value / 255:.6f}" for value in colour_of(number + 1)),
-            "LabelValue": str(number + 1),
-            "Layer": "0",
-            "Extent": f"0 {voxels.shape[0] - 1} 0 {voxels.shape[1] - 1} 0 0",
+            "LabelValue": "1" if overlap else str(number + 1),
+            "Layer": str(number if overlap else 0),
+            "Extent": f"0 {shape[0] - 1} 0 {shape[1] - 1} 0 0",
         }
         header |= {f"Segment{number}_{key}": value for key, value in fields.items()}
     file = io.BytesIO()
     nrrd.write(file, voxels, header)
-    return file.getvalue()
+    # pynrrd writes ASCII only; 3D Slicer reads and writes names in UTF-8.
+    text, end, content = file.getvalue().partition(b"\n\n")
+    for number, label in enumerate(labels):
+        text = text.replace(f"{{name {number}}}".encode(), " ".join(label.split()).encode(), 1)
+    return text + end + content
 
 
 def _dicom_geometry(path: Path) -> Geometry:
-    dataset = import_pydicom().dcmread(path, stop_before_pixels=True, force=True)
+    with open_regular(path) as file:
+        dataset = import_pydicom().dcmread(file, stop_before_pixels=True, force=True)
 
     # ITK looks for the spacing in different elements for each kind of image.
     kind = str(dataset.get("SOPClassUID", ""))

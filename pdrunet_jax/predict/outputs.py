@@ -20,16 +20,19 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pdrunet_jax.data import overlay
+from pdrunet_jax.data.dicom import is_dicom
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.labelme.contours import outlines
 from pdrunet_jax.data.labelme.write import labelme_text
+from pdrunet_jax.data.layers import region
 from pdrunet_jax.predict.inference import Prediction
-from pdrunet_jax.predict.inputs import is_dicom
 from pdrunet_jax.predict.medical import nifti_file, nrrd_file, read_geometry
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
+from pdrunet_jax.runtime.extras import how_to_install
+from pdrunet_jax.runtime.files import atomic_write, csv_text, open_in_place, writing
 
 MASK = "_mask.png"
+LAYER = "_mask_{}.png"
 OVERLAY = "_overlay.png"
 PROBABILITY = "_probability.png"
 NPZ = "_probability.npz"
@@ -38,6 +41,8 @@ NRRD = "_mask.seg.nrrd"
 NIFTI = "_mask.nii.gz"
 LABELME = ".json"
 LABELME_PICTURE = "_labelme.png"
+
+MAX_NAME = 255 - len("..tmp")  # bytes of a file name, temporary file included
 
 AREA_COLUMNS = ("image", "class", "pixels", "area_mm2")
 
@@ -73,9 +78,21 @@ class WrittenFiles:
         if not 0 <= self.tolerance < float("inf"):
             raise UserError(f"--tolerance {self.tolerance}: give a number of pixels, 0 or more")
 
-    def suffixes(self, path: Path, labels: Sequence[str], outputs: int) -> list[str]:
-        """Suffixes of the files for the image at `path`, mask excluded, from a network with `outputs` channels."""
+    def check(self, *, overlap: bool) -> None:
+        """Raise `UserError` if one of these files cannot hold classes that overlap."""
+        if overlap and self.nifti:
+            raise UserError(
+                "--nifti writes a label map, with one class for each pixel, and the classes of these weights overlap; "
+                "use --nrrd, or the masks of the single classes"
+            )
+
+    def suffixes(self, path: Path, labels: Sequence[str], outputs: int, *, overlap: bool = False) -> list[str]:
+        """Suffixes of the files for the image at `path`, mask excluded, from a network with `outputs` channels.
+
+        If classes `overlap`, there is a mask of each class, too.
+        """
         return [
+            *(_by_class(LAYER, labels) if overlap else []),
             *([OVERLAY] if self.overlay else []),
             *(_probability_suffixes(labels, outputs == 1) if self.probability else []),
             *([NPZ] if self.npz else []),
@@ -90,7 +107,7 @@ class WrittenFiles:
         """Raise `UserError` if a package needed for one of these files is not installed."""
         for option, module, package in (("nrrd", "nrrd", "pynrrd"), ("nifti", "nibabel", "NiBabel")):
             if getattr(self, option) and find_spec(module) is None:
-                raise UserError(f"--{option} needs {package}: pip install 'pdrunet-jax[{option}]'")
+                raise UserError(f"--{option} needs {package}: {how_to_install(option)}")
 
 
 class Areas:
@@ -114,7 +131,7 @@ class Areas:
         text = "".join([head, *(lines for name, lines in rows.items() if name in finished)]).encode()
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            self._file = os.fdopen(open_in_place(path, os.O_RDWR), "r+b")
             self._lock()
             if (earlier := self._file.read()) != text:
                 if not overwrite:
@@ -172,20 +189,23 @@ def render(
 
     Raises `UserError` if the image cannot be read, `OSError`.
     """
-    mask, single = result.mask, result.probability.ndim == 2
+    mask, single, overlap = result.mask, result.probability.ndim == 2, result.mask.ndim == 3
     pixels = read_image(path, 1) if {OVERLAY, LABELME_PICTURE} & set(suffixes) else np.empty(0)
     makers: dict[str, Callable[[], bytes | str]] = {
         OVERLAY: lambda: overlay.png(Image.fromarray(overlay.overlay(pixels, mask))),
-        NPZ: lambda: _npz(result.probability, labels),
+        NPZ: lambda: _npz(result.probability, labels if overlap else ["background", *labels]),
         CONTOURS: lambda: _contours(mask, labels, files.tolerance),
         NRRD: lambda: nrrd_file(mask, labels, read_geometry(path)),
         NIFTI: lambda: nifti_file(mask, read_geometry(path)),
         LABELME_PICTURE: lambda: overlay.png(Image.fromarray(np.rint(pixels[..., 0]).astype(np.uint8))),
         LABELME: lambda: _labelme(mask, path, target, labels, files.tolerance),
     }
-    channels = [result.probability] if single else np.moveaxis(result.probability, -1, 0)[1:]
+    channels = [result.probability] if single else np.moveaxis(result.probability, -1, 0)[0 if overlap else 1 :]
     for suffix, channel in zip(_probability_suffixes(labels, single), channels, strict=True):
         makers[suffix] = partial(_sixteen_bits, channel)
+    if overlap:
+        for place, suffix in enumerate(_by_class(LAYER, labels)):
+            makers[suffix] = partial(overlay.png, overlay.index_mask(mask[..., place], 1))
     contents = {suffix: makers[suffix]() for suffix in suffixes}
     return {suffix: data.encode() if isinstance(data, str) else data for suffix, data in contents.items()}
 
@@ -203,22 +223,33 @@ def with_suffix(target: Path, suffix: str) -> Path:
     return target.with_name(target.name + suffix)
 
 
+def require_short_names(target: Path, suffixes: Sequence[str]) -> None:
+    """Raise `UserError` if a result of `target` would have a longer name than file systems allow."""
+    longest = max((os.fsencode(with_suffix(target, suffix).name) for suffix in suffixes), key=len, default=b"")
+    if len(longest) > MAX_NAME:
+        over = len(longest) - MAX_NAME
+        raise UserError(f"the names of its results would be too long; shorten the image's name by {over} bytes")
+
+
 def _probability_suffixes(labels: Sequence[str], single: bool) -> list[str]:
-    if single:
-        return [PROBABILITY]
+    return [PROBABILITY] if single else _by_class("_probability_{}.png", labels)
+
+
+def _by_class(form: str, labels: Sequence[str]) -> list[str]:
+    """One suffix a class, different in file systems of all kinds."""
     safe = ["".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in label) for label in labels]
     if len({label.lower() for label in safe}) < len(safe):
         safe = [f"{number}_{label}" for number, label in enumerate(safe, 1)]
-    return [f"_probability_{label}.png" for label in safe]
+    return [form.format(label) for label in safe]
 
 
 def _sixteen_bits(probability: np.ndarray) -> bytes:
     return overlay.png(Image.fromarray(np.rint(probability * 65535).astype(np.uint16)))
 
 
-def _npz(probability: np.ndarray, labels: Sequence[str]) -> bytes:
+def _npz(probability: np.ndarray, channels: Sequence[str]) -> bytes:
     file = io.BytesIO()
-    np.savez_compressed(file, probability=probability, classes=np.array(["background", *labels]))
+    np.savez_compressed(file, probability=probability, classes=np.array(channels))
     return file.getvalue()
 
 
@@ -233,7 +264,7 @@ def _contours(mask: np.ndarray, labels: Sequence[str], tolerance: float) -> str:
     points = (
         (label, number, x + 0.5, y + 0.5)
         for index, label in enumerate(labels, 1)
-        for number, ring in enumerate(outlines(mask == index, tolerance), 1)
+        for number, ring in enumerate(outlines(region(mask, index), tolerance), 1)
         for x, y in ring.tolist()
     )
     return csv_text([("class", "contour", "x", "y"), *points])

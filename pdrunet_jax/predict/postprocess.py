@@ -28,11 +28,13 @@ class Cleaning:
 
 
 def clean(mask: np.ndarray, rules: Cleaning) -> np.ndarray:
-    """Apply `rules` to a mask (H, W) of class indices; returns a new array of the same type.
+    """Apply `rules` to a mask (H, W) of class indices, or to each layer of (H, W, K); returns a new array.
 
     Small components become background first, so that the holes they leave in another class are then filled. A region
     of another class is not a hole. `IGNORE` is not a class.
     """
+    if mask.ndim == 3:
+        return np.stack([clean(layer, rules) for layer in np.moveaxis(mask, -1, 0)], axis=-1)
     cleaned = mask.copy()
     if rules == Cleaning():
         return cleaned

@@ -11,18 +11,46 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
 
+from pdrunet_jax.data.layers import region, to_bits
 from pdrunet_jax.predict.inference import Prediction
-from pdrunet_jax.predict.outputs import MASK, RECORD_KEY, Record, WrittenFiles, mask_png, render, with_suffix
+from pdrunet_jax.predict.outputs import (
+    MASK,
+    RECORD_KEY,
+    Record,
+    WrittenFiles,
+    mask_png,
+    render,
+    require_short_names,
+    with_suffix,
+)
 from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.opening import open_regular
 
 MAX_LISTED = 10  # conflicts in an error message
+
+
+@dataclass(frozen=True)
+class _Record:
+    """The form of a `Record`."""
+
+    settings: dict[str, Any]
+    input: dict[Literal["sha256"], str]
+    files: dict[str, str | None]
+    pixels: dict[str, Annotated[int, Field(ge=0, lt=1 << 63)]]
+    mask: str | None = None
+    spacing: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if "sha256" not in self.input or any("/" in suffix for suffix in self.files):
+            raise ValueError("not a record of this command")
 
 
 class Work(NamedTuple):
@@ -55,11 +83,13 @@ class Recipe:
     labels: tuple[str, ...]
     outputs: int
     files: WrittenFiles
+    overlap: bool = False
+    """Whether classes overlap."""
 
     def inspect(self, path: Path, target: Path) -> Work:
         """Compare the image at `path` and the files at `target` with the record. Raises `OSError` for the image."""
         record = read_record(target)
-        wanted = [MASK, *self.files.suffixes(path, self.labels, self.outputs)]
+        wanted = [MASK, *self.files.suffixes(path, self.labels, self.outputs, overlap=self.overlap)]
         known = {} if record is None else {MASK: None, **record["files"]}
         present = [suffix for suffix in wanted if os.path.lexists(with_suffix(target, suffix))]
         conflicts = []
@@ -92,6 +122,7 @@ class Recipe:
         with writing(target):
             work = self.inspect(path, target)
             _require_free({target: work}, overwrite=overwrite)
+            require_short_names(target, work.missing)
             suffixes = [suffix for suffix in work.missing if suffix != MASK]
             contents = render(result, path, target, self.labels, self.files, suffixes)
             earlier: dict[str, str | None] = {} if work.record is None else work.record["files"]
@@ -100,8 +131,8 @@ class Recipe:
                 "settings": self.settings,
                 "input": {"sha256": sha256(path)},
                 "files": {**(earlier if work.fits else {}), **digests},
-                "mask": _pixel_digest(result.mask),
-                "pixels": {label: int(np.sum(result.mask == index)) for index, label in enumerate(self.labels, 1)},
+                "mask": _pixel_digest(to_bits(result.mask)),
+                "pixels": {label: int(region(result.mask, i).sum()) for i, label in enumerate(self.labels, 1)},
                 "spacing": None if result.spacing is None else list(result.spacing),
             }
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -137,15 +168,16 @@ def survey(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: bool) -> 
 def read_record(target: Path) -> Record | None:
     """The record in the mask of a result; None if there is no mask, or if this command did not write it."""
     try:
-        with Image.open(with_suffix(target, MASK), formats=("PNG",)) as image:  # reads no pixels
+        with open_regular(with_suffix(target, MASK)) as file, Image.open(file, formats=("PNG",)) as image:
             record = json.loads(image.info.get(RECORD_KEY, "null"))
     except (OSError, ValueError, SyntaxError):
         return None
-    if not isinstance(record, dict) or not {"settings", "input", "files", "pixels"} <= record.keys():
+    if isinstance(record, dict) and isinstance(record.get("files"), list):  # version 0.1.0 recorded no digests
+        record["files"] = dict.fromkeys(map(str, record["files"]))
+    try:
+        return vars(TypeAdapter(_Record).validate_python(record))
+    except ValidationError:
         return None
-    if isinstance(record["files"], list):  # version 0.1.0 recorded no digests
-        record["files"] = dict.fromkeys(record["files"])
-    return {"mask": None, **record}
 
 
 def _require_free(works: Mapping[Path, Work], *, overwrite: bool) -> None:
@@ -167,7 +199,7 @@ def _require_free(works: Mapping[Path, Work], *, overwrite: bool) -> None:
 
 def _mask_digest(target: Path) -> str | None:
     try:
-        with Image.open(with_suffix(target, MASK), formats=("PNG",)) as image:
+        with open_regular(with_suffix(target, MASK)) as file, Image.open(file, formats=("PNG",)) as image:
             return _pixel_digest(np.asarray(image))
     except (OSError, ValueError, SyntaxError):
         return None

@@ -21,24 +21,42 @@ Threshold = float | Literal["validation"]
 THRESHOLD_KEY = "threshold"  # in the options of a weights file
 
 
-def apply_threshold(probability: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """Class indices (H, W), uint8: probabilities (H, W) above `threshold`, or the argmax of (H, W, K)."""
+def apply_threshold(
+    probability: np.ndarray, threshold: float | tuple[float, ...] = 0.5, *, multilabel: bool = False
+) -> np.ndarray:
+    """Class indices (H, W), uint8: probabilities (H, W) above `threshold`, or the argmax of (H, W, K).
+
+    If classes overlap (`multilabel`), layers (H, W, K) of 0 and 1 instead; `threshold` is one for all or one for each.
+    """
+    if multilabel:
+        return np.asarray(probability > np.asarray(threshold, np.float32), np.uint8)
     classes = probability > threshold if probability.ndim == 2 else probability.argmax(axis=-1)
     return np.asarray(classes, np.uint8)
 
 
-def check_threshold(threshold: float, outputs: int = 1) -> None:
-    """Raise `UserError` if `threshold` is not a probability, or is set for a model with several outputs."""
-    if not 0 <= threshold <= 1:
-        raise UserError(f"threshold {threshold}: give a probability between 0 and 1")
-    if outputs > 1 and threshold != 0.5:
+def check_threshold(threshold: float | tuple[float, ...], outputs: int = 1, *, multilabel: bool = False) -> None:
+    """Raise `UserError` if `threshold` is not a probability, or is set for a model with several exclusive classes.
+
+    A model of overlapping classes takes one for all or one for each.
+    """
+    each = threshold if isinstance(threshold, tuple) else (threshold,)
+    if not all(0 <= value <= 1 for value in each):
+        raise UserError(f"threshold {thresholds_text(threshold)}: give a probability between 0 and 1")
+    if isinstance(threshold, tuple) and not (multilabel and len(threshold) == outputs):
+        raise UserError(f"{len(threshold)} thresholds for a model with {outputs} outputs: give one")
+    if outputs > 1 and not multilabel and threshold != 0.5:
         raise UserError(
             f"threshold {threshold}: the model has {outputs} outputs and takes the most probable class; "
             "leave the threshold out"
         )
 
 
-def store_threshold(path: Path, threshold: float) -> bool:
+def thresholds_text(threshold: float | tuple[float, ...]) -> str:
+    """One threshold, or one a class, in words."""
+    return " ".join(f"{value:g}" for value in (threshold if isinstance(threshold, tuple) else (threshold,)))
+
+
+def store_threshold(path: Path, threshold: float | tuple[float, ...]) -> bool:
     """Store `threshold` in the header of a `.safetensors` file, atomically, and update the digest.
 
     Returns False and leaves the file alone if its digest does not match: a new digest would hide the damage. Raises
@@ -51,31 +69,35 @@ def store_threshold(path: Path, threshold: float) -> bool:
     options = dict(file.options)
     if options.pop(CONTENT, None) != content_digest(file.arrays, options):
         return False
-    if options.get(THRESHOLD_KEY) != threshold:
-        options[THRESHOLD_KEY] = threshold
+    stored = list(threshold) if isinstance(threshold, tuple) else threshold
+    if options.get(THRESHOLD_KEY) != stored:
+        options[THRESHOLD_KEY] = stored
         write_safetensors(path, file.arrays, {**options, CONTENT: content_digest(file.arrays, options)})
     return True
 
 
-def resolve_threshold(given: Threshold, known: Mapping[str, Any], weights: str | Path) -> float:
+def resolve_threshold(given: Threshold, known: Mapping[str, Any], weights: str | Path) -> float | tuple[float, ...]:
     """The number that `--threshold` stands for, given the options `known` that are stored with `weights`.
+
+    It is one number a class for "validation" if classes overlap.
 
     Raises `UserError` if it is not a probability, if the model has several outputs, or if it is "validation" and no
     threshold is stored.
     """
-    outputs = known.get("outputs", 1)
+    outputs, multilabel = known.get("outputs", 1), bool(known.get("multilabel", False))
     if given != "validation":
-        check_threshold(given, outputs)
+        check_threshold(given, outputs, multilabel=multilabel)
         return given
-    if outputs > 1:
+    if outputs > 1 and not multilabel:
         raise UserError(
             f"--threshold validation: {weights} has {outputs} outputs and takes the most probable class; "
             "leave the option out"
         )
     chosen = known.get(THRESHOLD_KEY)
-    if isinstance(chosen, bool) or not isinstance(chosen, int | float) or not 0 <= chosen <= 1:
+    each: list[Any] = chosen if multilabel and isinstance(chosen, list) and len(chosen) == outputs else [chosen]
+    if any(isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= 1 for at in each):
         raise UserError(
             f"--threshold validation: {weights} contains no threshold. Training stores one in best.safetensors when it "
             "finishes; for a run without one, start the same training command again, or give a number"
         )
-    return float(chosen)
+    return tuple(map(float, each)) if multilabel else float(each[0])

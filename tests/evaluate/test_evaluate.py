@@ -2,8 +2,10 @@ import csv
 import json
 import math
 import re
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +17,22 @@ from pdrunet_jax.evaluate import evaluation, scores
 from pdrunet_jax.evaluate.__main__ import main
 from pdrunet_jax.evaluate.evaluation import EvaluationOptions, evaluate_split, write_evaluation
 from pdrunet_jax.evaluate.scores import CSV_COLUMNS, METRICS, read_csv
+from pdrunet_jax.evaluate.training_images import write_training_images
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.processes import Group
+from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.train.run import open_run
-from tests.support.tiny import brightness_model, overflowing_model, run_command, save_dataset, save_image, save_model
+from tests.support.tiny import (
+    bright_square,
+    brightness_model,
+    overflowing_model,
+    run_command,
+    save_dataset,
+    save_image,
+    save_model,
+)
 
 LINE = re.compile(
     r"(train|val|test|all) dice \d\.\d{3} \(95% (\d\.\d{3}-\d\.\d{3}|nan-nan), \d+ images, \d+ patients\)"
@@ -217,6 +229,19 @@ def test_the_command_scores_a_run_with_its_own_settings(tmp_path):
     assert (run.path / "evaluation" / "test" / "summary.json").is_file()
 
 
+def test_evaluations_of_different_weights_and_data_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "more"):
+        save_dataset(tmp_path / name)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        save_model(brightness_model(), tmp_path / name / "w.safetensors", size=[24, 32])
+    for weights, data in (("a", "data"), ("b", "data"), ("b", "more")):
+        main(["--weights", f"{weights}/w.safetensors", "--data.root", data])
+    assert sorted(path.name for path in (tmp_path / "evaluation").iterdir()) == ["a_w_data", "b_w_data", "b_w_more"]
+    assert (tmp_path / "evaluation/b_w_more/test/summary.json").is_file()
+
+
 def test_the_command_takes_other_data_and_split_and_output(tmp_path):
     root = save_dataset(tmp_path / "data")
     weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[24, 32])
@@ -234,12 +259,72 @@ def test_the_command_takes_other_data_and_split_and_output(tmp_path):
         "weights": str(weights),
         "data": str(root),
         "size": [24, 32],
+        "fit": "stretch",
+        "spacing": None,
         "threshold": 0.5,
         "threshold_from": "option",
         "cleaning": {"largest": 0, "min_area": 0, "fill_holes": False},
     }
     assert summary["environment"]["jax"]
     assert "squares, all images" in (tmp_path / "out" / "report.html").read_text()
+
+
+def scored(arguments):
+    """Run the command in this process with an output folder of its own; returns its summary."""
+    folder = Path(arguments[arguments.index("--output") + 1])
+    main([str(argument) for argument in arguments])
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_images_that_a_run_was_trained_on_are_refused_whatever_their_name_and_split(tmp_path):
+    root = save_dataset(tmp_path / "data")
+    data, model = DataConfig(root=str(root), size=(24, 32), threads=1), ModelConfig(filters=1, norm="none")
+    run = open_run(tmp_path / "run", Config(data=data, model=model))
+    save_model(brightness_model(), run.best, size=[24, 32], class_names=["square"])
+    write_training_images(run, open_dataset(data))
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    (other / "images/1.png").rename(other / "images/renamed.png")
+    rows = ["renamed.png,masks/1.png,p1,test", "0.png,masks/0.png,p2,train", "3.png,masks/3.png,p3,test"]
+    (other / "manifest.csv").write_text("\n".join(["image,mask,patient,split", *(f"images/{row}" for row in rows)]))
+    command = ["--weights", run.path, "--data.root", other, "--output", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"trained on 1 of the 2 images of .*: images/renamed.png\."):
+        scored(command)
+    assert scored([*command, "--allow-training-images"])["images"] == 2
+    assert scored([*command, "--split", "train"])["images"] == 1
+    own = ["--weights", run.best, "--output", tmp_path / "own"]
+    assert scored(own)["images"] == 3
+    with pytest.raises(UserError, match="trained on 2 of the 6 images"):
+        scored([*own, "--split", "all"])
+    later = RunFolder(tmp_path)
+    write_training_images(later, open_dataset(DataConfig(root=str(other), threads=1)), earlier=str(run.path))
+    assert len(later.training_images.read_text().splitlines()) == 1 + 3
+
+
+def test_other_data_is_scored_in_its_own_classes_matched_by_name(tmp_path):
+    for name, femur in (("a", 1), ("b", 2)):
+        for number in range(3):
+            pixels = bright_square(24, 32, 4 + number, 6, 9, value=120)
+            pixels[15:22, 20:30] = 250
+            truth = np.where(pixels == 120, femur, np.where(pixels == 250, 3 - femur, 0))
+            save_image(tmp_path / name / f"test/images/{number}.png", pixels)
+            save_image(tmp_path / name / f"test/masks/{number}.png", truth)
+    data = DataConfig(root=str(tmp_path / "a"), size=(24, 32), threads=1, classes={"femur": 1, "tibia": 2})
+    run = open_run(tmp_path / "run", Config(data=data, model=ModelConfig(filters=1, norm="none")))
+    save_model(brightness_model(outputs=3), run.best, size=[24, 32], class_names=["femur", "tibia"])
+    description, command = tmp_path / "b" / "dataset.toml", ["--weights", run.path, "--output", tmp_path / "out"]
+    description.write_text("classes = { tibia = 1, femur = 2 }")
+    for arguments in (
+        [],
+        ["--data.root", tmp_path / "b"],
+        ["--data.root", tmp_path / "b", "--data.classes", "femur", 2, "tibia", 1],
+    ):
+        summary = scored([*command, *arguments])
+        assert {name: each["dice"]["mean"] for name, each in summary["classes"].items()} == {"femur": 1, "tibia": 1}
+    description.write_text("classes = { tibia = 1, patella = 2 }")
+    words = r"has femur, tibia \(declared are femur = 1, tibia = 2\); .* \(declared are tibia = 1, patella = 2\)"
+    with pytest.raises(UserError, match=words):
+        scored([*command, "--data.root", tmp_path / "b"])
 
 
 def test_masks_are_cleaned_before_they_are_scored_when_asked_to(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pdrunet_jax.data.fit import Fit
 from pdrunet_jax.data.images import resize_image
 from pdrunet_jax.data.phantoms.phantom import draw
 from pdrunet_jax.export import __main__ as command
@@ -29,6 +30,7 @@ from pdrunet_jax.model.load import load_model
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import forward, segment
 from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.extras import how_to_install
 from tests.support.tiny import brightness_model, network, overflowing_model, save_image, save_model
 
 onnx = pytest.importorskip("onnx")
@@ -119,6 +121,25 @@ def test_the_network_sees_pillows_pixels_bit_for_bit(form: str) -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (1, *shape, 1), np.uint8)
         seen = np.rint((run(pixels)["logits"][0] + 16) / 32 * 255)
         np.testing.assert_array_equal(seen, resize_image(pixels[0], (24, 40)), err_msg=str(shape))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_model_that_pads_is_followed_bit_for_bit(form: str) -> None:
+    model, size = brightness_model(), (24, 40)
+    model.fit = "pad"
+    run = OPEN[form](BUILD[form](model, GraphSpec(size, 0.5, pillow_resizes_tall_first(), "pad")))
+    for shape in ((60, 90), (201, 34), (7, 9)):
+        pixels = np.random.default_rng(0).integers(0, 256, (1, *shape, 1), np.uint8)
+        got, want = run(pixels), segment(model, pixels[0], size=size)
+        seen = np.rint((got["logits"][0] + 16) / 32 * 255)
+        np.testing.assert_array_equal(seen, Fit(size, "pad").image(pixels[0]), err_msg=str(shape))
+        np.testing.assert_allclose(got["probability"][0], want.probability, rtol=0, atol=1e-6)
+
+
+def test_a_model_of_a_fixed_spacing_is_refused(tmp_path: Path) -> None:
+    weights = save_model(brightness_model(), tmp_path / "w.safetensors", size=[32], fit="pad", spacing=0.3)
+    with pytest.raises(UserError, match="not told the spacing"):
+        export(weights, tmp_path / "x.onnx", format="onnx")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -277,7 +298,7 @@ cli.run(lambda: main(["--weights", {str(weights)!r}, "--format", "onnx", "--outp
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: --format onnx needs {package}: pip install 'pdrunet-jax[export]'\n"
+    assert done.stderr == f"error: --format onnx needs {package}: {how_to_install('export')}\n"
     assert not (tmp_path / "out").exists()
 
 

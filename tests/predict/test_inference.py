@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pdrunet_jax.model.load import load_model
 from pdrunet_jax.predict.__main__ import main
 from pdrunet_jax.predict.inference import forward, resize_to_image, segment
 from pdrunet_jax.predict.postprocess import Cleaning
@@ -72,6 +73,24 @@ def test_mirrored_images_are_averaged_after_they_are_turned_back():
     both = np.flipud(shown(np.flipud(pixels))), np.rot90(shown(np.rot90(pixels, 2)), 2)
     every = sum((*once, *both)) / 4
     np.testing.assert_allclose(segment(model, pixels, augmentation="flips").probability, every, atol=1e-6)
+
+
+def test_classes_of_either_side_change_places_in_mirrored_images(tmp_path):
+    names = ["femur_left", "femur_right"]
+    path = save_model(brightness_model(outputs=3), tmp_path / "w.safetensors", class_names=names)
+    pixels = bright_square(24, 32, 5, 8, 9, value=255)
+    model = load_model(path)
+    once = segment(model, pixels).probability
+    np.testing.assert_allclose(
+        segment(model, pixels, augmentation="flip").probability, (once + once[..., [0, 2, 1]]) / 2, atol=1e-6
+    )
+    with pytest.raises(UserError, match=r"augmentation flips: .* top-bottom mirror images; use flip"):
+        segment(model, pixels, augmentation="flips")
+    declared = save_model(brightness_model(outputs=3), path, class_names=names, swap_on_flip=[])
+    np.testing.assert_allclose(segment(load_model(declared), pixels, augmentation="flips").probability, once, atol=1e-6)
+    alone = save_model(brightness_model(), path, class_names=["left femur"])
+    with pytest.raises(UserError, match="no class is the other side of left femur"):
+        segment(load_model(alone), pixels, augmentation="flip")
 
 
 def test_an_image_is_segmented_in_tiles_at_its_own_size():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.predict.__main__ import main
+from pdrunet_jax.predict.medical import Geometry, nrrd_file
 from pdrunet_jax.predict.outputs import WrittenFiles
 from tests.support.tiny import bright_square, brightness_model, save_image, save_model
 
@@ -144,6 +145,16 @@ def test_a_segmentation_names_its_segments_as_slicer_reads_them(tmp_path):
         assert header[f"Segment{number}_Layer"] == "0"
         assert len(header[f"Segment{number}_Color"].split()) == 3
     assert header["Segment0_Color"] != header["Segment1_Color"]
+
+
+def test_segments_are_named_in_utf8_as_slicer_names_them(tmp_path):
+    names = ("fémur", "胫骨", "{name 0}")
+    content = nrrd_file(np.ones((4, 6), np.uint8), names, Geometry())
+    for number, name in enumerate(names):
+        assert f"\nSegment{number}_Name:={name}\n".encode() in content
+    sitk = pytest.importorskip("SimpleITK")
+    (tmp_path / "x.seg.nrrd").write_bytes(content)
+    assert sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "x.seg.nrrd"))).shape == (1, 4, 6)
 
 
 def test_areas_are_in_square_millimetres_where_the_file_states_its_spacing(tmp_path, weights):

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from pdrunet_jax.predict.__main__ import main
 from pdrunet_jax.predict.inputs import find_images, name_results, take_shard
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
+from tests.support.small_data import write_dicom
 from tests.support.tiny import bright_square, brightness_model, run_command, save_image, save_model
 
 SQUARE = bright_square(40, 60, 12, 20, 15)
@@ -98,14 +100,73 @@ def test_globs_folders_and_files_give_each_image_once(tmp_path):
         save_image(tmp_path / name, SQUARE)
     inputs = [str(tmp_path / "b/**/*.tif"), str(tmp_path / "b"), str(tmp_path / "b/1.png")]
     found = find_images(inputs, tmp_path / "out")
-    assert sorted(path.name for path in found) == ["1.png", "2.tif", "3.JPG"]
+    assert sorted(path.name for path in found.images) == ["1.png", "2.tif", "3.JPG"]
 
 
 def test_earlier_results_are_no_input(tmp_path):
     for name in ("x.png", "x_mask.png", "x_overlay.png", "x_probability_femur.png"):
         save_image(tmp_path / name, SQUARE)
-    assert [path.name for path in find_images([str(tmp_path)], tmp_path)] == ["x.png"]
-    assert len(find_images([str(tmp_path)], tmp_path / "elsewhere")) == 4
+    assert [path.name for path in find_images([str(tmp_path)], tmp_path).images] == ["x.png"]
+    assert len(find_images([str(tmp_path)], tmp_path / "elsewhere").images) == 4
+
+
+def test_links_unreadable_folders_and_dicom_files_are_found_as_in_datasets(tmp_path):
+    save_image(tmp_path / "in/r0.png", SQUARE)
+    save_image(tmp_path / "store/s0.png", SQUARE)
+    write_dicom(tmp_path / "in/IM0000", SQUARE.astype(np.uint16))
+    write_dicom(tmp_path / "in/seg.dcm", SQUARE.astype(np.uint16), SOPClassUID="1.2.840.10008.5.1.4.1.1.66.4")
+    os.symlink("../store", tmp_path / "in/hospital")
+    os.symlink("r0.png", tmp_path / "in/copy.png")
+    for name, target in (("loop", "."), ("up", ".."), ("again", ".")):
+        os.symlink(target, tmp_path / "in" / name)
+    for inputs in (tmp_path / "in", tmp_path / "in/**"):
+        found = find_images([str(inputs)], tmp_path / "out")
+        names = ["IM0000", "copy.png", "hospital/s0.png", "r0.png"]
+        assert [path.relative_to(tmp_path / "in").as_posix() for path in found.images] == names
+        assert any("Segmentation (1)" in remark for remark in found.remarks)
+        assert any("folder above (3)" in remark for remark in found.remarks)
+    pngs = find_images([str(tmp_path / "in/**/*.png")], tmp_path / "out")
+    assert [path.name for path in pngs.images] == ["copy.png", "s0.png", "r0.png"]
+
+
+def test_results_of_another_run_are_recognised_by_their_record(tmp_path, weights, monkeypatch, capsys):
+    save_image(tmp_path / "in/x.png", SQUARE)
+    save_image(tmp_path / "in/y_mask.png", SQUARE)  # a person's
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        main(["in", "--weights", str(weights), "--output", "in/first", "--probability"])
+    assert "2 of 2 images are done already" in capsys.readouterr().out
+    found = find_images(["in"], Path("in/second"))
+    assert [path.name for path in found.images] == ["x.png", "y_mask.png"]
+    assert any("earlier predictions (6)" in remark for remark in found.remarks)
+
+
+def test_one_name_that_is_too_long_is_one_failed_image(tmp_path, weights, monkeypatch, capsys):
+    for name in ("胫" * 80, "x" * 240, "z"):
+        save_image(tmp_path / f"in/{name}.png", SQUARE)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: main(["in", "--weights", str(weights), "--output", "out", "--probability"]))
+    assert stopped.value.code == 1
+    assert "2 of 3 images could not be read or written" in (shown := capsys.readouterr().err)
+    assert "shorten the image's name" in shown
+    assert (tmp_path / "out/z_probability.png").exists()
+
+
+def test_lists_archives_and_standard_input(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a b.png", "c.png"):
+        save_image(tmp_path / name, SQUARE)
+    Path("list.txt").write_text("a b.png\n\nc.png\n")
+    assert [path.name for path in find_images(["@list.txt"], tmp_path / "out").images] == ["a b.png", "c.png"]
+    for wrong, words in (
+        ("-", "standard input"),
+        ("x.zip", "unpack"),
+        ("list.txt", "@list.txt"),
+        ("@gone", "No such file"),
+    ):
+        with pytest.raises(UserError, match=words):
+            find_images([wrong], tmp_path / "out")
 
 
 def test_every_input_without_an_image_is_named(tmp_path):

@@ -17,14 +17,14 @@ _MOST_DOTS = 40  # largest number of points drawn as dots too, such as the valid
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
-    """Finite values of every key of metrics.jsonl by step; the last one if a resumed run wrote a step again.
+    """Values of every key of metrics.jsonl by step; the last one if a resumed run wrote a step again.
 
-    A missing file has no values.
+    Values that are not finite, or too small or too large to draw, are left out. A missing file has no values.
     """
     values: dict[str, dict[float, float]] = {}
     for entry in filter(None, read_entries(path)):
         for key, value in entry.items():
-            if key != "step" and isinstance(value, int | float) and math.isfinite(value):
+            if key != "step" and isinstance(value, int | float) and (value == 0 or 1e-100 < abs(value) < 1e100):
                 values.setdefault(key, {})[entry["step"]] = value
     return {key: sorted(points.items()) for key, points in values.items()}
 

@@ -19,7 +19,7 @@ Cell = str | float | None
 Section = tuple[str, str, str]
 """Id, heading and HTML content."""
 
-LONGEST_SIDE = 512  # pixels of an embedded picture; limits the size of the page for large radiographs
+LONGEST_SIDE = 512  # largest width of an embedded picture, in pixels; limits the size of the page
 _NO_PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
@@ -107,7 +107,7 @@ def embedded(path: Path) -> str:
     file = io.BytesIO()
     try:
         with Image.open(path) as picture:
-            picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+            picture.thumbnail((LONGEST_SIDE, 2 * LONGEST_SIDE))  # slender pictures may be tall
             # No chroma subsampling, or thin coloured outlines would fade.
             picture.convert("RGB").save(file, "JPEG", quality=88, subsampling=0, optimize=True)
     except OSError:

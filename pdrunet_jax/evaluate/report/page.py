@@ -12,6 +12,7 @@ from pdrunet_jax.evaluate.report.sections import EvaluationFolder, key_numbers, 
 from pdrunet_jax.evaluate.scores import format_score
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.opening import read_text
 from pdrunet_jax.runtime.run_folder import RunFolder
 
 
@@ -24,10 +25,10 @@ def write_report(run_folder: str | Path) -> Path:
     run = RunFolder(run_folder)
     if not run.config_file.is_file():
         raise UserError(f"{run.path} is not a run folder: config.toml is missing")
-    config = tomllib.loads(run.config_file.read_text(encoding="utf-8"))
+    config = tomllib.loads(read_text(run.config_file))
     environment = config.pop("environment", {})
     metrics = read_metrics(run.metrics)
-    folders = (run.path / "evaluation" / split for split in ("test", "val"))
+    folders = (run.evaluation / split for split in ("test", "val"))
     scored = next(filter(None, map(EvaluationFolder.read, folders)), EvaluationFolder(run.path, {}, {}, {}))
 
     top = {key: value for key, value in config.items() if not isinstance(value, dict)}
@@ -64,7 +65,7 @@ def write_evaluation_report(folder: str | Path) -> Path:
         ("configuration", "Settings", settings({"": about})),
     ]
     title = f"{scored.summary['dataset']['name']}, {scored.split} images"
-    subtitle = str(about.get("weights", ""))
+    subtitle = str(about.get("weights", about.get("predictions", "")))
     return _write(folder / "report.html", title, subtitle, environment, key_numbers(scored), sections)
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.data import overlay
+from pdrunet_jax.data.split import ALONE
 from pdrunet_jax.evaluate import compare
 from pdrunet_jax.evaluate.report.charts import curve
 from pdrunet_jax.evaluate.report.html import Cell, Section, embedded, html_table, legend, note
 from pdrunet_jax.evaluate.scores import METRICS, format_score, remarks, score_table
 from pdrunet_jax.runtime.files import csv_name
+from pdrunet_jax.runtime.opening import read_text
 
 MOST_ROWS = 2_000  # in the table of every image: more would make the page too heavy for a phone
 OPEN_ROWS = 40  # largest number of rows shown unfolded
@@ -38,7 +40,7 @@ class EvaluationFolder:
     def read(cls, folder: Path) -> "EvaluationFolder":
         """Read `folder`; missing files are empty."""
         paths = (folder / name for name in ("summary.json", "curves.json", "comparison.json"))
-        return cls(folder, *(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {} for path in paths))
+        return cls(folder, *(json.loads(read_text(path)) if path.is_file() else {} for path in paths))
 
     def __bool__(self) -> bool:
         return bool(self.summary)
@@ -52,6 +54,11 @@ class EvaluationFolder:
     def classes(self) -> list[str]:
         """Foreground classes of the dataset."""
         return list(self.summary["dataset"]["classes"])
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether patients are known, rather than each image counting as one."""
+        return bool(self.summary["dataset"].get("patients_from") != ALONE)
 
 
 def score_sections(scored: EvaluationFolder) -> list[Section]:
@@ -72,17 +79,19 @@ def key_numbers(scored: EvaluationFolder) -> list[tuple[str, str]]:
     if not scored:
         return []
     dice = scored.summary["macro"]["dice"]
+    patients = f" of {scored.summary['patients']} patients" if scored.has_patients else ""
     bounds = f"{format_score(dice['low'])} to {format_score(dice['high'])}"
     return [
         (format_score(dice["mean"]), f"{scored.split} Dice, 95% interval {bounds}"),
-        (f"{scored.summary['images']}", f"{scored.split} images of {scored.summary['patients']} patients"),
+        (f"{scored.summary['images']}", f"{scored.split} images{patients}"),
     ]
 
 
 def _scores(scored: EvaluationFolder) -> str:
     head, *rows = score_table(scored.summary)
+    drawn = "patients" if scored.has_patients else "images, as no patients are known"
     notes = [
-        "Scores at each image's own resolution, without ignored pixels. Interval of the mean: bootstrap over patients.",
+        f"Scores at each image's own resolution, without ignored pixels. Interval of the mean: bootstrap over {drawn}.",
         *(f"{remark}." for remark in remarks(scored.summary)),
     ]
     if cleaning := {name: value for name, value in scored.summary["about"].get("cleaning", {}).items() if value}:
@@ -129,7 +138,8 @@ def _every_image(scored: EvaluationFolder) -> str:
         dice = head.index("dice")
         rows = sorted(rows, key=lambda row: 0.0 if row[dice] == "nan" else float(row[dice]))[:MOST_ROWS]
         limit = note(f"The {MOST_ROWS:,} rows with the lowest Dice; per_image.csv has all.")
-    columns = [number for number, name in enumerate(head) if name != "class" or len(scored.summary["classes"]) > 1]
+    same = {"class": len(scored.summary["classes"]) < 2, "patient": not scored.has_patients}
+    columns = [number for number, name in enumerate(head) if not same.get(name)]
     names = [head[column] for column in columns]
     cells: list[list[Cell]] = [
         [float(row[column]) if head[column] in METRICS else row[column] for column in columns] for row in rows
@@ -142,12 +152,15 @@ def _every_image(scored: EvaluationFolder) -> str:
 
 def _calibration(scored: EvaluationFolder) -> str:
     """Reliability diagram and Dice at each threshold of every class, with notes."""
+    if "predictions" in scored.summary["about"]:
+        return note("None: the predictions are masks, without probabilities.")
     if not any(each["reliability"] for each in scored.curves.values()):
         return note("None: there are no pixels to compute them from.")
     several = len(scored.curves) > 1
-    used = float(scored.summary["about"].get("threshold", 0.5))
+    used = scored.summary["about"].get("threshold", 0.5)
+    overlap = scored.summary["dataset"].get("multilabel", False)
     charts, notes = [], []
-    for name, each in scored.curves.items():
+    for place, (name, each) in enumerate(scored.curves.items()):
         if not (bins := each["reliability"]):
             continue
         title = f": {name}" if several else ""
@@ -156,7 +169,8 @@ def _calibration(scored: EvaluationFolder) -> str:
         marks: dict[str, Any] = {"axis": "predicted probability", "reference": [(0, 0), (1, 1)], "bars": shares}
         charts.append(curve(f"Calibration{title}", {"observed": observed}, 1.0, **marks))
         points = [point for point in zip(each["thresholds"], each["dice"], strict=True) if point[1] is not None]
-        at = None if several else (used, f"used: {used:g}")
+        here = float(used[place] if isinstance(used, list) else used)
+        at = None if several and not overlap else (here, f"used: {here:g}")
         if points:
             charts.append(curve(f"Dice at each threshold{title}", {"Dice": points}, 1.0, axis="threshold", at=at))
         error, pixels = each["expected_calibration_error"], each["pixels"]
@@ -170,6 +184,8 @@ def _calibration(scored: EvaluationFolder) -> str:
 
 
 def _threshold_notes(scored: EvaluationFolder) -> list[str]:
+    if scored.summary["dataset"].get("multilabel", False):
+        return ["Classes overlap: each has a threshold of its own, and each is compared with the rest of the image."]
     if len(scored.curves) > 1:
         return ["Each class is compared with the rest. Prediction takes the most probable class, without a threshold."]
     curve = next(iter(scored.curves.values()))
@@ -187,6 +203,7 @@ def _threshold_notes(scored: EvaluationFolder) -> list[str]:
 
 def _data(scored: EvaluationFolder) -> str:
     dataset = scored.summary["dataset"]
-    rows = [[name, str(split["images"]), str(split["patients"])] for name, split in dataset["splits"].items()]
+    counted = ["images", "patients"] if scored.has_patients else ["images"]
+    rows = [[name, *(str(split[what]) for what in counted)] for name, split in dataset["splits"].items()]
     notes = [f"Classes: {', '.join(scored.classes)}", *dataset["notes"]]
-    return html_table(["split", "images", "patients"], rows, words=1) + "".join(map(note, notes))
+    return html_table(["split", *counted], rows, words=1) + "".join(map(note, notes))

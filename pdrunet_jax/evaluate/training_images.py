@@ -1,0 +1,60 @@
+"""Which images a run was trained on, so that it is not scored on them by mistake.
+
+The run folder holds a digest of the decoded pixels of each: renaming, copying or mounting the data elsewhere does not
+change it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdrunet_jax.data.dataset import Dataset
+from pdrunet_jax.data.split import Sample
+from pdrunet_jax.data.walk import some
+from pdrunet_jax.model.load import find_run
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.run_folder import RunFolder
+
+_DIGITS = 16  # of the digest: two of a million images would agree once in 10 million data sets
+_HEADER = "# SHA-256 of the pixels of each training image, first 16 digits. evaluate refuses to score these images.\n"
+
+
+def write_training_images(run: RunFolder, dataset: Dataset, earlier: str | None = None) -> None:
+    """Write the list of a run, with the images that its initial weights `earlier` were trained on.
+
+    Raises `RunError` if it cannot be written.
+    """
+    digests = {_short(sample) for sample in dataset.of("train")}
+    digests |= (_read(earlier) or set()) if earlier else set()
+    text = _HEADER + "".join(f"{digest}\n" for digest in sorted(digests))
+    with writing(run.training_images):
+        if not run.training_images.is_file() or run.training_images.read_text(encoding="ascii") != text:
+            atomic_write(run.training_images, text)
+
+
+def require_unseen(weights: str | Path, samples: Sequence[Sample], dataset: Dataset) -> None:
+    """Raise `UserError` if the run of `weights` was trained on some of the `samples`; nothing is known of other files.
+
+    The split of a dataset is no protection: the same images may be in another one there.
+    """
+    known = _read(weights)
+    seen = [sample.id for sample in samples if known and _short(sample) in known]
+    if seen:
+        raise UserError(
+            f"{weights} was trained on {len(seen)} of the {len(samples)} images of {dataset.root} to score: "
+            f"{some(seen)}. Scores on them say nothing about new images. Choose other images, --split train if you "
+            "mean to score the training images, or --allow-training-images"
+        )
+
+
+def _short(sample: Sample) -> str:
+    return sample.pixels[:_DIGITS]
+
+
+def _read(weights: str | Path) -> set[str] | None:
+    """The digests of the run that `weights` belongs to; None if there is no list."""
+    run = find_run(weights)
+    if run is None or not run.training_images.is_file():
+        return None
+    lines = run.training_images.read_text(encoding="ascii", errors="replace").splitlines()
+    return {line.strip() for line in lines if line.strip() and not line.startswith("#")}
