@@ -1,17 +1,20 @@
 # Every target is plain pip, pytest and ruff underneath: see README.md and CONTRIBUTING.md.
 
 PYTHON ?= python3
-# Index to install torch from, for example one with CPU-only builds; empty uses pip's own settings.
+# Index to install torch from; empty takes pip's own settings. https://download.pytorch.org/whl/cpu has builds for CPUs.
 TORCH_INDEX ?=
+# Anything takes a torch with CUDA libraries (several GB), which otherwise is for machines with an NVIDIA GPU.
+TORCH_CUDA ?= $(wildcard /proc/driver/nvidia)
+TORCH = $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test lint types unit parity stress gpu-check bench clean
+.PHONY: help venv dev demo test lint types unit parity stress gpu-check lowest newest bench clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: .venv/installed  ## Create .venv with the package and its required dependencies
 dev: .venv/installed-dev  ## Add what tests, linting and types need
@@ -43,6 +46,9 @@ gpu-check: .venv/installed-dev  ## Compile for NVIDIA GPUs that are not there, a
 	then PYTHONPATH=.gpu $(BIN)/python -m gpu_check; \
 	else rm -rf .gpu; echo "gpu-check skipped: no wheels of jax-cuda12-pjrt and jax-cuda12-plugin $$version for this machine"; fi
 
+lowest newest:  ## Try the lowest (newest) versions that pyproject.toml allows, in an environment of their own (3 minutes)
+	.ci/try-versions $@ $(PYTHON)
+
 bench: .venv/installed-dev  ## Measure every figure of docs/performance.md on an otherwise idle machine (1.5 hours)
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m benchmarks
@@ -57,6 +63,11 @@ clean:  ## Delete .venv, builds and caches
 	touch $@
 # torch first and on its own: its exact version decides which build pip picks.
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
-	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	@$(TORCH) --dry-run --no-deps --report .venv/torch.json
+	@if [ "$$(uname)" = Linux ] && [ -z "$(TORCH_CUDA)" ] && grep -Eq '"(nvidia|cuda)-' .venv/torch.json; then \
+	echo "torch would bring several GB of CUDA libraries, and this machine has no NVIDIA GPU. Add to the command"; \
+	echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu    for a build without them, or"; \
+	echo "  TORCH_CUDA=1                                        to take it all the same"; exit 1; fi
+	$(TORCH)
 	$(PIP) --editable '.[dev]'
 	touch .venv/installed $@

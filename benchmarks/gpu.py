@@ -63,6 +63,7 @@ def parts(options: Options) -> list[Part]:
         Part("Parity on the card", (*pytest, "-k", "layers") if options.small else pytest, 8),
         table("bfloat16_512", [512], [8], every, "bfloat16"),
         table("float32_512", [512], [8], every, "float32"),
+        table("bfloat16_512_pallas", [512], [8], ("auto", "pallas"), "bfloat16"),  # apart, since no card has run it
         Part("Training to a Dice", train, 4),
         table("bfloat16_batches", [512], [1, 2, 4, 16, 32, 64], best, "bfloat16"),
         table("bfloat16_sizes", [256, 1024], [4, 8, 16], best, "bfloat16"),
