@@ -134,7 +134,7 @@ def filter_gradient(x: jax.Array, padded: jax.Array, dilation: int = 1) -> jax.A
     if on_cpu() and channels >= (FEW_CHANNELS if height * width >= LARGE_IMAGE else MANY_CHANNELS):
         return product_filter_gradient(x, padded, dilation)
     g = padded[:, dilation:-dilation]
-    if dilation > 1:
+    if dilation > 1 and not on_cpu():
         # XLA takes the filter gradient of a dilated convolution for a convolution with an image in the place of its
         # kernel. On phases it is a dense one; where they do not divide the image, pixels of zeros complete it.
         x, g, dilation = _complete_phases(x, dilation), _complete_phases(g, dilation), 1
