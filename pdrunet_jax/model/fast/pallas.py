@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
+from pdrunet_jax.model.fast.pallas_tiles import Channels, Tiles, padded
 from pdrunet_jax.model.sharding import psum, pvary
 from pdrunet_jax.runtime.errors import UserError
 
@@ -26,14 +27,8 @@ HALF, FULL = (128, 32, 64), (32, 32, 16)
 """For dtypes of two bytes, and of four or more: pixels of a tile of the forward kernel and of the gradient kernel, and
 most input channels of a program of the gradient kernel, which holds nine matrices of filter gradients in registers."""
 
-MOST_ROWS = 8
-"""Most pixels of one phase that a tile is high."""
-
 PROGRAMS = 264
 """Most programs of the gradient kernel, each with partial filter gradients: two for each multiprocessor of an H100."""
-
-LEAST_CHANNELS = 16
-"""Least side of a matrix product in Triton; channels are masked to it, or to the next power of two."""
 
 
 def require_nvidia() -> None:
@@ -66,130 +61,12 @@ class BackwardNorm(NamedTuple):
     offset: jax.Array
 
 
-class _Tiles(NamedTuple):
-    """How programs divide images into tiles for convolutions at a dilation.
-
-    A tile covers `rows` x `columns` pixels of each of `phase_rows` x `phase_columns` neighbouring phases, all powers of
-    two. Where phases are large a tile is in a single phase, so that its nine taps overlap; small phases share a tile.
-    In a kernel these are int32 scalars, so that one kernel serves all dilations.
-    """
-
-    dilation: Any
-    phase_columns: Any
-    columns: Any
-    phase_rows: Any
-    rows: Any
-    column_blocks: Any
-    """Tiles to cover the phases of a row, ..."""
-    column_tiles: Any
-    """... the pixels in a row of a phase, ..."""
-    row_blocks: Any
-    """... the phases of a column, ..."""
-    row_tiles: Any
-    """... and the pixels in a column of a phase."""
-    trips: Any
-    """Tiles of a program."""
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], dilation: int, pixels: int) -> "_Tiles":
-        height, width = (-(-side // dilation) for side in shape[1:3])
-        rows = min(MOST_ROWS, _power_of_two(height), pixels)
-        columns = min(pixels // rows, _power_of_two(width))
-        phase_columns = min(pixels // (rows * columns), _power_of_two(dilation))
-        phase_rows = pixels // (rows * columns * phase_columns)
-        sides = (dilation, phase_columns), (width, columns), (dilation, phase_rows), (height, rows)
-        blocks = [-(-number // size) for number, size in sides]
-        return cls._make((dilation, phase_columns, columns, phase_rows, rows, *blocks, 1))
-
-    @property
-    def number(self) -> int:
-        """Number of tiles of an image."""
-        return self.column_blocks * self.column_tiles * self.row_blocks * self.row_tiles
-
-    def place(self, index: jax.Array, shape: tuple[int, ...], pixels: int) -> "_Pixels":
-        """Locate the pixels of a tile in images (N, H, W, C). Neighbouring programs share rows."""
-        parts = []
-        for count in (self.column_blocks, self.column_tiles, self.row_blocks, self.row_tiles):
-            parts.append(lax.rem(index, count))
-            index = lax.div(index, count)
-        pixel = lax.iota(jnp.int32, pixels)
-        within = []
-        for count in (self.phase_columns, self.columns, self.phase_rows):
-            within.append(pixel & (count - 1))
-            pixel = lax.shift_right_logical(pixel, lax.population_count(count - 1))
-        phase_column, phase_row = parts[0] * self.phase_columns + within[0], parts[2] * self.phase_rows + within[2]
-        column = (parts[1] * self.columns + within[1]) * self.dilation + phase_column
-        row = (parts[3] * self.rows + pixel) * self.dilation + phase_row
-        inside = (phase_row < self.dilation) & (phase_column < self.dilation) & (index < shape[0])
-        return _Pixels(index, row, column, inside & (row < shape[1]) & (column < shape[2]), shape[1], shape[2])
-
-
-class _Pixels(NamedTuple):
-    """Pixels of a tile, (P,) each."""
-
-    image: jax.Array
-    row: jax.Array
-    column: jax.Array
-    inside: jax.Array
-    height: int
-    width: int
-
-    def shifted(self, rows: jax.Array, columns: jax.Array) -> "_Pixels":
-        """The pixels so many rows and columns further; those outside the image are zero padding."""
-        row, column = self.row + rows, self.column + columns
-        inside = self.inside & (row >= 0) & (row < self.height) & (column >= 0) & (column < self.width)
-        return self._replace(row=row, column=column, inside=inside)
-
-    def load(self, ref: Any, channels: "_Channels") -> tuple[jax.Array, jax.Array]:
-        """Values (P, C) of an activation, zero outside, and the mask of the inside."""
-        mask = self.inside[:, None] & channels.used[None]
-        at = ref.at[self.image, self.row[:, None], self.column[:, None], channels.place[None]]
-        return triton.load(at, mask=mask, other=0), mask
-
-    def store(self, ref: Any, channels: "_Channels", values: jax.Array) -> None:
-        mask = self.inside[:, None] & channels.used[None]
-        at = ref.at[self.image, self.row[:, None], self.column[:, None], channels.place[None]]
-        triton.store(at, values.astype(ref.dtype), mask=mask)
-
-
-class _Channels(NamedTuple):
-    """Channels of an activation, masked to a size that Triton can multiply."""
-
-    place: jax.Array
-    used: jax.Array
-
-    @classmethod
-    def of(cls, count: int, most: int | None = None, block: Any = 0) -> "_Channels":
-        """All of `count` channels, or the block of this number of at most `most`."""
-        size = min(padded(count), most or padded(count))
-        index = lax.iota(jnp.int32, size) + block * size
-        return cls(index, index < count)
-
-    def vector(self, ref: Any) -> jax.Array:
-        """A vector, (1, C), zero where masked."""
-        return triton.load(ref.at[self.place], mask=self.used, other=0)[None]
-
-    def store(self, ref: Any, program: jax.Array, vectors: tuple[jax.Array, ...]) -> None:
-        """Store a program's vectors, (C,) each, in (programs, vectors, C)."""
-        for row, vector in enumerate(vectors):
-            triton.store(ref.at[program, row, self.place], vector, mask=self.used)
-
-
-def padded(channels: int) -> int:
-    """The number that this many channels are masked to."""
-    return max(LEAST_CHANNELS, _power_of_two(channels))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
-
-
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: DTypeLike) -> jax.Array:
     """Product of two matrices summed over these axes, in the precision that JAX is set to."""
     return lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=dtype)
 
 
-def _weights(ref: Any, row: Any, column: Any, inputs: _Channels, outputs: _Channels) -> jax.Array:
+def _weights(ref: Any, row: Any, column: Any, inputs: Channels, outputs: Channels) -> jax.Array:
     at = ref.at[row, column, inputs.place[:, None], outputs.place[None]]
     return triton.load(at, mask=inputs.used[:, None] & outputs.used[None], other=0)
 
@@ -203,7 +80,7 @@ def _forward_kernel(refs: Mapping[str, Any], *, pixels: int) -> None:
     """One tile of z = conv(y): y = x or relu(norm(x)); with `sums` their moments, with `bias` relu(z + bias + skip)."""
     x, kernel, z = refs["x"], refs["kernel"], refs["z"]
     dtype = accumulator(x.dtype)
-    inputs, outputs = _Channels.of(kernel.shape[2]), _Channels.of(kernel.shape[3])
+    inputs, outputs = Channels.of(kernel.shape[2]), Channels.of(kernel.shape[3])
     tiles, program = _tiles(refs), pl.program_id(0)
     here = tiles.place(program, x.shape, pixels)
     norm = Norm(*(inputs.vector(refs[name]) for name in Norm._fields)) if "mean" in refs else None
@@ -232,8 +109,8 @@ def _forward_kernel(refs: Mapping[str, Any], *, pixels: int) -> None:
         outputs.store(refs["sums"], program, (mean, (apart * apart).sum(0), jnp.where(outputs.used, count, 0)))
 
 
-def _tiles(refs: Mapping[str, Any]) -> _Tiles:
-    return _Tiles(*(refs["tiles"][place] for place in range(len(_Tiles._fields))))
+def _tiles(refs: Mapping[str, Any]) -> Tiles:
+    return Tiles(*(refs["tiles"][place] for place in range(len(Tiles._fields))))
 
 
 def normalise(z: jax.Array, norm: Norm) -> jax.Array:
@@ -250,8 +127,8 @@ def _gradient_kernel(refs: Mapping[str, Any], *, pixels: int, most: int, add_gra
     """
     g, x, kernel, d_x = (refs[name] for name in ("g", "x", "kernel", "d_x"))
     dtype = accumulator(x.dtype)
-    inputs = _Channels.of(kernel.shape[2], most, pl.program_id(1))
-    outputs, tiles, program = _Channels.of(kernel.shape[3]), _tiles(refs), pl.program_id(0)
+    inputs = Channels.of(kernel.shape[2], most, pl.program_id(1))
+    outputs, tiles, program = Channels.of(kernel.shape[3]), _tiles(refs), pl.program_id(0)
     back = (
         BackwardNorm(refs["z"], *(outputs.vector(refs[f"z_{name}"]) for name in BackwardNorm._fields[1:]))
         if "z" in refs
@@ -354,7 +231,7 @@ def forward(
     (tiles, 3, K) for `moments`.
     """
     pixels, warps = (HALF[0], 4) if x.dtype.itemsize == 2 else (FULL[0], 8)
-    tiles = _Tiles.of(x.shape, dilation, pixels)
+    tiles = Tiles.of(x.shape, dilation, pixels)
     programs, outputs = x.shape[0] * tiles.number, kernel.shape[3]
     operands = {"tiles": jnp.asarray(tiles, jnp.int32), "x": x, "kernel": kernel, "bias": bias, "skip": skip}
     results: dict[str, Any] = {"z": ((*x.shape[:3], outputs), x.dtype)}
@@ -395,7 +272,7 @@ def gradients(
     the former times (x - mean), (C,) each.
     """
     _, pixels, most = HALF if x.dtype.itemsize == 2 else FULL
-    tiles = _Tiles.of(x.shape, dilation, pixels)
+    tiles = Tiles.of(x.shape, dilation, pixels)
     number, inputs = x.shape[0] * tiles.number, x.shape[3]
     trips = -(-number // PROGRAMS)
     programs, dtype = -(-number // trips), accumulator(x.dtype)
