@@ -44,8 +44,8 @@ PEAK = {
 """Memory bandwidth in bytes/s and peak in dense flop/s, from the data sheets of the SXM cards with 80 GB."""
 
 
-CHANNELS_FIRST = {("a100", "float32")}
-"""Where XLA transposes to channels first for convolutions: exact float32 runs outside the tensor cores there."""
+CHANNELS_FIRST = {("a100", "float32"), ("a100", "tf32")}
+"""Where XLA transposes to channels first for convolutions: of float32 arrays, whatever their products' precision."""
 
 
 @dataclasses.dataclass(frozen=True)
