@@ -58,12 +58,15 @@ class Case:
     precision: str
     remat: bool = False
     devices: int = 1
+    size: int | None = None
+    """Image size in pixels, if it is always the same."""
 
     @property
     def name(self) -> str:
         """For example `train auto bfloat16 remat`."""
         devices = f"{self.devices} devices" if self.devices > 1 else ""
-        return " ".join(filter(None, (self.kind, self.path, self.precision, "remat" * self.remat, devices)))
+        size = f"at {self.size}" if self.size else ""
+        return " ".join(filter(None, (self.kind, self.path, self.precision, "remat" * self.remat, devices, size)))
 
 
 CASES = [
@@ -74,8 +77,9 @@ CASES = [
     *(Case("infer", path, precision) for path in ("auto", "plain") for precision in ("bfloat16", "float32")),
     Case("artifact", "plain", "float32"),
     Case("train", "pallas", "bfloat16"),
-    Case("infer", "pallas", "bfloat16"),
-    Case("infer", "pallas", "float32"),
+    Case("train", "pallas", "bfloat16", remat=True),
+    *(Case("infer", "pallas", precision) for precision in ("bfloat16", "float32")),
+    Case("train", "auto", "bfloat16", size=100),  # no multiple of the dilations from 8 on
 ]
 CONTROL = Case("train", "plain", "bfloat16")
 """Must fail: XLA computes its filter gradients as convolutions with an image in the place of a kernel."""
@@ -93,7 +97,7 @@ def check(target: str, *, size: int, batch: int, only: Sequence[str], update: bo
         if only and not any(word in case.name for word in only):
             continue
         began = time.monotonic()
-        figures = found[case.name] = measure(case, target, size, batch)
+        figures = found[case.name] = measure(case, target, case.size or size, batch)
         problems = list(problems_of(figures, known.get(case.name), (target, case.precision) in CHANNELS_FIRST))
         if case == CONTROL:
             problems = [] if figures["wide windows"] else ["the negative control has no wide window"]

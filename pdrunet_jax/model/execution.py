@@ -11,6 +11,7 @@ from pdrunet_jax.model.fast.pallas import require_nvidia
 from pdrunet_jax.model.fast.phases import Activation, finest_phases
 from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks
 from pdrunet_jax.model.layers import GPU_PATHS, PATHS, Path, State, Tap, fused_training_block, split_state
+from pdrunet_jax.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from pdrunet_jax.model.network import Block
@@ -39,6 +40,8 @@ class Execution:
             UserError: the path does not run on this computer's devices.
         """
         conv = "fused" if conv == "auto" else conv
+        if conv == "pallas" and mesh is not None:
+            raise UserError("model.conv = pallas runs on one GPU only; use model.conv = auto")
         if conv == "pallas":
             require_nvidia()
         for path in (*PATHS, *GPU_PATHS):
