@@ -104,6 +104,11 @@ def split(options: Split) -> None:
     inspection = inspect_dataset(config)
     root, samples = Path(options.root), inspection.dataset.samples
     path = root / MANIFEST
+    if any(sample.layers for sample in samples):
+        raise UserError(
+            f"{root} has one mask file a class, and a manifest lists one an image: put images and masks into train/, "
+            "val/ and test/ instead"
+        )
     if options.keep is not None:
         earlier = inspect_dataset(replace(config, root=str(options.keep)))
         splits, kept = continue_split(inspection, earlier, config)

@@ -132,7 +132,11 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """SHA-256 of files, splits, patients and coding: everything that a run's data depend on."""
-        content = [[sample.id, sample.split, sample.patient, sample.digest] for sample in self.samples]
+        content: list[list[Any]] = [
+            # The same file in another class's place is other data.
+            [sample.id, sample.split, sample.patient, sample.digest, *map(bool, sample.layers)]
+            for sample in self.samples
+        ]
         return hashlib.sha256(json.dumps([content, repr(self.coding)]).encode()).hexdigest()
 
     def changed(self) -> list[str]:

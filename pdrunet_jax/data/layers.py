@@ -15,6 +15,7 @@ import numpy as np
 from pdrunet_jax.data.damage import unreadable
 from pdrunet_jax.data.folder import SPLIT_FOLDERS, LayoutResult, Pair
 from pdrunet_jax.data.images import SUFFIXES, read_bytes
+from pdrunet_jax.data.manifest import MANIFEST
 from pdrunet_jax.data.masks import IGNORE, PADDING, MaskCoding, _unknown_values, decode_codes, read_mask, resolve
 from pdrunet_jax.data.walk import files_below
 from pdrunet_jax.runtime.errors import DataError, UserError
@@ -51,8 +52,11 @@ def find_layers(root: Path, names: Sequence[str]) -> tuple[LayoutResult, tuple[s
     """Pair images with one mask file a class: `masks/CLASS/NAME.png` or `masks/NAME_CLASS.png`.
 
     `names` are the declared classes; without them, the folders in masks/ are the classes. Images and masks may be in
-    folders of a split. Returns the pairs and the classes; None if no mask belongs to one class.
+    folders of a split. Returns the pairs and the classes; None if no mask belongs to one class, or if there is a
+    manifest, which lists one mask file an image.
     """
+    if (root / MANIFEST).is_file():
+        return None
     split_of = {name: split for split, spellings in SPLIT_FOLDERS.items() for name in spellings}
     places = [(split, root / name) for name, split in split_of.items() if (root / name / "masks").is_dir()]
     places = places or [("", root)]

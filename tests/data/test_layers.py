@@ -13,6 +13,7 @@ from PIL import Image
 
 from pdrunet_jax import config as config_io
 from pdrunet_jax.config import AugmentConfig, DataConfig, LossConfig
+from pdrunet_jax.data.__main__ import Split, split
 from pdrunet_jax.data.augment import augment, sample_keys
 from pdrunet_jax.data.dataset import Dataset, open_dataset, report_lines
 from pdrunet_jax.data.dataset import inspect_dataset as inspect
@@ -78,6 +79,8 @@ def test_a_file_that_is_not_there_is_a_class_that_is_not_there(tmp_path: Path) -
     (sample,) = (sample for sample in dataset.samples if sample.id == "images/x3.png")
     truth = read_truth(sample, dataset.coding)
     np.testing.assert_array_equal(truth, drawn(3)[1] * np.array([1, 0], np.uint8))
+    with pytest.raises(UserError, match="a manifest lists one an image"):
+        split(Split(root=str(root), multilabel=True))
     # Changes of any of the files are noticed, and no file is left over.
     assert dataset.changed() == []
     (root / "masks/implant/x4.png").write_bytes((root / "masks/implant/x5.png").read_bytes())
