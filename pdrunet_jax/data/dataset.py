@@ -93,7 +93,7 @@ class Dataset:
 
     def spacing_of(self, sample: Sample) -> Spacing | None:
         """(row, column) spacing in mm from the manifest, else the image file, else dataset.toml. Raises `DataError`."""
-        return sample.spacing or read_spacing(sample.image) or self.spacing
+        return _spacing_of(sample, self.spacing)
 
     def cache(self, fit: Fit, channels: int, *, soft: bool) -> Cache:
         """The cache for samples of this form, in the order of `samples`; caches of other forms are dropped."""
@@ -240,6 +240,10 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     return Inspection(dataset, found.layout, tuple(scanned))
 
 
+def _spacing_of(sample: Sample, declared: Spacing | None) -> Spacing | None:
+    return sample.spacing or read_spacing(sample.image) or declared
+
+
 def _scale_problems(
     samples: Sequence[Sample], scanned: Sequence[ScanResult], fit: Fit, declared: Spacing | None
 ) -> list[str]:
@@ -247,7 +251,7 @@ def _scale_problems(
     problems = []
     for sample, item in zip(samples, scanned, strict=True) if fit.spacing else ():
         try:
-            fit.box(item.size, sample.spacing or read_spacing(sample.image) or declared)
+            fit.box(item.size, _spacing_of(sample, declared))
         except UserError as error:
             problems.append(f"{sample.id}: {error}")
     return problems

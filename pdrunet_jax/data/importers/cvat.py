@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pdrunet_jax.data.importers import rle
-from pdrunet_jax.data.importers.files import Images, problem, read_all, read_xml, short, split_of, writable
+from pdrunet_jax.data.importers.files import (
+    Images,
+    problem,
+    read_all,
+    read_xml,
+    short,
+    split_of,
+    without_area,
+    writable,
+)
 from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
 from pdrunet_jax.data.labelme.read import MOST_POINTS, Shape
 from pdrunet_jax.data.walk import some
@@ -58,7 +67,7 @@ def import_cvat(options: ImportCvat) -> list[str]:
                 problems += error.problems
     if not drawings and not problems:
         raise UserError(f"{source}: no annotations of CVAT (*.xml with <annotations> and <image>) in it or below")
-    notes = [f"skipped, having no area: {', '.join(f'{n} {what}' for what, n in skipped.items())}"] if skipped else []
+    notes = without_area(skipped)
     if others:
         notes.append(f"skipped, XML but not CVAT's own: {some(others)}")
     return write_dataset(options, drawings, images, notes, problems)

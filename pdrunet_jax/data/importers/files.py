@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -131,6 +131,12 @@ def split_of(path: str) -> str | None:
 def writable(text: str) -> bool:
     """Whether `text` has no control characters or surrogates, which files and logs cannot hold."""
     return re.search("[\x00-\x1f\x7f\ud800-\udfff]", text) is None
+
+
+def without_area(skipped: Mapping[str, int]) -> list[str]:
+    """A remark on the kinds of shapes that were skipped, with their numbers; nothing if none was."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in skipped.items())
+    return [f"skipped, having no area: {kinds}"] if skipped else []
 
 
 def short(value: Any) -> str:

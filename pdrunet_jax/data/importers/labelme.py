@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pdrunet_jax.data.importers.files import RESULT, Images, is_inside, problem
+from pdrunet_jax.data.importers.files import RESULT, Images, is_inside, problem, without_area
 from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
 from pdrunet_jax.data.labelme.raster import without_boxes
 from pdrunet_jax.data.labelme.read import Annotation, Shape, read_annotation
@@ -78,9 +78,7 @@ class Survey:
             notes.append(f"{self.boxes} rectangles around a shape with the same label: dropped as boxes (--boxes keep)")
         if self.regions:
             notes.append(f"{self.regions} rectangles were drawn as regions")
-        if self.skipped:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in self.skipped.most_common())
-            notes.append(f"skipped, having no area: {kinds}")
+        notes += without_area(dict(self.skipped.most_common()))
         if self.empty:
             notes.append(f"nothing to draw, so all background, in {len(self.empty)} files: {some(self.empty)}")
         return notes

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from pdrunet_jax.data.importers import rle
 from pdrunet_jax.data.importers.bitmaps import decode_bitmap, whole
-from pdrunet_jax.data.importers.files import Images, number, problem, read_all, read_json, short, writable
+from pdrunet_jax.data.importers.files import Images, number, problem, read_all, read_json, short, without_area, writable
 from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
 from pdrunet_jax.data.labelme.raster import crossings
 from pdrunet_jax.data.labelme.read import MOST_POINTS, Shape, decode_base64
@@ -65,7 +65,7 @@ def import_supervisely(options: ImportSupervisely) -> list[str]:
             problems += error.problems
     if not drawings and not problems:
         raise UserError(f"{source}: no Supervisely annotation (ann/*.json with objects) in this folder or below")
-    notes = [f"skipped, having no area: {', '.join(f'{n} {what}' for what, n in skipped.items())}"] if skipped else []
+    notes = without_area(skipped)
     if others:
         notes.append(f"skipped, JSON but not of Supervisely: {some(others)}")
     return write_dataset(options, drawings, images, notes, problems)
