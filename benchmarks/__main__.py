@@ -45,7 +45,7 @@ def cpu() -> list[list[str]]:
         steps("steps_cpu_small", [128], [1, 8, 32], ("auto", "remat"), TORCH[:1], "--rounds", "5"),
         steps("steps_cpu_large", [512], [1], ("auto", "remat"), TORCH, "--rounds", "3"),
         # At this size PyTorch's gradients take over five minutes with channels_last.
-        steps("steps_cpu_largest", [1024], [1], ("auto", "remat"), ("nchw",), "--rounds", "2", "--one-by-one"),
+        steps("steps_cpu_largest", [1024], [1], ("auto", "remat"), ("nchw",), "--rounds", "2", "--at-once", "1"),
         ["benchmarks.startup", "--output", f"{RESULTS}/startup_cpu.json"],
         ["benchmarks.pipeline", "--rounds", "3", "--train-steps", "60", "--output", f"{RESULTS}/pipeline_cpu.json"],
         ["benchmarks.check", "--output", f"{RESULTS}/check_cpu.json"],

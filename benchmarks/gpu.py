@@ -19,6 +19,7 @@ import tyro
 from benchmarks import machine, output
 
 TORCH = ("channels_last", "channels_last compiled")
+NO_WANDB = ("--tracking.wandb", "disabled")
 LEAST = 20
 """Seconds below which no further part is begun."""
 
@@ -31,6 +32,8 @@ class Options:
     """Time limit."""
     output: Path = Path("benchmarks/results/gpu")
     """Folder for results.json, page.md, the tables' JSON files and the training run."""
+    only: tuple[str, ...] = ()
+    """Run only the parts whose title contains one of these."""
     small: bool = False
     """Small images and few repetitions, to try the command on a computer without a GPU."""
 
@@ -45,31 +48,43 @@ class Part(NamedTuple):
 
 def parts(options: Options) -> list[Part]:
     """What to run, most important first."""
-    pytest = ("pytest", "-q", "-p", "no:cacheprovider", "parity_tests", "--torch-process")
-    where = str(options.output / "training")
-    steps = ("--train.steps", "20", "--data.phantoms", "30", "--train.eval-every", "10") if options.small else ()
-    train = ("pdrunet_jax.train", "--config", "phantom", "--workdir", where, "--tracking.wandb", "disabled", *steps)
+    small, folder = options.small, options.output
+    workers = str(1 if small else min(12, len(os.sched_getaffinity(0))))
+    pytest = ("pytest", "-q", "-p", "no:cacheprovider", "-n", workers, "parity_tests", "--torch-process")
+    report = ("--parity-report", str(folder / "parity.json"))
 
     def table(name: str, sizes: Sequence[int], batches: Sequence[int], jax: Sequence[str], precision: str) -> Part:
-        sizes, batches = ([32], batches[:1]) if options.small else (sizes, batches)
+        sizes, batches = ([32], batches[:1]) if small else (sizes, batches)
         numbers = ("--sizes", *map(str, sizes), "--batches", *map(str, batches), "--precision", precision)
-        rounds = ("--rounds", "1") if options.small else ("--rounds", "5", "--repeats", "5", "--one-by-one")
-        file = str(options.output / f"{name}.json")
-        command = ("benchmarks.steps", *numbers, "--jax", *jax, "--torch", *TORCH, *rounds, "--output", file)
-        return Part(f"Steps: {name.replace('_', ' ')}", command, 6)
+        rounds = ("--rounds", "1") if small else ("--rounds", "5", "--repeats", "5", "--compile-together")
+        memory = ("--at-once", "4")  # more would not fit in 80 GB
+        command = ("benchmarks.steps", *numbers, "--jax", *jax, "--torch", *TORCH, *rounds, *memory)
+        return Part(f"Steps: {name.replace('_', ' ')}", (*command, "--output", str(folder / f"{name}.json")), 5)
 
-    every, best = ("auto", "remat", "polyphase", "plain"), ("auto", "remat")
+    def profile(variant: str) -> Part:
+        work = ("--size", "32") if small else ("--size", "512", "--batch", "8", "--precision", "bfloat16")
+        command = ("benchmarks.profile", "--variant", variant, *work, "--lines", "30")
+        return Part(f"Profile: {variant}", (*command, "--output", str(folder / f"profile_{variant}")), 2)
+
+    def training(config: str, *options: str) -> Part:
+        steps = ("--train.steps", "20", "--train.eval-every", "10", "--data.phantoms", "30") if small else options
+        command = ("pdrunet_jax.train", "--config", config, "--data.root", str(folder / f"data_{config}"), *steps)
+        return Part(f"Training: {config}", (*command, "--workdir", str(folder / f"run_{config}"), *NO_WANDB), 3)
+
+    paths, best = ("auto", "pallas", "polyphase", "remat", "plain"), ("auto", "pallas")
     return [
-        Part("Parity on the card", (*pytest, "-k", "layers") if options.small else pytest, 8),
-        table("bfloat16_512", [512], [8], every, "bfloat16"),
-        table("float32_512", [512], [8], every, "float32"),
-        table("bfloat16_512_pallas", [512], [8], ("auto", "pallas"), "bfloat16"),  # apart, since no card has run it
-        Part("Training to a Dice", train, 4),
+        table("bfloat16_512", [512], [8], paths, "bfloat16"),
+        Part("Parity on the card", (*pytest, *report, *(("-k", "layers") if small else ())), 5),
+        training("phantom"),
+        table("float32_512", [512], [8], ("auto", "polyphase", "plain"), "float32"),
+        training("mura", "--data.phantoms", "300", "--train.precision", "bfloat16", "--train.steps", "2000"),
+        table("tf32_512", [512], [8], ("auto", "polyphase"), "tf32"),
+        profile("auto"),
+        profile("pallas"),
         table("bfloat16_batches", [512], [1, 2, 4, 16, 32, 64], best, "bfloat16"),
-        table("bfloat16_sizes", [256, 1024], [4, 8, 16], best, "bfloat16"),
-        Part("First start", ("benchmarks.startup", "--output", str(options.output / "startup.json")), 4),
-        table("tf32_512", [512], [8], best, "tf32"),
-        table("float32_batches", [256, 1024], [1, 4, 16], best, "float32"),
+        table("bfloat16_sizes", [256, 1024], [1, 4, 16], best, "bfloat16"),
+        Part("First start", ("benchmarks.startup", "--output", str(folder / "startup.json")), 4),
+        table("float32_sizes", [256, 1024], [1, 4, 16], ("auto",), "float32"),
     ]
 
 
@@ -114,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     for part in parts(options):
+        if options.only and not any(word in part.title for word in options.only):
+            continue
         left = end - time.monotonic()
         if left < LEAST:
             results.append({"title": part.title, "command": list(part.command), "status": "not begun: no time left"})

@@ -43,8 +43,10 @@ class Options:
     """Turns per contender; the median of all repetitions is reported."""
     repeats: int = 1
     """Repetitions per turn."""
-    one_by_one: bool = False
-    """Run each contender alone, all its turns at once, if memory does not hold two of them."""
+    at_once: int = 0
+    """Contenders in memory at the same time, which take turns; 0: all."""
+    compile_together: bool = False
+    """Compile the contenders that are in memory at the same time together: for GPUs, whose hosts have many cores."""
     stored: bool = False
     """Use cached programs of earlier runs. Otherwise every contender compiles, as on a user's first run."""
     output: Path | None = None
@@ -59,17 +61,13 @@ class Contender:
         # By default JAX preallocates most of a GPU's memory, which would leave none for the others.
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._store = tempfile.TemporaryDirectory(prefix="benchmark")
+        self._log = Path(self._store.name) / "log"
         if not stored:
             environment |= dict.fromkeys(("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), self._store.name)
         command = [sys.executable, "-m", "benchmarks.worker", framework, variant, json.dumps(dataclasses.asdict(work))]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
+        pipe = subprocess.PIPE
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=environment)
         self.seconds: dict[str, list[float]] = {"train": [], "infer": []}
         self.notes: dict[str, Any] = {}
         self.failed = False
@@ -111,6 +109,8 @@ class Contender:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         self._process.wait()
+        if self.failed and (log := self._log.read_text("utf-8", "replace").strip()):
+            self.notes["error"] = "\n".join(log.splitlines()[-20:])
         self._store.cleanup()
 
     def result(self) -> dict[str, Any]:
@@ -123,19 +123,21 @@ class Contender:
 
 
 def measure(work: Work, options: Options) -> list[dict[str, Any]]:
-    """Measure all contenders on one piece of work, in turns or one after the other."""
+    """Measure all contenders on one piece of work; those that are in memory at the same time take turns."""
     sides = [("jax", variant) for variant in options.jax] + [("torch", variant) for variant in options.torch]
-    if options.one_by_one:
-        return [result for side in sides for result in _compete([side], work, options)]
-    return _compete(sides, work, options)
+    count = options.at_once or len(sides)
+    groups = [sides[first : first + count] for first in range(0, len(sides), count)]
+    return [result for group in groups for result in _compete(group, work, options)]
 
 
 def _compete(sides: Sequence[tuple[str, str]], work: Work, options: Options) -> list[dict[str, Any]]:
     contenders = []
-    for framework, variant in sides:  # one at a time: compilation uses all cores
-        contender = Contender(framework, variant, work, stored=options.stored)
+    for framework, variant in sides:
+        contenders.append(Contender(framework, variant, work, stored=options.stored))
+        if not options.compile_together:
+            contenders[-1].start()
+    for contender in contenders if options.compile_together else ():
         contender.start()
-        contenders.append(contender)
     for _ in range(options.rounds):
         # Inference is short: one burst of load on a shared host could cover all of it, so it is measured three times.
         for order in ("train", "infer", "infer", "infer"):
@@ -163,13 +165,15 @@ def table(results: Sequence[dict[str, Any]], work: Work, limits: dict[str, float
     ]
     for row in results:
         if "train_s" not in row:
-            lines.append(f"| {row['name']} | failed |")
+            reasons = [line for line in str(row.get("error", "")).splitlines() if "Error" in line] or ["no message"]
+            lines.append(f"| {row['name']} | failed: {reasons[-1][:200]} |")
             continue
         memory = row.get("device_mib", row.get("resident_mib", 0))
+        train, infer = (f"{1e3 * row[key]:.{0 if row[key] > 0.1 else 1}f} ms" for key in ("train_s", "infer_s"))
         lines.append(
-            f"| {row['name']} | {row['train_s'] * 1e3:.0f} ms | {row['train_s'] / best['train_s']:.2f} "
+            f"| {row['name']} | {train} | {row['train_s'] / best['train_s']:.2f} "
             f"| {3 * flops / row['train_s'] / limits['flops']:.0%} "
-            f"| {row['infer_s'] * 1e3:.0f} ms | {row['infer_s'] / best['infer_s']:.2f} "
+            f"| {infer} | {row['infer_s'] / best['infer_s']:.2f} "
             f"| {flops / row['infer_s'] / limits['flops']:.0%} "
             f"| {memory:,.0f} MiB | {row.get('compile_train_s', 0):.1f} s |"
         )
