@@ -21,7 +21,8 @@ INTACT = [name for name, split in SPLITS.items() if split.broken is None]
 @pytest.fixture(scope="module")
 def split_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
     folder = tmp_path_factory.mktemp("sharded")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    search = (str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
     subprocess.run([sys.executable, "-m", "parity_tests.support.sharded", folder], check=True, env=environment)
     return {name: dict(np.load(folder / f"{name}.npz")) for name in SPLITS}
 

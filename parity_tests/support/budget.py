@@ -154,6 +154,7 @@ class Budget:
         The message names the first error above it, which is where the two networks begin to differ.
         """
         tolerance = tolerance_of(level, comparison, dtype)
+        errors = {name: float(error) for name, error in errors.items()}  # NumPy's cannot be sent between processes
         row = self.rows.setdefault((level, comparison, dtype), Row(level, comparison, dtype, tolerance))
         row.cases += 1
         if (level, comparison) in PICTURED:
