@@ -173,7 +173,7 @@ class Budget:
 
     def note(self, level: int, comparison: str, dtype: str, measured: float) -> None:
         """Record a figure without a tolerance."""
-        self.rows[level, comparison, dtype] = Row(level, comparison, dtype, None, measured, cases=1)
+        self.rows[level, comparison, dtype] = Row(level, comparison, dtype, None, float(measured), cases=1)
 
     def lines(self) -> list[str]:
         """Return the budget as a table for the terminal."""
