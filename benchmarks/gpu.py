@@ -50,19 +50,9 @@ def parts(options: Options) -> list[Part]:
     """What to run, most important first."""
     small, folder = options.small, options.output
     workers = str(1 if small else min(12, len(os.sched_getaffinity(0))))
-    pytest = (
-        "pytest",
-        "-q",
-        "-W",
-        "default",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        workers,
-        "parity_tests",
-        "--torch-process",
-    )
-    report = ("--parity-report", str(folder / "parity.json"))
+    # -v names each test even if the run is cut off; warnings of other versions are no failures.
+    pytest = ("pytest", "-v", "-rfE", "--tb=short", "-W", "default", "-p", "no:cacheprovider", "-n", workers)
+    parity = (*pytest, "parity_tests", "--torch-process", "--parity-report", str(folder / "parity.json"))
 
     def table(name: str, sizes: Sequence[int], batches: Sequence[int], jax: Sequence[str], precision: str) -> Part:
         sizes, batches = ([32], batches[:1]) if small else (sizes, batches)
@@ -85,7 +75,7 @@ def parts(options: Options) -> list[Part]:
     paths, best = ("auto", "pallas", "polyphase", "remat", "plain"), ("auto", "pallas")
     return [
         table("bfloat16_512", [512], [8], paths, "bfloat16"),
-        Part("Parity on the card", (*pytest, *report, *(("-k", "layers") if small else ())), 4),
+        Part("Parity on the card", (*parity, *(("-k", "layers") if small else ())), 4),
         training("phantom"),
         table("float32_512", [512], [8], ("auto", "polyphase", "plain"), "float32"),
         training("mura", "--data.phantoms", "300", "--train.precision", "bfloat16", "--train.steps", "2000"),

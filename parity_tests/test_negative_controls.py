@@ -237,14 +237,16 @@ def test_names_of_the_two_convolutions_swapped(caught: Any) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_variance_as_mean_of_squares(dtype: str, caught: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with Flax's `use_fast_variance`, for a mean far from zero."""
+    """As with Flax's `use_fast_variance`, for a mean far from zero; how far, is for tolerances of other devices too."""
 
     def fast(z: jax.Array) -> tuple[jax.Array, jax.Array]:
         mean = z.mean((0, 1, 2))
         return mean, jnp.maximum((z * z).mean((0, 1, 2)) - mean * mean, 0)
 
     monkeypatch.setattr(layers, "moments", fast)
-    assert "batch norm, train" in caught(compare_batch_norm, 1000.0, 1.0, "plain", True, dtype)
+    assert "batch norm, train" in caught(
+        compare_batch_norm, {"float32": 1e3, "float64": 1e5}[dtype], 1.0, "plain", True, dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

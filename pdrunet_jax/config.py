@@ -166,7 +166,7 @@ class ModelConfig:
     """Dropout rate of the two dropout layers in the bottleneck."""
     conv: Literal["auto", "plain", "fused", "polyphase", "pallas"] = "auto"
     """Execution path of the 3x3 convolutions. Affects speed and memory only; results agree up to rounding.
-    pallas runs on NVIDIA GPUs only and has not been timed; auto never takes it."""
+    pallas runs on NVIDIA GPUs only and trains more slowly than auto, which never takes it."""
     init: Literal["torch", "he"] = "torch"
     """Weight initialisation: PyTorch's defaults, or He normal with zero biases."""
 
