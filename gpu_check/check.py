@@ -78,6 +78,7 @@ CASES = [
     Case("artifact", "plain", "float32"),
     Case("train", "pallas", "bfloat16"),
     Case("train", "pallas", "bfloat16", remat=True),
+    Case("train", "pallas", "float32"),
     *(Case("infer", "pallas", precision) for precision in ("bfloat16", "float32")),
     Case("train", "auto", "bfloat16", size=100),  # no multiple of the dilations from 8 on
 ]
@@ -108,8 +109,9 @@ def check(target: str, *, size: int, batch: int, only: Sequence[str], update: bo
     for failure in failures:
         print(f"error: {failure}")
     for path in filter(None, (Path(output) if output else None, budgets if update else None)):
+        kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}  # of the cases left out now
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(kept | found, indent=2) + "\n", encoding="utf-8")
     return int(bool(failures))
 
 
