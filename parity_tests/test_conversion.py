@@ -17,10 +17,13 @@ from parity_tests.support.compare import largest, same_names
 from parity_tests.support.jax_side import make_flax
 from parity_tests.support.torch_side import make_twin, state_arrays
 from pdrunet_jax.config import ModelConfig
+from pdrunet_jax.model.base import Network
+from pdrunet_jax.model.build import build
 from pdrunet_jax.model.files import read_weights, write_pth, write_safetensors
 from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.network import PDRUNet
-from pdrunet_jax.model.weights import dead_entries, from_public, name_table, to_public
+from pdrunet_jax.model.weights import Entry, dead_entries, from_public, name_table, to_public
+from pdrunet_torch_ref import TWINS
 from pdrunet_torch_ref import PDRUNet as Twin
 
 CASES = [
@@ -30,6 +33,13 @@ CASES = [
     for channels in (1, 3)
     for outputs in (1, 2, 5)
 ]
+CASES += [
+    Case(network=network, norm=norm, filters=4, outputs=2, down=down, up=up, depth=depth)
+    for network in ("unet", "fusionnet")
+    for norm, down, up, depth in (
+        ("batch", "max", "transposed", 3), ("none", "stride", "bilinear", 2), ("batch", "stride", "bilinear_corners", 1)
+    )
+]  # fmt: skip
 
 
 def live(arrays: Arrays) -> Arrays:
@@ -41,49 +51,58 @@ def differences(got: Arrays, want: Arrays) -> dict[str, float]:
     return {name: largest(got[name], array) for name, array in want.items()}
 
 
+def table(case: Case) -> tuple[Entry, ...]:
+    options = {key: value for key, value in case.options.items() if key not in ("shortcut", "dropout")}
+    return name_table(name=case.network, **options)
+
+
+def make_model(case: Case, dtype: str = "float32") -> Network:
+    config = ModelConfig(name=case.network, **case.options)
+    return build(config, param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(7))
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_table_is_a_bijection_between_the_two_networks(case: Case, budget: Budget) -> None:
-    rows = name_table(case.in_channels, case.outputs, case.filters, case.norm)
+    rows = table(case)
     assert len({row.public for row in rows}) == len({row.path for row in rows}) == len(rows)
 
-    state = state_arrays(Twin(**case.options))
-    dead = {row.public: row.shape for row in dead_entries(case.filters, case.norm)}
+    state = state_arrays(TWINS[case.network](**case.options))
+    unused = dead_entries(case.filters, case.norm) if case.network == "pdrunet" else ()
+    dead = {row.public: row.shape for row in unused}
     assert {name: array.shape for name, array in state.items()} == {row.public: row.shape for row in rows} | dead
     assert [name for name in state if name not in dead] == [row.public for row in rows], "the order differs"
 
-    model = nnx.eval_shape(lambda: PDRUNet(ModelConfig(**case.options), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: make_model(case))
     for kind in (nnx.Param, nnx.BatchStat):
         paths = {path: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model, kind))}
-        wanted = {row.path: row.shape for row in rows if row.variable is kind}
-        hwio = {
-            path: tuple(shape[i] for i in (2, 3, 1, 0)) if len(shape) == 4 else shape for path, shape in wanted.items()
-        }
-        assert paths == hwio
-    imported = from_public(state, "the twin")
-    assert imported.options.items() <= case.options.items()
+        assert paths == {row.path: row.to_flax(np.empty(row.shape)).shape for row in rows if row.variable is kind}
+    found = from_public(state, "the twin").options
+    assert found.pop("name", "pdrunet") == case.network
+    assert found | {"up": case.up} == {key: case.options.get(key, case.up) for key in (*found, "up")}
+    assert case.up.startswith(found.get("up", ""))
     budget.hold(1, "names, shapes, dtypes", "float64", dict.fromkeys(state, 0.0), str(case))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES[::5], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:24:5], *CASES[24:]], ids=str)
 def test_torch_to_jax_to_torch_is_bit_equal(case: Case, dtype: str, budget: Budget) -> None:
     case = case.replace(dtype=dtype)
     before = state_arrays(make_twin(case))
     imported = from_public(before, "the twin")
     back = to_public(imported.params, imported.stats)
-    other = Twin(**case.options).to(getattr(torch, dtype))
+    other = TWINS[case.network](**case.options).to(getattr(torch, dtype))
     other.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()}, strict=True)
     budget.hold(1, "torch -> JAX -> torch", dtype, differences(live(state_arrays(other)), live(before)), str(case))
     assert all(not array.any() for name, array in back.items() if name.startswith("e5."))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES[3::10], ids=str)
+@pytest.mark.parametrize("case", [*CASES[3:24:10], *CASES[24:]], ids=str)
 def test_jax_to_torch_to_jax_is_bit_equal(case: Case, dtype: str, budget: Budget) -> None:
     case = case.replace(dtype=dtype)
-    model = PDRUNet(ModelConfig(**case.options), param_dtype=jnp.dtype(dtype), rngs=nnx.Rngs(7))
+    model = make_model(case, dtype)
     _, params, stats = split_state(model)
-    twin = Twin(**case.options).to(getattr(torch, dtype))
+    twin = TWINS[case.network](**case.options).to(getattr(torch, dtype))
     arrays = to_public(params, stats)
     twin.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=True)
     imported = from_public(state_arrays(twin), "the twin")

@@ -36,6 +36,8 @@ TRAININGS = (
         "ce_dice",
     ),
     Training(SMALL.replace(norm="none"), SGD, "bce"),
+    Training(Case(network="unet", filters=3, shape=(2, 14, 17))),
+    Training(Case(network="fusionnet", filters=3, depth=1, shape=(2, 14, 17), path="fused", up="bilinear"), SGD),
 )
 ROUGH = Training(SMALL.replace(dtype="float32"))
 FEW, HALF, ALL = 5, 25, 50

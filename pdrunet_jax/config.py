@@ -32,6 +32,9 @@ MAY_CHANGE = (
 """Settings that a resumed run may change: without effect on its results, or on its end alone. The data must still have
 the fingerprint that the checkpoints were saved with."""
 
+WIRING = ("name", "in_channels", "outputs", "filters", "shortcut", "norm", "depth", "down", "up")
+"""Options of networks that decide which arrays there are and what they mean; not each network has all."""
+
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Positive = Annotated[int, Field(gt=0, le=MOST_STEPS)]
@@ -43,6 +46,9 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Depth = Annotated[int, Field(ge=1, le=8)]
+Down = Literal["max", "stride"]
+Up = Literal["transposed", "bilinear", "bilinear_corners"]
 _LISTS = BeforeValidator(lambda value: ",".join(map(str, value)) if isinstance(value, list) else value)
 MaskValue = Annotated[int | str, _LISTS]
 """A grey value, palette index or "#rrggbb" colour, or several of them separated by commas or in a TOML list."""
@@ -151,24 +157,50 @@ class ModelConfig:
 
     __pydantic_config__ = STRICT
 
+    name: Literal["pdrunet", "unet", "fusionnet"] = "pdrunet"
+    """Network: PDR-UNet, or one to compare it with, U-Net or FusionNet (docs/baselines.md)."""
     in_channels: Side = 1
     """Image channels: 1 for grey, 3 for RGB."""
     outputs: Side | None = None
     """Output channels. 1: sigmoid; 2 or more: softmax over exclusive classes, background included.
     If unset: 1 for a dataset with one class, n + 1 for n classes, n with data.multilabel."""
     filters: Side = 40
-    """Channels of every hidden layer."""
+    """Channels of every hidden layer; in unet and fusionnet of the first level, and each further level doubles them."""
     shortcut: Literal["input", "conv1"] = "input"
     """Start of a block's residual connection: its input (the public code) or its first convolution (the paper)."""
     norm: Literal["batch", "none"] = "batch"
     """Normalisation after each 3x3 convolution."""
+    depth: Depth = 4
+    """Levels of unet and fusionnet below the first: each halves the resolution."""
+    down: Down = "max"
+    """How unet and fusionnet halve the resolution: maximum over 2x2 pixels, or a 3x3 convolution with stride 2."""
+    up: Up = "transposed"
+    """How unet and fusionnet double the resolution: transposed convolution, or bilinear resizing and a 1x1 convolution.
+    bilinear_corners aligns the centres of the corner pixels (PyTorch's align_corners)."""
     dropout: Rate = 0.3
-    """Dropout rate of the two dropout layers in the bottleneck."""
+    """Dropout rate of the two dropout layers of pdrunet and unet; fusionnet has none."""
     conv: Literal["auto", "plain", "fused", "polyphase", "pallas"] = "auto"
     """Execution path of the 3x3 convolutions. Affects speed and memory only; results agree up to rounding.
-    pallas runs on NVIDIA GPUs only and trains more slowly than auto, which never takes it."""
+    pallas is for pdrunet on one NVIDIA GPU and trains more slowly than auto, which never takes it."""
     init: Literal["torch", "he"] = "torch"
     """Weight initialisation: PyTorch's defaults, or He normal with zero biases."""
+
+    def conflicts(self) -> list[str]:
+        """List options that the network does not have."""
+        others = [f"model.{option} is no option of {self.name}" for option in self._absent() if self._given(option)]
+        if self.conv == "pallas" and self.name != "pdrunet":
+            others.append(f"model.conv = pallas is for pdrunet; use model.conv = auto with {self.name}")
+        return others
+
+    def wiring(self) -> dict[str, Any]:
+        """The options that decide which arrays the network has and what they mean."""
+        return {option: getattr(self, option) for option in WIRING if option not in self._absent()}
+
+    def _absent(self) -> tuple[str, ...]:
+        return ("depth", "down", "up") if self.name == "pdrunet" else ("shortcut",)
+
+    def _given(self, option: str) -> bool:
+        return bool(getattr(self, option) != getattr(type(self), option))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,7 +476,9 @@ def _explain(item: Any) -> str:
 def _conflicts(config: Config) -> list[str]:
     """List settings that are valid one by one but not together."""
     train, optim, data = config.train, config.optim, config.data
-    problems = []
+    problems = config.model.conflicts()
+    if config.model.name != "pdrunet" and min(data.size) < (least := 2 ** (config.model.depth + 1)):
+        problems.append(f"data.size must be at least {least} for model.depth = {config.model.depth}")
     if train.batch_size % optim.accumulate:
         problems.append(f"optim.accumulate = {optim.accumulate} must divide train.batch_size = {train.batch_size}")
     if optim.warmup_steps >= train.steps:

@@ -11,6 +11,8 @@ Norm = Literal["batch", "none"]
 Shortcut = Literal["input", "conv1"]
 Tap = Callable[[str, Tensor], None]
 
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d)
+
 ENCODER_DILATIONS = {"e1": 2, "e2": 4, "e3": 8, "e4": 16, "e5": 32}
 BOTTLENECK_DILATION = 32
 DECODER_DILATIONS = {"d1": 16, "d2": 8, "d3": 4, "d4": 2, "d5": 1}
@@ -19,12 +21,14 @@ DECODER_DILATIONS = {"d1": 16, "d2": 8, "d3": 4, "d4": 2, "d5": 1}
 class StandardBlock(nn.Module):
     """Two dilated 3x3 convolutions, each with normalisation and ReLU; (N, C, H, W) -> (N, filters, H, W)."""
 
+    is_block = True
+
     def __init__(self, in_channels: int, filters: int, dilation: int, norm: Norm = "batch") -> None:
         super().__init__()
         self.first = _conv3x3(in_channels, filters, dilation)
-        self.bnorm1 = _norm(filters, norm)
+        self.bnorm1 = make_norm(filters, norm)
         self.second = _conv3x3(filters, filters, dilation)
-        self.bnorm2 = _norm(filters, norm)
+        self.bnorm2 = make_norm(filters, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """relu(bn2(conv2(relu(bn1(conv1(x))))))."""
@@ -126,12 +130,12 @@ class PDRUNet(nn.Module):
 
 
 @contextmanager
-def dropout_masks(model: PDRUNet, masks: Sequence[Tensor] | None) -> Iterator[None]:
-    """Context in which dropout in training keeps the values where `masks`, two boolean (N, filters, H, W), are true.
+def dropout_masks(model: nn.Module, masks: Sequence[Tensor] | None) -> Iterator[None]:
+    """Context in which dropout in training keeps the values where `masks`, boolean (N, filters, H, W), are true.
 
     None leaves dropout to PyTorch's generator.
     """
-    layers = [layer for layer in model.bottleneck if isinstance(layer, Dropout)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Dropout)]
     given: Sequence[Tensor | None] = [None] * len(layers) if masks is None else masks
     if len(given) != len(layers):
         raise ValueError(f"{len(layers)} dropout masks are needed, not {len(given)}")
@@ -158,7 +162,7 @@ def tapped(model: nn.Module, tap: Tap) -> Iterator[None]:
     handles = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | StandardBlock) and name
+        if name and (isinstance(module, LAYERS) or getattr(module, "is_block", False))
     ]
     try:
         yield
@@ -171,7 +175,8 @@ def _conv3x3(in_channels: int, filters: int, dilation: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, filters, kernel_size=3, padding=dilation, dilation=dilation)
 
 
-def _norm(filters: int, norm: Norm) -> nn.Module:
+def make_norm(filters: int, norm: Norm) -> nn.Module:
+    """Batch normalisation, or nothing; raises `ValueError` for another name."""
     if norm not in ("batch", "none"):
         raise ValueError(f"norm is 'batch' or 'none', not {norm!r}")
     return nn.BatchNorm2d(filters) if norm == "batch" else nn.Identity()

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pdrunet_torch_ref.model import PDRUNet, dropout_masks
+from pdrunet_torch_ref.model import dropout_masks
 
 IGNORE_INDEX = -100
 
@@ -96,7 +96,7 @@ def soft_tversky(
 
 
 def train_step(
-    model: PDRUNet,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: Loss,
     images: Tensor,
@@ -126,7 +126,7 @@ def train_step(
     return value.detach()
 
 
-def channels_last(model: PDRUNet) -> PDRUNet:
+def channels_last(model: nn.Module) -> nn.Module:
     """Convert the kernels of `model` to NHWC memory order, PyTorch's fast layout; pass images in the same order.
 
     Names, shapes and results do not change.

@@ -5,6 +5,7 @@ optimizer from it, `save` writes it back, and `python -m pdrunet_jax.convert sta
 training resumes.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from pdrunet_torch_ref.model import PDRUNet
+from pdrunet_torch_ref import TWINS
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -28,7 +30,7 @@ HEADER = "pdrunet"
 class TrainingState:
     """State from which training resumes."""
 
-    model: PDRUNet
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     step: int = 0
     """Updates done."""
@@ -38,7 +40,14 @@ class TrainingState:
     """The run's configuration (`config`) and the fingerprint of its dataset (`data`), unchanged."""
 
 
-def make_optimizer(model: PDRUNet, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+def make_twin(options: Mapping[str, Any]) -> nn.Module:
+    """The twin of a network with the options of the `[model]` section of a configuration."""
+    twin = TWINS[options.get("name", "pdrunet")]
+    taken = inspect.signature(twin).parameters
+    return twin(**{name: value for name, value in options.items() if name in taken})
+
+
+def make_optimizer(model: nn.Module, settings: Mapping[str, Any]) -> torch.optim.Optimizer:
     """Optimizer over `model.parameters()` as described by the `[optim]` section of a configuration.
 
     The learning rate is the constant `learning_rate`; schedules, clipping and averaging are up to the caller.
@@ -67,14 +76,7 @@ def load(path: str | Path) -> TrainingState:
     header = json.loads(content[HEADER])
     options = header["config"]["model"]
     kernel = content["model"]["final_conv.weight"]
-    model = PDRUNet(
-        in_channels=options["in_channels"],
-        outputs=kernel.shape[0],
-        filters=options["filters"],
-        shortcut=options["shortcut"],
-        norm=options["norm"],
-        dropout=options["dropout"],
-    ).to(kernel.dtype)
+    model = make_twin({**options, "outputs": kernel.shape[0]}).to(kernel.dtype)
     model.load_state_dict(content["model"], strict=True)
     optimizer = make_optimizer(model, header["config"]["optim"])
     optimizer.load_state_dict(content["optimizer"])

@@ -13,12 +13,16 @@ Arrays = dict[str, np.ndarray]
 class Case:
     """A network and its input."""
 
+    network: str = "pdrunet"
     shortcut: str = "input"
     norm: str = "batch"
     in_channels: int = 1
     outputs: int = 1
     filters: int = 4
     dropout: float = 0.3
+    depth: int = 2
+    down: str = "max"
+    up: str = "transposed"
     path: str = "plain"
     dtype: str = "float64"
     shape: tuple[int, int, int] = (1, 32, 32)
@@ -27,12 +31,31 @@ class Case:
     def __str__(self) -> str:
         batch, height, width = self.shape
         channels = f"{self.in_channels}-{self.filters}-{self.outputs}"
-        return f"{self.shortcut} {self.norm} {channels} {batch}x{height}x{width} {self.path} {self.dtype}"
+        kind = self.shortcut if self.network == "pdrunet" else f"{self.network} {self.depth} {self.down} {self.up}"
+        return f"{kind} {self.norm} {channels} {batch}x{height}x{width} {self.path} {self.dtype}"
 
     @property
     def options(self) -> dict[str, Any]:
-        names = ("shortcut", "norm", "in_channels", "outputs", "filters", "dropout")
-        return {name: getattr(self, name) for name in names}
+        """Options of the twin."""
+        own = {
+            "pdrunet": ("shortcut", "dropout"),
+            "unet": ("depth", "down", "up", "dropout"),
+            "fusionnet": ("depth", "down", "up"),
+        }[self.network]
+        return {name: getattr(self, name) for name in ("norm", "in_channels", "outputs", "filters", *own)}
+
+    @property
+    def mask_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the dropout masks, (N, H, W, channels)."""
+        if self.network == "fusionnet":
+            return []
+        if self.network == "pdrunet":
+            return [(*self.shape, self.filters)] * 2
+        shapes, (batch, height, width) = [], self.shape
+        for level in range(self.depth + 1):
+            shapes.append((batch, height, width, self.filters * 2**level))
+            height, width = (side // 2 if self.down == "max" else -(-side // 2) for side in (height, width))
+        return shapes[-2:]
 
     def replace(self, **changes: Any) -> "Case":
         return dataclasses.replace(self, **changes)
@@ -70,7 +93,7 @@ class Step:
     target: np.ndarray
     valid: np.ndarray
     masks: list[np.ndarray]
-    """Keep masks of the two dropouts, (N, H, W, filters), bool."""
+    """Keep masks of the dropouts, (N, H, W, channels), bool."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +115,9 @@ def make_images(case: Case, seed: int = 1) -> np.ndarray:
 
 
 def make_masks(case: Case, seed: int = 2) -> list[np.ndarray]:
-    """Keep masks of the two dropouts, (N, H, W, filters)."""
+    """Keep masks of the dropouts, (N, H, W, channels)."""
     rng = np.random.default_rng(seed)
-    return [rng.random((*case.shape, case.filters)) >= case.dropout for _ in range(2)]
+    return [rng.random(shape) >= case.dropout for shape in case.mask_shapes]
 
 
 def make_objective(case: Case, seed: int = 3) -> Objective:

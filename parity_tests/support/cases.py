@@ -26,10 +26,22 @@ _COMPILED = (
     Case(path="fused", norm="none", shape=SMALL),
 )
 
-# Float32 shows rounding only: the default network, the public width, no normalisation, and each path.
-_ROUNDED = (_COMPILED[0], _COMPILED[2], _COMPILED[6], _COMPILED[7], _COMPILED[8])
+BASELINES = tuple(
+    Case(network=network, filters=3, **options, path=path)
+    for network in ("unet", "fusionnet")
+    for path, options in (
+        ("plain", {"shape": (2, 21, 14), "outputs": 2}),
+        ("fused", {"shape": (2, 21, 14), "down": "stride", "up": "bilinear_corners", "in_channels": 3}),
+        ("fused", {"shape": (1, 16, 11), "up": "bilinear", "norm": "none", "outputs": 5}),
+        ("plain", {"shape": (1, 13, 16), "down": "stride", "depth": 1}),
+    )
+)
+"""U-Net and FusionNet: every way to halve and to double the resolution, on sides that it does not divide."""
 
-CASES = (*_COMPILED, *(case.replace(dtype="float32") for case in _ROUNDED))
+# Float32 shows rounding only: the default network, the public width, no normalisation, and each path.
+_ROUNDED = (_COMPILED[0], _COMPILED[2], _COMPILED[6], _COMPILED[7], _COMPILED[8], BASELINES[0], BASELINES[4])
+
+CASES = (*_COMPILED, *BASELINES, *(case.replace(dtype="float32") for case in _ROUNDED))
 """Compiled as one program, as in production: a selection of options, the public code's width, and each path."""
 
 _COMBINATIONS = (

@@ -12,9 +12,10 @@ from jax.typing import DTypeLike
 
 from parity_tests.support.case import Arrays, Case, Objective, Pass
 from pdrunet_jax.config import LossConfig, ModelConfig
+from pdrunet_jax.model.base import Network
+from pdrunet_jax.model.build import build
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.layers import split_state
-from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.compile import compiler_options
 from pdrunet_jax.train.losses import make_loss
@@ -24,15 +25,15 @@ How = Literal["optimised", "compiled", "op by op"]
 compiled once for all cases of one shape."""
 
 
-def make_flax(arrays: Arrays, case: Case, *, dtype: DTypeLike | None = None) -> PDRUNet:
-    """Build the Flax model with the twin's arrays, imported with `weights.from_public`; `dtype` as in `PDRUNet`."""
+def make_flax(arrays: Arrays, case: Case, *, dtype: DTypeLike | None = None) -> Network:
+    """Build the Flax model with the twin's arrays, imported with `weights.from_public`; `dtype` as in `Network`."""
     imported = from_public(arrays, "the twin")
-    config = ModelConfig(**case.options, conv=case.path)
+    config = ModelConfig(name=case.network, **case.options, conv=case.path)
 
-    def build() -> PDRUNet:
-        return PDRUNet(config, dtype=dtype, param_dtype=jnp.dtype(case.dtype), rngs=nnx.Rngs(0))
+    def make() -> Network:
+        return build(config, dtype=dtype, param_dtype=jnp.dtype(case.dtype), rngs=nnx.Rngs(0))
 
-    graph = nnx.graphdef(nnx.eval_shape(build))
+    graph = nnx.graphdef(nnx.eval_shape(make))
     return nnx.merge(graph, *(jax.tree.map(jnp.asarray, state) for state in (imported.params, imported.stats)))
 
 
@@ -45,7 +46,7 @@ def loss_of(objective: Objective) -> Callable[[jax.Array], jax.Array]:
 
 
 def jax_pass(
-    model: PDRUNet,
+    model: Network,
     images: np.ndarray,
     *,
     train: bool,
@@ -58,7 +59,7 @@ def jax_pass(
 
 
 def make_jax_pass(
-    model: PDRUNet, *, train: bool, loss: Any = None, how: How = "compiled"
+    model: Network, *, train: bool, loss: Any = None, how: How = "compiled"
 ) -> Callable[[np.ndarray, Sequence[np.ndarray] | None], Pass]:
     """Return `jax_pass` for repeated use on images of one shape: it is compiled once."""
     graph, how_computed = nnx.graphdef(model), Execution.of(model.config.conv)

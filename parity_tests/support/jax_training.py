@@ -38,8 +38,7 @@ class Training:
 
     @property
     def config(self) -> Config:
-        names = ("in_channels", "outputs", "filters", "shortcut", "norm", "dropout")
-        model = ModelConfig(**{name: getattr(self.case, name) for name in names}, conv=self.case.path)
+        model = ModelConfig(name=self.case.network, **self.case.options, conv=self.case.path)
         precision: Any = self.case.dtype
         return Config(
             data=DataConfig(size=self.case.shape[1:]),
@@ -71,7 +70,7 @@ def as_steps(training: Training) -> list[Step]:
     result = []
     for number, batch in enumerate(batches(training)):
         target, valid = targets(jnp.asarray(batch["mask"]), outputs=case.outputs, soft=False, dtype=dtype)
-        masks = keep_masks(dropout_key(0, number), case.dropout, (*case.shape, case.filters))
+        masks = keep_masks(dropout_key(0, number), case.dropout, case.mask_shapes)
         images = unit_range(jnp.asarray(batch["image"]), dtype)
         result.append(Step(*map(np.asarray, (images, target, valid)), [np.asarray(mask) for mask in masks]))
     return result

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parity_tests.support.case import Arrays, Case, Objective, Pass
-from pdrunet_torch_ref import PDRUNet as Twin
-from pdrunet_torch_ref import training
+from pdrunet_torch_ref import TWINS, training
 from pdrunet_torch_ref.model import Dropout, dropout_masks, tapped
 
 T = TypeVar("T")
@@ -71,10 +70,10 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if _device.type == "cuda" else "CPU"
 
 
-def make_twin(case: Case, seed: int = 0) -> Twin:
+def make_twin(case: Case, seed: int = 0) -> torch.nn.Module:
     """Build the twin with random weights, affine parameters and statistics, none at its initial value."""
     torch.manual_seed(seed)
-    twin = Twin(**case.options).double()  # float64 for every dtype, so that all draw the same weights
+    twin = TWINS[case.network](**case.options).double()  # float64 for every dtype, so that all draw the same weights
     for module in twin.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -85,9 +84,9 @@ def make_twin(case: Case, seed: int = 0) -> Twin:
     return twin.to(getattr(torch, case.dtype))
 
 
-def twin_of(case: Case, arrays: Arrays) -> Twin:
+def twin_of(case: Case, arrays: Arrays) -> torch.nn.Module:
     """Build the twin with these arrays, on the device."""
-    twin = Twin(**case.options).to(getattr(torch, case.dtype))
+    twin = TWINS[case.network](**case.options).to(getattr(torch, case.dtype))
     twin.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
     return twin.to(_device)
 
@@ -130,7 +129,7 @@ def loss_of(objective: Objective) -> Callable[[Tensor], Tensor]:
 
 
 def twin_pass(
-    twin: Twin,
+    twin: torch.nn.Module,
     images: np.ndarray,
     *,
     train: bool,
@@ -208,3 +207,26 @@ def loss_and_gradient(logits: np.ndarray, objective: Objective) -> tuple[np.ndar
     value.backward()
     assert tensor.grad is not None
     return numpy(value), nhwc(tensor.grad)
+
+
+def resampled(kind: str, x: np.ndarray, weights: Arrays, size: Sequence[int], g: np.ndarray | None) -> Arrays:
+    """Halve or double the resolution of `x` with torch.nn's own function; with `g`, its gradients to all inputs too."""
+    inputs = {"x": nchw(x), **{name: place(array) for name, array in weights.items()}}
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    t, kernel, bias = inputs["x"], inputs.get("weight"), inputs.get("bias")
+    if kind == "max":
+        y = F.max_pool2d(t, 2)
+    elif kind == "stride":
+        y = F.conv2d(t, kernel, bias, stride=2, padding=1)
+    elif kind == "transposed":
+        extra = kernel.shape[-1] - 2
+        y = F.conv_transpose2d(t, kernel, bias, stride=2, padding=extra, output_padding=extra)
+    else:
+        y = F.interpolate(t, tuple(size), mode="bilinear", align_corners=kind == "bilinear_corners")
+    result = {"output": nhwc(y)}
+    if g is not None:
+        y.backward(nchw(g))
+        result["x"] = nhwc(t.grad)
+        result |= {name: numpy(inputs[name].grad) for name in weights}
+    return result

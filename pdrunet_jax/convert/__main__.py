@@ -139,11 +139,12 @@ def _write_run_folder(dst: Path, arrays: dict[str, np.ndarray], loaded: Loaded) 
 def _summary(src: Path, dst: Path, loaded: Loaded) -> list[str]:
     leaves = jax.tree.leaves(loaded.params)
     used = sum(array.size for array in leaves)
+    lines = [f"{src}: {used:,} used parameters, {leaves[0].dtype}", *(f"  {note}" for note in loaded.notes)]
+    if loaded.options["name"] != "pdrunet":
+        return [*lines, f"{dst}: {used:,} parameters"]
     rows = dead_entries(loaded.options["filters"], loaded.options["norm"])
     dead = sum(math.prod(row.shape) for row in rows if row.parameter)
-    lines = [
-        f"{src}: {used:,} used parameters, {leaves[0].dtype}",
-        *(f"  {note}" for note in loaded.notes),
+    lines += [
         f"{dst}: {used + dead:,} parameters, {used:,} of them used",
         f"  filled {DEAD_BLOCK}.* with zeros: {dead:,} unused parameters that the public code's loader requires",
     ]

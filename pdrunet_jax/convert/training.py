@@ -29,7 +29,7 @@ from pdrunet_jax.model.files import write_pth
 from pdrunet_jax.model.load import find_run
 from pdrunet_jax.model.state_dict import find_state_dict
 from pdrunet_jax.model.torch_files import import_torch
-from pdrunet_jax.model.weights import DEAD_BLOCK, HWIO, OIHW, Entry, Imported, from_public, name_table, to_public
+from pdrunet_jax.model.weights import DEAD_BLOCK, Entry, Imported, from_public, name_table, to_public
 from pdrunet_jax.runtime.checkpoint import Checkpoints, read_checkpoint
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.train.optim import make_schedule
@@ -165,8 +165,7 @@ def to_torch(config: OptimConfig, rows: Sequence[Entry], opt_state: optax.OptSta
     for theirs, ours in names.items():
         leaves = dict(nnx.to_flat_state(optax.tree.get(opt_state, ours)))
         for row in rows:
-            array = np.asarray(leaves[row.path][...])
-            result[row.public][theirs] = np.array(np.transpose(array, OIHW) if array.ndim == 4 else array, order="C")
+            result[row.public][theirs] = np.array(row.to_public(np.asarray(leaves[row.path][...])), order="C")
     if names is ADAM:
         for buffers in result.values():
             buffers["step"] = np.asarray(updates_done(opt_state), np.float32)
@@ -200,10 +199,7 @@ def from_torch(
             if problem := _problem(given, row, blanks[row.path][...].dtype):
                 problems.append(f"{theirs} of {row.public} {problem}")
                 continue
-            array = np.asarray(given)
-            states[row.path] = row.variable(
-                np.array(np.transpose(array, HWIO) if array.ndim == 4 else array, order="C")
-            )
+            states[row.path] = row.variable(np.array(row.to_flax(np.asarray(given)), order="C"))
         trees[ours] = nnx.from_flat_state(states)
     for row in rows:
         mine = buffers.get(row.public, {})
@@ -275,12 +271,15 @@ def _outputs(arrays: Mapping[str, Any], src: Path) -> int:
     try:
         return int(arrays["params"]["final_conv"]["bias"].shape[0])
     except (KeyError, TypeError):
-        raise UserError(f"{src} contains no parameters of a PDR-UNet") from None
+        raise UserError(f"{src} contains no parameters of a network of this project") from None
 
 
 def _parameter_rows(config: Config, outputs: int) -> list[Entry]:
     model = config.model
-    return [row for row in name_table(model.in_channels, outputs, model.filters, model.norm) if row.parameter]
+    rows = name_table(
+        model.in_channels, outputs, model.filters, model.norm, model.name, model.depth, model.down, model.up
+    )
+    return [row for row in rows if row.parameter]
 
 
 def _parameter_names(arrays: Mapping[str, Any]) -> list[str]:
@@ -353,8 +352,13 @@ def _read_training(content: Mapping[str, Any], src: Path) -> TorchTraining:
 
 
 def _check_model(config: Config, found: Mapping[str, Any], src: Path) -> None:
-    wanted = {name: getattr(config.model, name) for name in ("in_channels", "filters", "norm")}
-    wanted["outputs"] = config.model.outputs or found["outputs"]
+    if found["name"] != config.model.name:
+        found = {"name": found["name"]}
+    wanted = {name: getattr(config.model, name) for name in found}
+    if "outputs" in wanted and config.model.outputs is None:
+        wanted["outputs"] = found["outputs"]
+    if "up" in wanted:
+        wanted["up"] = config.model.up.removesuffix("_corners")  # nothing in the arrays tells them apart
     problems = [
         f"model.{name} is {value} in the configuration, {found[name]} in the file"
         for name, value in wanted.items()

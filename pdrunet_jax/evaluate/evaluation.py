@@ -27,7 +27,7 @@ from pdrunet_jax.data.split import Sample
 from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.calibration import Curves, Histograms
 from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
-from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.predict.inference import finite_probabilities, predict_batches, resize_to_image
 from pdrunet_jax.predict.postprocess import Cleaning, clean
 from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
@@ -116,7 +116,7 @@ class Evaluation:
 
 
 def evaluate_split(
-    model: PDRUNet,
+    model: Network,
     dataset: Dataset,
     split: str,
     config: DataConfig,
@@ -160,7 +160,7 @@ def evaluate_split(
 
 
 def predicted_probabilities(
-    model: PDRUNet,
+    model: Network,
     dataset: Dataset,
     split: str,
     config: DataConfig,

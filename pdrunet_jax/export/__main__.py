@@ -12,8 +12,8 @@ import pdrunet_jax
 from pdrunet_jax.export.check import Run, check_images, compare_outputs
 from pdrunet_jax.export.onnx_graph import build_onnx, open_onnx, require
 from pdrunet_jax.export.stablehlo import GraphSpec, build_stablehlo, open_stablehlo, pillow_resizes_tall_first
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.load import build_loaded, class_names, load_weights
-from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.sides import SWAP
 from pdrunet_jax.predict.inference import height_width
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold, thresholds_text
@@ -21,7 +21,7 @@ from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, require_replaceable, writing
 
-FORMATS: dict[str, tuple[Callable[[PDRUNet, GraphSpec], bytes], Callable[[bytes], Run]]] = {
+FORMATS: dict[str, tuple[Callable[[Network, GraphSpec], bytes], Callable[[bytes], Run]]] = {
     "onnx": (build_onnx, open_onnx),
     "stablehlo": (build_stablehlo, open_stablehlo),
 }
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _metadata(
-    model: PDRUNet, labels: Sequence[str] | None, size: tuple[int, int], threshold: float | tuple[float, ...]
+    model: Network, labels: Sequence[str] | None, size: tuple[int, int], threshold: float | tuple[float, ...]
 ) -> dict[str, Any]:
     """Self-description of the file, as JSON values; `labels` are the foreground classes, if known."""
     height, width = size

@@ -10,7 +10,7 @@ import numpy as np
 from pdrunet_jax.data.fit import Fit
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.data.phantoms.phantom import draw
-from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.predict.inference import forward, segment
 from pdrunet_jax.predict.threshold import apply_threshold
 
@@ -69,7 +69,7 @@ def check_images(paths: Sequence[Path], channels: int) -> list[np.ndarray]:
 
 def compare_outputs(
     run: Run,
-    model: PDRUNet,
+    model: Network,
     images: Sequence[np.ndarray],
     *,
     size: tuple[int, int],

@@ -21,8 +21,8 @@ from jax import export as jax_export
 from jax import lax
 from PIL import Image
 
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.execution import Execution
-from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.pixels import probabilities, unit_range
 
 FIXED_POINT = 22
@@ -66,7 +66,7 @@ def pillow_resizes_tall_first() -> bool:
     return np.array_equal(resize(tall, 20, 32), resize(resize(tall, 24, 32), 20, 32))
 
 
-def build_stablehlo(model: PDRUNet, spec: GraphSpec) -> bytes:
+def build_stablehlo(model: Network, spec: GraphSpec) -> bytes:
     """Serialise a float32 model as an artifact; the metadata become its `fun_name`, as JSON."""
     plain = Execution("plain")  # the only path whose operations every platform runs well
 

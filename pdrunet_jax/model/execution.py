@@ -1,20 +1,45 @@
 """How and where a pass is computed. Nothing here changes what the network computes; parity level 10 holds that."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from pdrunet_jax.model.fast.block import Shortcut
 from pdrunet_jax.model.fast.pallas import require_nvidia
 from pdrunet_jax.model.fast.phases import Activation, finest_phases
 from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks
-from pdrunet_jax.model.layers import GPU_PATHS, PATHS, Path, State, Tap, fused_training_block, split_state
+from pdrunet_jax.model.layers import (
+    GPU_PATHS,
+    PATHS,
+    BatchNorm,
+    Conv,
+    Path,
+    State,
+    Tap,
+    fused_training_block,
+    split_state,
+)
 from pdrunet_jax.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    from pdrunet_jax.model.network import Block
+
+class BlockBase(nnx.Module):
+    """A part of a network that maps an activation to one of the same resolution."""
+
+    name: str
+    dilation: int = 1
+    shortcut: Shortcut = "none"
+
+    @property
+    def pair(self) -> tuple[tuple[Conv, BatchNorm], tuple[Conv, BatchNorm]] | None:
+        """Its two layers, if it is a block of Figure 2 with normalisation."""
+        return None
+
+    def __call__(self, x: Activation, *, train: bool, execution: "Execution") -> Activation:
+        """Apply the block layer by layer; arguments as in `conv_norm_relu`."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +85,7 @@ class Execution:
         return Activation.of(images, 1 if self.path in ("plain", "pallas") else finest_phases(height, width))
 
 
-def run_block(block: "Block", x: Activation, *, train: bool, execution: Execution) -> Activation:
+def run_block(block: BlockBase, x: Activation, *, train: bool, execution: Execution) -> Activation:
     """Apply a block as `execution` says."""
     if execution.tap is None and train and execution.remat:
         return _rematerialised(block, x, execution)
@@ -73,10 +98,9 @@ def run_block(block: "Block", x: Activation, *, train: bool, execution: Executio
     return _run(block, x, train, execution)
 
 
-def _run(block: "Block", x: Activation, train: bool, execution: Execution) -> Activation:
-    if train and execution.folds and block.bnorm1 is not None and block.bnorm2 is not None:
-        layers = (block.first, block.bnorm1), (block.second, block.bnorm2)
-        out = fused_training_block(x, *layers, shortcut=block.shortcut, dilation=block.dilation, execution=execution)
+def _run(block: BlockBase, x: Activation, train: bool, execution: Execution) -> Activation:
+    if train and execution.folds and (pair := block.pair):
+        out = fused_training_block(x, *pair, shortcut=block.shortcut, dilation=block.dilation, execution=execution)
     else:
         out = block(x, train=train, execution=execution)
     if execution.tap is not None:
@@ -84,7 +108,7 @@ def _run(block: "Block", x: Activation, train: bool, execution: Execution) -> Ac
     return out
 
 
-def _rematerialised(block: "Block", x: Activation, execution: Execution) -> Activation:
+def _rematerialised(block: BlockBase, x: Activation, execution: Execution) -> Activation:
     """Train through a block that keeps nothing but its input for the gradient."""
     if execution.mesh is None and block.shortcut != "none":
         # Otherwise XLA keeps two activations a block: this one, and the one that it is computed from again.

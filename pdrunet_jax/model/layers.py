@@ -59,9 +59,8 @@ class Conv(nnx.Module):
         if init == "torch":
             # torch.nn.Conv2d draws kernel and bias from U(-b, b) with b = 1 / sqrt(fan_in), which is its
             # kaiming_uniform with a = sqrt(5).
-            bound = fan_in**-0.5
-            kernel = jax.random.uniform(rngs.params(), shape, dtype, -bound, bound)
-            bias = jax.random.uniform(rngs.params(), (outputs,), dtype, -bound, bound)
+            kernel = uniform(rngs, shape, fan_in**-0.5, dtype)
+            bias = uniform(rngs, (outputs,), fan_in**-0.5, dtype)
         elif init == "he":
             kernel = jax.random.normal(rngs.params(), shape, dtype) * (2 / fan_in) ** 0.5
             bias = jnp.zeros((outputs,), dtype)
@@ -69,6 +68,11 @@ class Conv(nnx.Module):
             raise ValueError(f"init = {init!r}; it is torch or he")
         self.kernel = nnx.Param(kernel)
         self.bias = nnx.Param(bias)
+
+
+def uniform(rngs: nnx.Rngs, shape: Sequence[int], bound: float, dtype: DTypeLike) -> jax.Array:
+    """Draw initial weights of `shape` from U(-bound, bound)."""
+    return jax.random.uniform(rngs.params(), tuple(shape), dtype, -bound, bound)
 
 
 class BatchNorm(nnx.Module):
@@ -129,10 +133,7 @@ def conv_norm_relu(
     x = x.for_dilation(dilation)
     values, dtype = x.values, x.values.dtype
     tap, fold = execution.tap, execution.folds and norm is not None and not train
-    pixels = pixel_count(values)
     kernel, bias = conv.kernel[...], conv.bias[...]
-    if train and norm is not None:
-        _check_pixels(pixels)
 
     # In evaluation the normalisation is a fixed affine map: folded into kernel and bias it costs nothing.
     if fold and norm is not None:
@@ -149,7 +150,7 @@ def conv_norm_relu(
     if tap is not None and not fold:
         tap(names[0], x.with_values(z).image())
     if norm is not None:
-        z = _normalise(z, norm, pixels, train)
+        z = batch_norm(z, norm, train)
         if tap is not None:
             tap(names[1], x.with_values(z).image())
     if skip is not None:
@@ -191,24 +192,30 @@ def split_state(module: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State]:
     return tuple(parts)
 
 
-def _check_pixels(pixels: int) -> None:
-    if pixels == 1:
-        raise ValueError("batch normalisation needs more than one pixel a channel in training")
+def batch_norm(z: jax.Array, norm: BatchNorm, train: bool) -> jax.Array:
+    """Normalise `z` (N, H, W, C) with the batch's statistics, and update the running ones, or with the latter.
 
-
-def _normalise(z: jax.Array, norm: BatchNorm, pixels: int, train: bool) -> jax.Array:
+    Raises `ValueError` in training for a single pixel a channel.
+    """
     if train:
+        _check_pixels(pixel_count(z))
         mean, var = moments(z)
-        norm.track(mean, var, pixels)
+        norm.track(mean, var, pixel_count(z))
     else:
         mean, var = norm.running_mean[...], norm.running_var[...]
     factor = per_channel(norm.scale[...] * lax.rsqrt(var + EPSILON))
     return (z - per_channel(mean)) * factor + per_channel(norm.bias[...])
 
 
-def keep_masks(key: jax.Array, rate: float, shape: Sequence[int], count: int = 2) -> list[jax.Array]:
-    """Draw `count` boolean dropout masks of `shape`, true (kept) with probability 1 - `rate`."""
-    return [jax.random.bernoulli(part, 1 - rate, tuple(shape)) for part in jax.random.split(key, count)]
+def _check_pixels(pixels: int) -> None:
+    if pixels == 1:
+        raise ValueError("batch normalisation needs more than one pixel a channel in training")
+
+
+def keep_masks(key: jax.Array, rate: float, shapes: Sequence[Sequence[int]]) -> list[jax.Array]:
+    """Draw boolean dropout masks of `shapes`, true (kept) with probability 1 - `rate`."""
+    keys = jax.random.split(key, len(shapes))
+    return [jax.random.bernoulli(part, 1 - rate, tuple(shape)) for part, shape in zip(keys, shapes, strict=True)]
 
 
 def dropout(x: jax.Array, rate: float, keep: jax.Array) -> jax.Array:

@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pdrunet_jax import config
-from pdrunet_jax.config import ModelConfig, Side
+from pdrunet_jax.config import WIRING, Depth, Down, ModelConfig, Side, Up
+from pdrunet_jax.model.base import Network
+from pdrunet_jax.model.build import build
 from pdrunet_jax.model.files import read_weights
-from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.sides import mirror_of
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.devices import start_devices
@@ -31,16 +32,16 @@ _FORMS: dict[str, TypeAdapter[Any]] = {
     "multilabel": TypeAdapter(Annotated[bool, Field(strict=True)] | None),
     "fit": TypeAdapter(Literal["stretch", "pad"] | None),
     "spacing": TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)] | None),
+    "depth": TypeAdapter(Depth | None),
+    "down": TypeAdapter(Down | None),
+    "up": TypeAdapter(Up | None),
 }
-"""Options that weights may state, apart from the network's."""
-
-WIRING = ("in_channels", "outputs", "filters", "shortcut", "norm")
-"""Options of the network that decide which arrays there are and what they mean."""
+"""Options that weights may state and arrays do not show, or not always."""
 
 MODEL_OPTIONS = (*WIRING, "dropout")
 """Options of the network that are stored with its weights."""
 
-PUBLIC_DEFAULTS = {"shortcut": "input", "dropout": 0.3}
+PUBLIC_DEFAULTS = {"name": "pdrunet", "shortcut": "input", "dropout": 0.3}
 """Options of the public code, which its files do not state."""
 
 
@@ -48,7 +49,7 @@ class Loaded(NamedTuple):
     """Weights, and everything that their source says about them."""
 
     options: dict[str, Any]
-    """`MODEL_OPTIONS`, all of them, and entries that training added: size, class_names, ..."""
+    """`MODEL_OPTIONS` that the network has, and entries that training added: size, class_names, ..."""
     params: nnx.State[Any, Any]
     stats: nnx.State[Any, Any]
     notes: tuple[str, ...]
@@ -86,7 +87,7 @@ def load_model(
     param_dtype: DTypeLike | None = None,
     conv: str = "auto",
     which: Which = "best",
-) -> PDRUNet:
+) -> Network:
     """Load a trained network, ready to be called on images (N, H, W, C) in [0, 1].
 
     Args:
@@ -107,16 +108,16 @@ def load_model(
 
 def build_loaded(
     loaded: Loaded, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None, conv: str = "auto"
-) -> PDRUNet:
+) -> Network:
     """Build the network of `load_weights`. Arguments and errors as for `load_model`."""
     report(loaded)
     start_devices()
     chosen = _param_dtype(loaded.params, param_dtype)
-    options = {name: loaded.options[name] for name in MODEL_OPTIONS}
+    options = {name: loaded.options[name] for name in MODEL_OPTIONS if name in loaded.options}
 
-    def build() -> PDRUNet:
+    def make() -> Network:
         settings = ModelConfig(**options, conv=conv)  # type: ignore[arg-type] # checked by the network
-        return PDRUNet(
+        return build(
             settings,
             dtype=dtype,
             param_dtype=chosen,
@@ -130,8 +131,8 @@ def build_loaded(
     def place(array: np.ndarray) -> jax.Array:
         return jnp.asarray(array.astype(chosen) if array.dtype.kind == "f" else array)
 
-    graph = nnx.graphdef(nnx.eval_shape(build))  # shapes only: no initial weights are drawn
-    model: PDRUNet = nnx.merge(graph, jax.tree.map(place, loaded.params), jax.tree.map(place, loaded.stats))
+    graph = nnx.graphdef(nnx.eval_shape(make))  # shapes only: no initial weights are drawn
+    model: Network = nnx.merge(graph, jax.tree.map(place, loaded.params), jax.tree.map(place, loaded.stats))
     model.mirror = mirror_of(loaded.options, model.outputs)
     return model
 
@@ -180,17 +181,18 @@ def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
     loaded = load_weights(weights)
     mine, theirs = network.get("multilabel", False), loaded.multilabel
     other = [f"--data.multilabel is {mine}, there it is {theirs}"] if mine != theirs else []
+    names = WIRING if network["name"] == loaded.options["name"] else ("name",)
     problems = other + [
         f"--model.{name.replace('_', '-')} is {network[name]}, there it is {loaded.options[name]}"
-        for name in WIRING
-        if network[name] != loaded.options[name]
+        for name in names
+        if network[name] != loaded.options.get(name, network[name])
     ]
     if problems:
         raise DataError(f"--train.weights {weights} is another network", problems)
     return loaded
 
 
-def start_from(model: PDRUNet, weights: str | Path) -> None:
+def start_from(model: Network, weights: str | Path) -> None:
     """Replace the arrays of `model` by those of `weights`, in the model's dtype. Raises as `load_same`."""
     loaded = load_same(weights, {**vars(model.config), "outputs": model.outputs, "multilabel": model.multilabel})
     report(loaded)
@@ -208,7 +210,7 @@ def find_run(weights: str | Path) -> RunFolder | None:
     return next((RunFolder(place) for place in places if (place / "config.toml").is_file()), None)
 
 
-def class_names(model: PDRUNet, names: Sequence[str] | None) -> list[str]:
+def class_names(model: Network, names: Sequence[str] | None) -> list[str]:
     """Names of the foreground classes: `names` if they fit the model, numbers otherwise."""
     count = model.foreground_classes
     if names and len(names) == count:
@@ -262,7 +264,8 @@ def _from_file(path: Path) -> Loaded:
     imported = from_public(file.arrays, str(path))
     _check_options(file.options, imported.options, path)
     notes, source = file.notes + imported.notes, "" if file.options else str(path)
-    return Loaded({**file.options, **imported.options}, imported.params, imported.stats, notes, source)
+    options = {**file.options, **imported.options} | {key: file.options[key] for key in ("up",) if key in file.options}
+    return Loaded(options, imported.params, imported.stats, notes, source)
 
 
 def _from_checkpoint(path: Path, which: Which) -> Loaded:
@@ -274,7 +277,7 @@ def _from_checkpoint(path: Path, which: Which) -> Loaded:
     # To the public names and back: one place checks that every array is there and has its shape.
     imported = from_public(to_public(params, stats, dead_block=False), str(path))
     _check_options(options, imported.options, path)
-    return Loaded({**options, **imported.options}, imported.params, imported.stats, imported.notes)
+    return Loaded({**imported.options, **options}, imported.params, imported.stats, imported.notes)
 
 
 def _require_own(stated: Mapping[str, Any], settings: str | None, run: RunFolder, path: Path) -> None:
@@ -305,7 +308,7 @@ def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Pa
     problems = [
         f"{name} is stated as {stated[name]!r}, but the arrays show {value!r}"
         for name, value in found.items()
-        if stated.get(name, value) != value
+        if stated.get(name, value) not in (value, f"{value}_corners" if name == "up" else value)
     ]
     if stated.get("shortcut", "input") not in ("input", "conv1"):
         problems.append(f"shortcut is stated as {stated['shortcut']!r}; it is 'input' or 'conv1'")
@@ -314,9 +317,9 @@ def _check_options(stated: Mapping[str, Any], found: Mapping[str, Any], path: Pa
         problems.append(f"dropout is stated as {rate!r}; it is a number from 0 to below 1")
     for name, form in _FORMS.items():
         try:
-            form.validate_python(stated.get(name))
+            form.validate_python(value := {**found, **stated}.get(name))
         except ValidationError as error:
-            problems.append(f"{name} is stated as {stated[name]!r:.100}; {error.errors()[0]['msg']}")
+            problems.append(f"{name} is {value!r:.100}; {error.errors()[0]['msg']}")
     if stated.get("multilabel") and found.get("outputs") == 1:
         problems.append("multilabel is stated as true, which needs several outputs")
     if problems:

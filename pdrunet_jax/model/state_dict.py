@@ -8,8 +8,9 @@ import numpy as np
 
 from pdrunet_jax.runtime.errors import UserError
 
-FIRST, LAST = "std_block.first.weight", "final_conv.weight"
-"""Names by which a state dict is found: the network's first array, or else its last."""
+FIRST = ("std_block.first.weight", "encoder_0.first.weight", "encoder_0.conv1.weight")
+LAST = "final_conv.weight"
+"""Names by which a state dict is found: a network's first array, or else its last."""
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 """Usual keys of a state dict, the first of them before the others."""
@@ -59,7 +60,7 @@ def find_state_dict(content: Mapping[str, Any], source: str) -> tuple[dict[str, 
     Raises:
         UserError: there are several networks, none of which is an average of another or the usual one.
     """
-    found = list(_search(content, FIRST)) or list(_search(content, LAST))
+    found = [state for name in FIRST for state in _search(content, name)] or list(_search(content, LAST))
     if not found:
         return _without_others(next(_usual(content), StateDict((), "", content)), content)
     found.sort(key=lambda state: state.rank)

@@ -1,17 +1,22 @@
-"""Convert weights between the public PyTorch code and the Flax model, by one table of names.
+"""Convert weights between PyTorch and the Flax model, by one table of names.
 
-Attributes of the Flax model have the public names, with three exceptions: `bottleneck.0` is `bottleneck_0`, the
-`weight` (O, I, H, W) of a convolution is a `kernel` (H, W, I, O), and the `weight` of a normalisation is a `scale`.
+The names of PDR-UNet are the public PyTorch code's, and those of the other networks the twin's. Attributes of the Flax
+model have the same names, with three exceptions: `bottleneck.0` is `bottleneck_0`, the `weight` (O, I, H, W) of a
+convolution, or (I, O, H, W) of a transposed one, is a `kernel` (H, W, I, O), and the `weight` of a normalisation is a
+`scale`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
-from pdrunet_jax.model.network import BLOCKS, public_name
+from pdrunet_jax.config import ModelConfig
+from pdrunet_jax.model.base import Part
+from pdrunet_jax.model.build import NETWORKS, TITLES
+from pdrunet_jax.model.network import PDRUNet, public_name
 from pdrunet_jax.model.state_dict import find_state_dict, misfit, public_counts, shortened
 from pdrunet_jax.runtime.errors import DataError
 
@@ -21,6 +26,8 @@ DEAD_BLOCK = "e5"
 HWIO = (2, 3, 1, 0)
 OIHW = (3, 2, 0, 1)
 """Axes that take a kernel from PyTorch's layout to Flax's, and back."""
+IOHW = (2, 3, 0, 1)
+"""The same for a transposed convolution, in both directions."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,16 @@ class Entry:
     """In the public layout."""
     variable: type[nnx.Variable[Any]]
     """`nnx.Param`, or `nnx.BatchStat` for running statistics."""
+    transposed: bool = False
+    """Whether it is the kernel of a transposed convolution, (I, O, H, W)."""
+
+    def to_flax(self, value: np.ndarray) -> np.ndarray:
+        """Change from the public layout to the Flax model's."""
+        return np.transpose(value, IOHW if self.transposed else HWIO) if value.ndim == 4 else value
+
+    def to_public(self, value: np.ndarray) -> np.ndarray:
+        """Change from the Flax model's layout to the public one."""
+        return np.transpose(value, IOHW if self.transposed else OIHW) if value.ndim == 4 else value
 
     @property
     def parameter(self) -> bool:
@@ -49,24 +66,44 @@ class Imported(NamedTuple):
     """A public state dict in the form of the Flax model, as NumPy arrays in the file's dtype."""
 
     options: dict[str, Any]
-    """Options that shapes and names show: in_channels, outputs, filters, norm."""
+    """Options that shapes and names show: name, in_channels, outputs, filters, norm, and depth, down and up."""
     params: nnx.State[Any, Any]
     stats: nnx.State[Any, Any]
     notes: tuple[str, ...]
     """Sentences on anything unwrapped, dropped or widened."""
 
 
-def name_table(in_channels: int, outputs: int, filters: int, norm: str) -> tuple[Entry, ...]:
-    """List every array of the model, in the order of the public state dict (without `e5`)."""
-    rows: list[Entry] = []
-    for name in BLOCKS:
-        rows += _block(public_name(name), name, in_channels if name == "std_block" else filters, filters, norm)
+def name_table(
+    in_channels: int,
+    outputs: int,
+    filters: int,
+    norm: str,
+    name: str = "pdrunet",
+    depth: int = 4,
+    down: str = "max",
+    up: str = "transposed",
+) -> tuple[Entry, ...]:
+    """List every array of the model, in the order of the public state dict (without `e5`); options of `ModelConfig`."""
+    options: Any = {"in_channels": in_channels, "filters": filters, "depth": depth, "down": down, "up": up}
+    network, rows = NETWORKS[name], []
+    for part in network.parts(ModelConfig(**options)):
+        public = public_name(part.name)
+        if part.kind == "block":
+            rows += _block(public, part, network.block_layers, norm)
+        elif part.kind == "down":
+            rows += _conv(public, (part.name,), (part.outputs, part.inputs, part.size, part.size))
+        else:
+            transposed = up == "transposed"
+            channels = (part.inputs, part.outputs) if transposed else (part.outputs, part.inputs)
+            rows += _conv(f"{public}.conv", (part.name, "conv"), (*channels, part.size, part.size), transposed)
+            if part.normalised and norm == "batch":
+                rows += _norm(f"{public}.bnorm", (part.name, "bnorm"), part.outputs)
     return (*rows, *_conv("final_conv", ("final_conv",), (outputs, filters, 1, 1)))
 
 
 def dead_entries(filters: int, norm: str) -> tuple[Entry, ...]:
     """List the arrays of `e5`, which the Flax model does not have."""
-    return tuple(_block(DEAD_BLOCK, DEAD_BLOCK, filters, filters, norm))
+    return tuple(_block(DEAD_BLOCK, Part("block", DEAD_BLOCK, filters, filters), PDRUNet.block_layers, norm))
 
 
 def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
@@ -88,9 +125,9 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
     half = [key for key, value in values.items() if value.dtype.name in ("float16", "bfloat16")]
     values |= {key: values[key].astype(np.float32) for key in half}
 
-    norm = "batch" if any(".bnorm" in key for key in values) else "none"
-    options = _options(values.get("std_block.first.weight"), values.get("final_conv.weight"), norm)
-    rows, dead = name_table(**options), dead_entries(options["filters"], norm)
+    options = _options(values)
+    title, rows = TITLES[options["name"]], name_table(**options)
+    dead = dead_entries(options["filters"], options["norm"]) if options["name"] == "pdrunet" else ()
     known = {row.public for row in (*rows, *dead)}
     optional = {row.public for row in (*rows, *dead) if row.count or row in dead}
     cause = misfit(known - optional, values.keys() - optional)
@@ -101,12 +138,12 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
     problems += [f"{key} holds NaN or infinity: its training diverged" for key in diverged]
     variances = [row.public for row in rows if row.path[-1] == "running_var" and row.public in values]
     problems += [f"{key} holds negative variances" for key in variances if (values[key] < 0).any()]
-    problems += [f"{key} is unused: PDR-UNet has no such array" for key in values if key not in known]
+    problems += [f"{key} is unused: {title} has no such array" for key in values if key not in known]
     dtypes = {values[row.public].dtype.name for row in rows if row.public in values and not row.count}
     if not problems and len(dtypes) > 1:
         problems.append(f"the arrays mix {' and '.join(sorted(dtypes))}; one of them is needed")
     if problems:
-        what = f"{source} does not hold the weights of a PDR-UNet"
+        what = f"{source} does not hold the weights of a {title}"
         raise DataError(f"{what}: {cause}" if cause else what, shortened(problems))
 
     if dropped := [row for row in dead if row.public in values]:
@@ -116,8 +153,7 @@ def from_public(arrays: Mapping[str, Any], source: str) -> Imported:
         notes.append(f"widened {len(half)} arrays of half precision to float32")
     states: dict[bool, Any] = {True: {}, False: {}}
     for row in rows:
-        value = values[row.public]
-        value = np.transpose(value, HWIO) if value.ndim == 4 else value
+        value = row.to_flax(values[row.public])
         states[row.parameter][row.path] = row.variable(np.array(value, np.int32 if row.count else None, order="C"))
     params, stats = (nnx.from_flat_state(states[parameter]) for parameter in (True, False))
     return Imported(options, params, stats, tuple(notes))
@@ -136,58 +172,89 @@ def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block
     """
     flat = (leaf for state in (params, stats) for leaf in nnx.to_flat_state(nnx.State(state)))
     leaves = {tuple(map(str, path)): np.asarray(value[...]) for path, value in flat}
-    values = {path: np.transpose(array, OIHW) if array.ndim == 4 else array for path, array in leaves.items()}
-    norm = "batch" if any("bnorm1" in path for path in values) else "none"
-    options = _options(values.get(("std_block", "first", "kernel")), values.get(("final_conv", "kernel")), norm)
-    rows = name_table(**options)
-    known = {row.path for row in rows}
+    options = _options({_public_key(path): _shape_in_public(array) for path, array in leaves.items()})
+    title, rows = TITLES[options["name"]], name_table(**options)
+    by_path = {row.path: row for row in rows}
+    values = {path: by_path[path].to_public(array) if path in by_path else array for path, array in leaves.items()}
     problems = [f"{'.'.join(row.path)} {problem}" for row in rows if (problem := _problem(row, values.get(row.path)))]
-    problems += [f"{'.'.join(path)} is unused: PDR-UNet has no such array" for path in values if path not in known]
+    problems += [f"{'.'.join(path)} is unused: {title} has no such array" for path in values if path not in by_path]
     if problems:
-        raise DataError("the state cannot be written as the weights of a PDR-UNet", problems)
+        raise DataError(f"the state cannot be written as the weights of a {title}", problems)
 
     dtype = values["final_conv", "kernel"].dtype
     result: dict[str, np.ndarray] = {}
     for row in rows:
         if dead_block and row.path == ("bottleneck_0", "first", "kernel"):
-            for zero in dead_entries(options["filters"], norm):
+            for zero in dead_entries(options["filters"], options["norm"]):
                 result[zero.public] = np.zeros(zero.shape, np.int64 if zero.count else dtype)
         value = values[row.path]
         result[row.public] = np.array(value, np.int64 if row.count else value.dtype, order="C")
     return result
 
 
-def _conv(public: str, path: tuple[str, ...], shape: tuple[int, ...]) -> list[Entry]:
+def _public_key(path: tuple[str, ...]) -> str:
+    return ".".join(
+        (public_name(path[0]), *path[1:-1], {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1]))
+    )
+
+
+def _shape_in_public(array: np.ndarray) -> np.ndarray:
+    """`array` in the public layout of an ordinary convolution; enough to derive options from."""
+    return np.transpose(array, OIHW) if array.ndim == 4 else array
+
+
+def _conv(public: str, path: tuple[str, ...], shape: tuple[int, ...], transposed: bool = False) -> list[Entry]:
     return [
-        Entry(f"{public}.weight", (*path, "kernel"), shape, nnx.Param),
-        Entry(f"{public}.bias", (*path, "bias"), shape[:1], nnx.Param),
+        Entry(f"{public}.weight", (*path, "kernel"), shape, nnx.Param, transposed),
+        Entry(f"{public}.bias", (*path, "bias"), (shape[1 if transposed else 0],), nnx.Param),
     ]
 
 
-def _block(public: str, name: str, inputs: int, filters: int, norm: str) -> list[Entry]:
+def _norm(public: str, path: tuple[str, ...], channels: int) -> list[Entry]:
+    return [
+        Entry(f"{public}.weight", (*path, "scale"), (channels,), nnx.Param),
+        Entry(f"{public}.bias", (*path, "bias"), (channels,), nnx.Param),
+        Entry(f"{public}.running_mean", (*path, "running_mean"), (channels,), nnx.BatchStat),
+        Entry(f"{public}.running_var", (*path, "running_var"), (channels,), nnx.BatchStat),
+        Entry(f"{public}.num_batches_tracked", (*path, "num_batches_tracked"), (), nnx.BatchStat),
+    ]
+
+
+def _block(public: str, part: Part, layers: Sequence[tuple[str, str]], norm: str) -> list[Entry]:
     rows = []
-    for conv, bnorm, channels in (("first", "bnorm1", inputs), ("second", "bnorm2", filters)):
-        rows += _conv(f"{public}.{conv}", (name, conv), (filters, channels, 3, 3))
+    for number, (conv, bnorm) in enumerate(layers):
+        shape = (part.outputs, part.outputs if number else part.inputs, part.size, part.size)
+        rows += _conv(f"{public}.{conv}", (part.name, conv), shape)
         if norm == "batch":
-            key, path = f"{public}.{bnorm}", (name, bnorm)
-            rows += [
-                Entry(f"{key}.weight", (*path, "scale"), (filters,), nnx.Param),
-                Entry(f"{key}.bias", (*path, "bias"), (filters,), nnx.Param),
-                Entry(f"{key}.running_mean", (*path, "running_mean"), (filters,), nnx.BatchStat),
-                Entry(f"{key}.running_var", (*path, "running_var"), (filters,), nnx.BatchStat),
-                Entry(f"{key}.num_batches_tracked", (*path, "num_batches_tracked"), (), nnx.BatchStat),
-            ]
+            rows += _norm(f"{public}.{bnorm}", (part.name, bnorm), part.outputs)
     return rows
 
 
-def _options(first: np.ndarray | None, last: np.ndarray | None, norm: str) -> dict[str, Any]:
-    """Derive the model's options from its first and last kernel (O, I, H, W), with defaults where they do not fit."""
-    in_channels, outputs, filters = 1, 1, 40
+def _options(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Derive the model's options from its arrays in the public layout, with defaults where they do not fit.
+
+    Of the ways to double the resolution, "bilinear" stands for "bilinear_corners" too.
+    """
+    encoders = {key.split(".")[0] for key in arrays if key.startswith("encoder_")}
+    fusion = any(key.startswith("encoder_") and ".conv1." in key for key in arrays)
+    name = ("fusionnet" if fusion else "unet") if encoders else "pdrunet"
+    layer = {"pdrunet": "std_block.first", "unet": "encoder_0.first", "fusionnet": "encoder_0.conv1"}[name]
+    first, last = arrays.get(f"{layer}.weight"), arrays.get("final_conv.weight")
+    options: dict[str, Any] = {"name": name, "in_channels": 1, "outputs": 1, "filters": 40}
     if last is not None and last.ndim == 4:
-        outputs, filters = last.shape[:2]
+        options |= {"outputs": last.shape[0], "filters": last.shape[1]}
     if first is not None and first.ndim == 4:
-        filters, in_channels = first.shape[:2]
-    return {"in_channels": in_channels, "outputs": outputs, "filters": filters, "norm": norm}
+        options |= {"in_channels": first.shape[1], "filters": first.shape[0]}
+    options["norm"] = "batch" if any(".bnorm" in key for key in arrays) else "none"
+    if name == "pdrunet":
+        return options
+    up = arrays.get("up_0.conv.weight")
+    bilinear = up is not None and up.ndim == 4 and up.shape[-1] == 1
+    return options | {
+        "depth": len(encoders),
+        "down": "stride" if "down_0.weight" in arrays else "max",
+        "up": "bilinear" if bilinear else "transposed",
+    }
 
 
 def _problem(row: Entry, array: np.ndarray | None) -> str | None:

@@ -13,18 +13,25 @@ import tyro
 from tqdm import tqdm
 
 from pdrunet_jax.data.walk import some
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.load import build_loaded, class_names, load_weights
-from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.sides import SWAP, find_pairs
 from pdrunet_jax.model.weights import to_public
-from pdrunet_jax.predict.inference import Augmentation, check_augmentation, fit_of, height_width, row_column, segment
+from pdrunet_jax.predict.inference import (
+    Augmentation,
+    check_augmentation,
+    check_tiles,
+    fit_of,
+    height_width,
+    row_column,
+    segment,
+)
 from pdrunet_jax.predict.inputs import find_images, name_results, parse_shard, take_shard
 from pdrunet_jax.predict.outputs import Areas, WrittenFiles
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.predict.resume import Recipe, survey
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
-from pdrunet_jax.predict.tiling import RADIUS
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.devices import over_devices
 from pdrunet_jax.runtime.digest import content_digest
@@ -65,8 +72,9 @@ class PredictOptions:
     whose names differ in left and right alone."""
     tile: int | None = None
     """Run the network in tiles of this many pixels per side, for images that do not fit in memory."""
-    halo: int = RADIUS
-    """Extra pixels around each tile. Exact from 316 on; smaller values are faster and approximate."""
+    halo: int | None = None
+    """Extra pixels around each tile. Default: the radius of the network's view, 316 for PDR-UNet, from which on results
+    are exact; smaller values are faster and approximate."""
     cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
     files: Annotated[WrittenFiles, tyro.conf.arg(name="")] = field(default_factory=WrittenFiles)
     shard: str | None = None
@@ -89,7 +97,7 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     table = f"areas_{shard[0]}of{shard[1]}.csv" if options.shard else "areas.csv"
     size: tuple[int, int] | Literal["own"] | None = "own" if options.size == "own" else height_width(options.size)
     spacing = row_column(options.spacing)
-    if (options.tile is not None and options.tile < 1) or options.halo < 0:
+    if (options.tile is not None and options.tile < 1) or (options.halo is not None and options.halo < 0):
         raise UserError(f"--tile {options.tile} --halo {options.halo}: give at least 1 and 0 pixels")
     options.files.require_packages()
     found = find_images(options.inputs, options.output)
@@ -106,6 +114,8 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     model = build_loaded(loaded)
     check_augmentation(options.augmentation, model.mirror)
     options.files.check(overlap=model.multilabel)
+    if options.tile:
+        check_tiles(model)
     fit_of(model, (1, 1), size)  # raises if they do not go together
     threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
     labels = class_names(model, loaded.options.get("class_names"))
@@ -119,8 +129,8 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     recipe = Recipe(settings, tuple(labels), model.outputs, options.files, overlap=model.multilabel)
     works = survey(recipe, targets, overwrite=options.overwrite)
     pending = [path for path, work in works.items() if not work.done]
-    if options.tile and options.halo < RADIUS:
-        print(f"--halo {options.halo}: results are approximate; exact from {RADIUS} on")
+    if _approximate(options, model):
+        print(f"--halo {options.halo}: results are approximate; exact from {model.radius} on")
     done = len(works) - len(pending)
     if done:
         print(f"{done} of {len(names)} images are done already")
@@ -185,11 +195,12 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
 
 
 def _settings(
-    options: PredictOptions, model: PDRUNet, labels: list[str], size: Any, threshold: float | tuple[float, ...]
+    options: PredictOptions, model: Network, labels: list[str], size: Any, threshold: float | tuple[float, ...]
 ) -> dict[str, Any]:
     """Everything that results depend on, except the image, as JSON values."""
-    wiring = {"shortcut": model.config.shortcut, "in_channels": model.config.in_channels}
-    approximate = bool(options.tile) and options.halo < RADIUS
+    wiring: dict[str, Any] = {"shortcut": model.config.shortcut, "in_channels": model.config.in_channels}
+    if model.config.up == "bilinear_corners":  # the arrays show everything else
+        wiring["up"] = model.config.up
     return {
         "weights": content_digest(to_public(*split_state(model)[1:], dead_block=False), wiring),
         "classes": labels,
@@ -201,12 +212,17 @@ def _settings(
         "threshold": list(threshold) if isinstance(threshold, tuple) else threshold,
         "multilabel": model.multilabel or None,
         "augmentation": options.augmentation,
-        "tile and halo": [options.tile, options.halo] if approximate else None,
+        "tile and halo": [options.tile, options.halo] if _approximate(options, model) else None,
         "largest": options.cleaning.largest,
         "min-area": options.cleaning.min_area,
         "fill-holes": options.cleaning.fill_holes,
         "tolerance": options.files.tolerance,
     }
+
+
+def _approximate(options: PredictOptions, model: Network) -> bool:
+    """Whether tiles are too close together for exact results."""
+    return bool(options.tile) and options.halo is not None and options.halo < model.radius
 
 
 if __name__ == "__main__":

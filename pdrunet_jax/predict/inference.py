@@ -13,12 +13,12 @@ from PIL import Image
 
 from pdrunet_jax.data.fit import Fit, Spacing
 from pdrunet_jax.data.images import read_image, read_spacing
-from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.pixels import probabilities, unit_range
 from pdrunet_jax.model.sides import Mirror
 from pdrunet_jax.predict.postprocess import Cleaning, clean
 from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
-from pdrunet_jax.predict.tiling import RADIUS, in_tiles
+from pdrunet_jax.predict.tiling import in_tiles
 from pdrunet_jax.runtime import compile as compiling
 from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.errors import RunError, UserError
@@ -50,7 +50,7 @@ class Prediction(NamedTuple):
 
 
 def segment(
-    model: PDRUNet,
+    model: Network,
     image: str | Path | np.ndarray,
     *,
     size: tuple[int, int] | Literal["own"] | None = None,
@@ -58,7 +58,7 @@ def segment(
     threshold: float | tuple[float, ...] = 0.5,
     augmentation: Augmentation = "none",
     tile: int | None = None,
-    halo: int = RADIUS,
+    halo: int | None = None,
     cleaning: Cleaning | None = None,
 ) -> Prediction:
     """Segment one image.
@@ -77,7 +77,7 @@ def segment(
         augmentation: Average the probabilities over mirrored copies of the image; classes of either side change places
             there (`model.mirror`).
         tile: Run the network in tiles of this many pixels per side, for images that do not fit in memory.
-        halo: Extra pixels around each tile; exact from `RADIUS` (316) on.
+        halo: Extra pixels around each tile. Default: `model.radius`, from which on the result is exact.
         cleaning: Applied to the mask, not to the probabilities.
 
     Raises:
@@ -109,7 +109,7 @@ def segment(
     return Prediction(mask if cleaning is None else clean(mask, cleaning), probability, spacing, tuple(remarks))
 
 
-def fit_of(model: PDRUNet, shape: tuple[int, int], size: tuple[int, int] | Literal["own"] | None = None) -> Fit:
+def fit_of(model: Network, shape: tuple[int, int], size: tuple[int, int] | Literal["own"] | None = None) -> Fit:
     """How to fit an image of `shape` to `model`, at its training size or at `size` (as for `segment`).
 
     Raises `UserError` if `size` is "own" and the model was trained at a fixed spacing.
@@ -125,7 +125,7 @@ def fit_of(model: PDRUNet, shape: tuple[int, int], size: tuple[int, int] | Liter
 
 
 def predict_batches(
-    model: PDRUNet, batches: Iterable[Mapping[str, np.ndarray]], place: Placement
+    model: Network, batches: Iterable[Mapping[str, np.ndarray]], place: Placement
 ) -> Iterator[tuple[Mapping[str, np.ndarray], jax.Array]]:
     """Each batch with its logits (N, H, W, K), computed on the devices of `place`.
 
@@ -137,7 +137,7 @@ def predict_batches(
         yield batch, compiled_forward()(graphdef, state, place.shard_batch({"image": batch["image"]})["image"])
 
 
-def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
+def forward(model: Network, images: np.ndarray) -> jax.Array:
     """Logits (N, H, W, K) of uint8 images (N, H, W, C), in evaluation mode.
 
     Compiled once for each architecture and shape, not for each set of weights.
@@ -146,15 +146,25 @@ def forward(model: PDRUNet, images: np.ndarray) -> jax.Array:
     return compiled_forward()(graphdef, state, jax.device_put(images))
 
 
-def forward_in_tiles(model: PDRUNet, images: np.ndarray, tile: int, halo: int = RADIUS) -> np.ndarray:
-    """Same as `forward`, in tiles of `tile` pixels per side with `halo` pixels around (see `predict/tiling.py`)."""
+def forward_in_tiles(model: Network, images: np.ndarray, tile: int, halo: int | None = None) -> np.ndarray:
+    """Same as `forward`, in tiles of `tile` pixels per side with `halo` pixels around (see `predict/tiling.py`).
+
+    `halo` is `model.radius` by default. Raises `UserError` if tiles of this model differ from the whole image.
+    """
+    check_tiles(model)
 
     def network(part: np.ndarray) -> np.ndarray:
         logits = np.asarray(forward(model, part))
         trim_malloc()  # otherwise fragmentation makes memory grow with every tile
         return logits
 
-    return in_tiles(network, images, tile, halo)
+    return in_tiles(network, images, tile, model.radius if halo is None else halo, model.multiple)
+
+
+def check_tiles(model: Network) -> None:
+    """Raise `UserError` if a pixel's logits depend on the size of the image, so that tiles cannot be exact."""
+    if model.config.up == "bilinear_corners":
+        raise UserError("tile: a network with model.up = bilinear_corners computes whole images only; leave it out")
 
 
 def resize_to_image(probability: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -209,7 +219,7 @@ def row_column(spacing: Sequence[float]) -> Spacing | None:
 def compiled_forward() -> Any:
     """Compile `forward`, at its first call: querying compiler options starts the backend, which no import must do."""
 
-    def run(graphdef: nnx.GraphDef[PDRUNet], state: nnx.State[Any, Any], images: jax.Array) -> jax.Array:
+    def run(graphdef: nnx.GraphDef[Network], state: nnx.State[Any, Any], images: jax.Array) -> jax.Array:
         model = nnx.merge(graphdef, state)
         return model(unit_range(images))
 

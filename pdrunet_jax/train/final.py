@@ -25,9 +25,9 @@ from pdrunet_jax.evaluate.evaluation import (
     write_evaluation,
 )
 from pdrunet_jax.evaluate.report.page import write_report
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.files import write_safetensors
-from pdrunet_jax.model.load import MODEL_OPTIONS, load_model
-from pdrunet_jax.model.network import PDRUNet
+from pdrunet_jax.model.load import load_model
 from pdrunet_jax.model.sides import SWAP, VERTICAL, find_pairs
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.threshold import store_threshold, thresholds_text
@@ -92,7 +92,8 @@ def save_best(
 def weights_options(config: Config, dataset: Dataset, outputs: int) -> dict[str, Any]:
     """What weights need to be used, as JSON values: the network's options, how images are fitted, the class names."""
     options: dict[str, Any] = {
-        **{name: getattr(config.model, name) for name in MODEL_OPTIONS},
+        **config.model.wiring(),
+        "dropout": config.model.dropout,
         "outputs": outputs,
         "size": list(config.data.height_width),
         "fit": config.data.fit,
@@ -117,7 +118,7 @@ class Choice(NamedTuple):
 
 
 def choose_threshold(
-    model: PDRUNet, dataset: Dataset, config: DataConfig, *, batch_size: int = 8, stop: StopFlag | None = None
+    model: Network, dataset: Dataset, config: DataConfig, *, batch_size: int = 8, stop: StopFlag | None = None
 ) -> Choice | None:
     """Find the threshold with the highest mean Dice on the validation set; None if asked to stop, between two images.
 

@@ -17,9 +17,9 @@ from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
 from pdrunet_jax.data.pipeline import train_batches
 from pdrunet_jax.data.split import one_patient
 from pdrunet_jax.evaluate.training_images import write_training_images
+from pdrunet_jax.model.base import foreground_classes
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.load import load_same, load_weights, start_from
-from pdrunet_jax.model.network import foreground_classes
 from pdrunet_jax.model.sides import swapped
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.checkpoint import Checkpoints, checkpoint_steps, choose_intact, read_meta

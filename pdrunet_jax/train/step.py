@@ -19,9 +19,10 @@ from pdrunet_jax.config import Config
 from pdrunet_jax.data.augment import augment, sample_keys
 from pdrunet_jax.data.masks import PADDING
 from pdrunet_jax.evaluate import metrics
+from pdrunet_jax.model.base import Network, foreground_classes
+from pdrunet_jax.model.build import build
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.layers import State, split_state
-from pdrunet_jax.model.network import PDRUNet, foreground_classes
 from pdrunet_jax.model.pixels import predict_classes, unit_range
 from pdrunet_jax.runtime.compile import jit
 from pdrunet_jax.runtime.devices import batch_sharding, replicated
@@ -68,9 +69,9 @@ def dropout_key(seed: int, step: int | jax.Array) -> jax.Array:
     return jax.random.fold_in(random_stream(seed, _DROPOUT), step)
 
 
-def build_model(config: Config, outputs: int) -> PDRUNet:
+def build_model(config: Config, outputs: int) -> Network:
     """Build the network of `config` with initial weights drawn from `config.seed`."""
-    return PDRUNet(
+    return build(
         dataclasses.replace(config.model, outputs=outputs),
         dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else _dtype(config),
         multilabel=config.data.multilabel,
@@ -79,7 +80,7 @@ def build_model(config: Config, outputs: int) -> PDRUNet:
     )
 
 
-def create_state(config: Config, model: PDRUNet) -> tuple[Graph, TrainState]:
+def create_state(config: Config, model: Network) -> tuple[Graph, TrainState]:
     """Split `model` into its graph definition and the state that training starts from."""
     graphdef, params, stats = split_state(model)
     state = TrainState(

@@ -119,7 +119,9 @@ def test_a_hostile_line_of_metrics_is_passed_over(place: Place, tmp_path: Path) 
 def without_class_names(run: Path, path: Path) -> Path:
     """The best weights of a run as a file that fits classes of any name."""
     file = read_weights(run / "best.safetensors")
-    write_safetensors(path, file.arrays, {key: file.options[key] for key in (*MODEL_OPTIONS, "size")})
+    write_safetensors(
+        path, file.arrays, {key: item for key, item in file.options.items() if key in (*MODEL_OPTIONS, "size")}
+    )
     return path
 
 

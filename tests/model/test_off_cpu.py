@@ -31,7 +31,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def block_of(train: bool, size: tuple[int, int], execution: Execution) -> Callable[[], Any]:
     """A function that gives activations, gradients and statistics of a block at dilation 4, in float64."""
     config = ModelConfig(filters=6)
-    graph, params, stats = split_state(Block("e2", 6, config, dtype=jnp.float64, rngs=nnx.Rngs(0)))
+    graph, params, stats = split_state(
+        Block("e2", 6, 6, config, shortcut="input", dilation=4, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    )
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, *size, 6)))
 
     def loss(params: Any, x: jax.Array) -> Any:

@@ -9,8 +9,11 @@ import pytest
 
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.predict.inference import forward, forward_in_tiles
-from pdrunet_jax.predict.tiling import MULTIPLE, RADIUS, in_tiles, windows
+from pdrunet_jax.predict.tiling import MULTIPLE, in_tiles, windows
+from pdrunet_jax.runtime.errors import UserError
 from tests.support.tiny import brightness_model, network
+
+RADIUS = 316
 
 
 def lively_model() -> PDRUNet:
@@ -31,11 +34,16 @@ def noise(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (1, height, width, 1), np.uint8)
 
 
-@pytest.mark.parametrize(("length", "core", "halo"), [(2000, 256, 316), (1500, 100, 316), (700, 1, 316), (97, 7, 4)])
-def test_windows_cover_every_pixel_once_and_keep_their_halo(length, core, halo):
-    found = windows(length, core, halo)
+@pytest.mark.parametrize(
+    ("length", "core", "halo", "multiple"),
+    [(2000, 256, 316, 1), (1500, 100, 316, 1), (700, 1, 316, 1), (97, 7, 4, 1), (1999, 100, 152, 16), (999, 9, 9, 64)],
+)
+def test_windows_cover_every_pixel_once_and_keep_their_halo(length, core, halo, multiple):
+    found = windows(length, core, halo, multiple)
     assert len(found) > 1
-    assert len({window.stop - window.start for window in found}) == 1
+    assert len({window.stop - window.start for window in found[:-1]}) == 1
+    assert 0 <= (found[-1].stop - found[-1].start) - (found[0].stop - found[0].start) < multiple
+    assert not any(window.start % multiple for window in found)
     assert (found[0].stop - found[0].start) % MULTIPLE == 0
     covered = [pixel for window in found for pixel in range(window.first, window.last)]
     assert covered == list(range(length))
@@ -52,6 +60,7 @@ def test_an_axis_that_fits_is_one_window():
 
 def test_the_radius_is_how_far_a_logit_sees():
     model = brightness_model()
+    assert model.radius == RADIUS
     for block in vars(model).values():
         if hasattr(block, "second"):
             for conv in (block.first, block.second):
@@ -72,6 +81,25 @@ def test_tiles_give_the_logits_of_the_whole_image_and_a_smaller_halo_does_not():
     np.testing.assert_allclose(tiled, whole, atol=1e-5 * np.abs(whole).max())
     approximate = forward_in_tiles(model, images, 32, halo=32)
     assert np.abs(approximate - whole).max() > 1e-3 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "down", "up"),
+    [("unet", "max", "transposed"), ("unet", "stride", "bilinear"), ("fusionnet", "max", "bilinear")],
+)
+def test_tiles_of_networks_that_halve_the_resolution_begin_where_the_whole_image_is_divided(name, down, up):
+    model, images = network(name=name, filters=4, depth=2, down=down, up=up, dropout=0.0), noise(203, 170)
+    whole = np.asarray(forward(model, images))
+    scale = whole.std()
+    np.testing.assert_allclose(forward_in_tiles(model, images, 8), whole, atol=1e-4 * scale)
+    assert np.abs(forward_in_tiles(model, images, 40, halo=8) - whole).max() > 1e-2 * scale
+    shifted = in_tiles(partial(forward, model), images, 8, model.radius + 1, 1)
+    assert np.abs(shifted - whole).max() > 1e-2 * scale
+
+
+def test_tiles_of_a_network_that_sees_the_size_of_the_image_are_refused():
+    with pytest.raises(UserError, match="bilinear_corners"):
+        forward_in_tiles(network(name="unet", filters=1, depth=1, up="bilinear_corners"), noise(8, 8), 4)
 
 
 def test_all_tiles_have_one_shape():

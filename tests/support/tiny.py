@@ -14,15 +14,16 @@ from PIL import Image
 from scipy import ndimage
 
 from pdrunet_jax.config import ModelConfig
+from pdrunet_jax.model.build import build
 from pdrunet_jax.model.files import write_safetensors
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.model.weights import to_public
 from tests.support import ROOT
 
 
-def network(seed: int = 0, *, param_dtype: str = "float32", **options: Any) -> PDRUNet:
-    """A PDR-UNet with these options of `ModelConfig`."""
-    return PDRUNet(ModelConfig(**options), param_dtype=param_dtype, rngs=nnx.Rngs(seed))
+def network(seed: int = 0, *, param_dtype: str = "float32", **options: Any) -> Any:
+    """A network with these options of `ModelConfig`; a PDR-UNet unless they name another."""
+    return build(ModelConfig(**options), param_dtype=param_dtype, rngs=nnx.Rngs(seed))
 
 
 def brightness_model(outputs: int = 1, in_channels: int = 1) -> PDRUNet:
