@@ -13,6 +13,7 @@ import tyro
 
 from pdrunet_jax.config import Config, DataConfig, ModelConfig, to_toml
 from pdrunet_jax.convert.training import is_training_state, run_to_torch, torch_to_run
+from pdrunet_jax.model.build import TITLES
 from pdrunet_jax.model.files import TORCH_SUFFIXES, read_weights, write_pth, write_safetensors
 from pdrunet_jax.model.load import MODEL_OPTIONS, Loaded, load_weights
 from pdrunet_jax.model.weights import DEAD_BLOCK, dead_entries, to_public
@@ -40,6 +41,9 @@ class ConvertOptions:
     """Destination: .pth, .pt, .safetensors, or a new run folder (a name without suffix)."""
     shortcut: Literal["input", "conv1"] | None = None
     """Shortcut of a .pth, which does not state it: input as in the public code (assumed), conv1 as in the paper."""
+    up: Literal["bilinear", "bilinear_corners"] | None = None
+    """Bilinear resizing of a .pth of unet or fusionnet, which does not state it: bilinear_corners if it aligns the
+    corners, bilinear if not (assumed)."""
     which: Literal["best", "latest"] = "best"
     """Weights to take from a run folder."""
     to_torch_training_state: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -80,7 +84,7 @@ def convert(options: ConvertOptions) -> list[str]:
             return torch_to_run(content, src, dst, options.config)
 
     # Weights alone.
-    loaded = load_weights(src, shortcut=options.shortcut, which=options.which)
+    loaded = load_weights(src, shortcut=options.shortcut, up=options.up, which=options.which)
     arrays = to_public(loaded.params, loaded.stats)
     if dst.suffix.lower() in TORCH_SUFFIXES:
         write_pth(dst, arrays)
@@ -114,7 +118,7 @@ def _check_target(src: Path, dst: Path, force: bool) -> None:
 def _write_run_folder(dst: Path, arrays: dict[str, np.ndarray], loaded: Loaded) -> None:
     """Write a minimal run folder under a temporary name, then rename it."""
     config = Config(
-        model=ModelConfig(**{name: loaded.options[name] for name in MODEL_OPTIONS}),
+        model=ModelConfig(**{name: loaded.options[name] for name in MODEL_OPTIONS if name in loaded.options}),
         data=DataConfig(
             size=loaded.size or DataConfig.size,
             fit=loaded.fit,
@@ -140,24 +144,24 @@ def _summary(src: Path, dst: Path, loaded: Loaded) -> list[str]:
     leaves = jax.tree.leaves(loaded.params)
     used = sum(array.size for array in leaves)
     lines = [f"{src}: {used:,} used parameters, {leaves[0].dtype}", *(f"  {note}" for note in loaded.notes)]
-    if loaded.options["name"] != "pdrunet":
-        return [*lines, f"{dst}: {used:,} parameters"]
-    rows = dead_entries(loaded.options["filters"], loaded.options["norm"])
-    dead = sum(math.prod(row.shape) for row in rows if row.parameter)
-    lines += [
-        f"{dst}: {used + dead:,} parameters, {used:,} of them used",
-        f"  filled {DEAD_BLOCK}.* with zeros: {dead:,} unused parameters that the public code's loader requires",
-    ]
+    if loaded.options["name"] == "pdrunet":
+        rows = dead_entries(loaded.options["filters"], loaded.options["norm"])
+        dead = sum(math.prod(row.shape) for row in rows if row.parameter)
+        lines += [
+            f"{dst}: {used + dead:,} parameters, {used:,} of them used",
+            f"  filled {DEAD_BLOCK}.* with zeros: {dead:,} unused parameters that the public code's loader requires",
+        ]
+    else:
+        lines.append(f"{dst}: {TITLES[loaded.options['name']]}, {used:,} parameters")
     unstated = {"fit": loaded.fit != "stretch", "spacing": loaded.spacing, "multilabel": loaded.multilabel}
     if dst.suffix.lower() in TORCH_SUFFIXES and (lost := [name for name, differs in unstated.items() if differs]):
         lines.append(
             f"  a {dst.suffix} does not state data.{', data.'.join(lost)}: read here, it is used without; keep "
             "best.safetensors for prediction"
         )
-    if dst.suffix.lower() in TORCH_SUFFIXES and loaded.options["shortcut"] != "input":
-        lines.append(
-            f"  a {dst.suffix} does not state the shortcut: read it with --shortcut {loaded.options['shortcut']}"
-        )
+    for option, value in (("shortcut", "conv1"), ("up", "bilinear_corners")):
+        if dst.suffix.lower() in TORCH_SUFFIXES and loaded.options.get(option) == value:
+            lines.append(f"  a {dst.suffix} does not state {option}: read it with --{option} {value}")
     return lines
 
 

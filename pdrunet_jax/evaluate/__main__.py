@@ -279,9 +279,8 @@ def _evaluate(
     candidate: _Candidate, dataset: Dataset, config: DataConfig, options: EvaluateOptions, group: Group
 ) -> Evaluation:
     loaded, threshold = candidate.loaded, candidate.threshold
-    weights = content_digest(
-        to_public(loaded.params, loaded.stats, dead_block=False), {"shortcut": loaded.options["shortcut"]}
-    )
+    wiring = {name: loaded.options.get(name) for name in ("shortcut", "up")}
+    weights = content_digest(to_public(loaded.params, loaded.stats, dead_block=False), wiring)
     rules = threshold, Fit.of(config), options.split, options.scoring
     group.require_same(f"{weights} {rules}", "start all processes with the same weights and options")
     model = build_loaded(loaded)

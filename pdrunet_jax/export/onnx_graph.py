@@ -224,9 +224,10 @@ class _NodeLayers:
         return _Value(y, ((height + strided) // 2, (width + strided) // 2), self.nodes)
 
     def up(self, name: str, x: _Value, like: _Value) -> _Value:
-        """Add a transposed convolution, cut or padded to the size of `like`, or bilinear resizing."""
+        """Add a transposed convolution or bilinear resizing, cut or padded to the size of `like`."""
         nodes, part, conv = self.nodes, getattr(self.model, name), f"{name}.conv"
         norm = None if part.bnorm is None else f"{name}.bnorm"
+        double = 2 * x.size[0], 2 * x.size[1]
         if part.method == "transposed":
             kernel, bias = _folded(self.arrays, conv, norm, transposed=True)
             extra = kernel.shape[-1] - 2
@@ -237,14 +238,11 @@ class _NodeLayers:
         else:
             corners = "align_corners" if part.method == "bilinear_corners" else "half_pixel"
             batch_and_channels = nodes.add("Shape", x.name, start=0, end=2)
-            sizes = nodes.add("Concat", batch_and_channels, nodes.constant(np.array(like.size)), axis=0)
+            sizes = nodes.add("Concat", batch_and_channels, nodes.constant(np.array(double)), axis=0)
             y = nodes.add("Resize", x.name, "", "", sizes, mode="linear", coordinate_transformation_mode=corners)
             y = self.convolution(y, conv, norm)
         y = nodes.add("Relu", y) if part.activated else y
-        if part.method == "transposed":
-            doubled = 2 * x.size[0], 2 * x.size[1]
-            y = self._matched(y, doubled, like.size)
-        return like.then(y)
+        return like.then(self._matched(y, double, like.size))
 
     def join(self, x: _Value, y: _Value) -> _Value:
         """Add a concatenation of channels."""

@@ -41,7 +41,7 @@ _FORMS: dict[str, TypeAdapter[Any]] = {
 MODEL_OPTIONS = (*WIRING, "dropout")
 """Options of the network that are stored with its weights."""
 
-PUBLIC_DEFAULTS = {"name": "pdrunet", "shortcut": "input", "dropout": 0.3}
+PUBLIC_DEFAULTS: dict[str, Any] = {"name": "pdrunet", "shortcut": "input", "dropout": 0.3}
 """Options of the public code, which its files do not state."""
 
 
@@ -83,6 +83,7 @@ def load_model(
     weights: str | Path,
     *,
     shortcut: str | None = None,
+    up: str | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
     conv: str = "auto",
@@ -94,6 +95,7 @@ def load_model(
         weights: a run folder, a checkpoint in it, a `.safetensors` file, or a PyTorch checkpoint of the public network,
             as training scripts save it: what is taken of it and what is left is printed on standard error.
         shortcut: "conv1" for a `.pth` with the paper's wiring, which such files cannot state; other sources state it.
+        up: likewise "bilinear_corners" for a `.pth` of a network with bilinear resizing that aligns the corners.
         dtype: arithmetic of the convolutions; the parameters' dtype when None.
         param_dtype: dtype of parameters and logits; None keeps the file's (float64 only where JAX has it enabled).
         conv: execution path, as `model.conv`.
@@ -102,7 +104,7 @@ def load_model(
     Raises:
         UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named.
     """
-    loaded = load_weights(weights, shortcut=shortcut, which=which)
+    loaded = load_weights(weights, shortcut=shortcut, up=up, which=which)
     return build_loaded(loaded, dtype=dtype, param_dtype=param_dtype, conv=conv)
 
 
@@ -143,7 +145,9 @@ def report(loaded: Loaded) -> None:
         print(f"{loaded.source}: {note}", file=sys.stderr)
 
 
-def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Which = "best") -> Loaded:
+def load_weights(
+    weights: str | Path, *, shortcut: str | None = None, up: str | None = None, which: Which = "best"
+) -> Loaded:
     """Read the arrays of `weights` into host memory, in the dtype that they are stored in.
 
     Arguments and errors as for `load_model`.
@@ -163,14 +167,33 @@ def load_weights(weights: str | Path, *, shortcut: str | None = None, which: Whi
     settings = loaded.options.pop(SETTINGS, None)
     if run := find_run(path):
         _require_own(loaded.options, settings, run, best if which == "best" and best.is_file() else path)
-    stated = loaded.options.get("shortcut")
-    if shortcut is not None and stated not in (None, shortcut):
-        raise UserError(f"{path} has shortcut = {stated!r}; leave the option {shortcut!r} out")
-    options = {**PUBLIC_DEFAULTS, **loaded.options, **({} if shortcut is None else {"shortcut": shortcut})}
-    notes = loaded.notes
-    if stated is None and shortcut is None:
-        notes += ("assumed shortcut = 'input', the public code's wiring, which the file does not state",)
-    return loaded._replace(options=options, notes=notes)
+    return _with_assumptions(loaded, path, {"shortcut": shortcut, "up": up})
+
+
+def _with_assumptions(loaded: Loaded, path: Path, given: Mapping[str, str | None]) -> Loaded:
+    """Complete the options by those `given` and, with a note, by assumptions on what a file does not state.
+
+    Raises `UserError` if the file states something else, or the network has no such option.
+    """
+    stated, assumed = loaded.options, dict[str, str]()
+    if loaded.source and stated.get("up") == "bilinear":  # the arrays do not show whether corners are aligned
+        stated = {key: value for key, value in stated.items() if key != "up"}
+        assumed["up"] = "bilinear"
+    if stated["name"] == "pdrunet" and "shortcut" not in stated:
+        assumed["shortcut"] = PUBLIC_DEFAULTS["shortcut"]
+    for name, value in given.items():
+        if value is not None and value != stated.get(name, value if name in assumed else None):
+            has = f"{name} = {stated[name]!r}" if name in stated else f"no option {name}"
+            raise UserError(f"{path} has {has}; leave the option {value!r} out")
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = {**PUBLIC_DEFAULTS, **assumed, **stated, **chosen}
+    sources = {"shortcut": "the public code's wiring", "up": "without aligned corners"}
+    notes = tuple(
+        f"assumed {name} = {value!r}, {sources[name]}, which the file does not state"
+        for name, value in assumed.items()
+        if name not in chosen
+    )
+    return loaded._replace(options=options, notes=loaded.notes + notes)
 
 
 def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:

@@ -185,6 +185,7 @@ def test_options_travel_in_the_header(tmp_path: Path) -> None:
     options = {"shortcut": "conv1", "dropout": 0.1, "size": [64, 96], "class_names": ["bone"]}
     write_safetensors(tmp_path / "a.safetensors", public_arrays(outputs=2, in_channels=3, norm="none"), options)
     assert load_weights(tmp_path / "a.safetensors").options == options | {
+        "name": "pdrunet",
         "outputs": 2,
         "in_channels": 3,
         "filters": 4,
