@@ -20,6 +20,7 @@ from pdrunet_jax.model.fast import block, convolution
 from pdrunet_jax.runtime.devices import make_mesh
 
 CASE = Case(shape=(4, 64, 32))
+PYRAMID = Case(depth=1, shape=(4, 11, 8), path="fused")
 
 
 def average_of_variances(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +46,8 @@ SPLITS = {
     "fused, 4 devices": Split(CASE.replace(path="fused"), 4),
     "plain, 4 devices": Split(CASE, 4),
     "polyphase, rematerialised, 2 devices": Split(CASE.replace(path="polyphase"), 2, remat=True),
+    "U-Net, 2 devices": Split(PYRAMID.replace(network="unet", down="stride"), 2),
+    "FusionNet, rematerialised, 2 devices": Split(PYRAMID.replace(network="fusionnet"), 2, remat=True),
     "variances of the parts averaged": Split(
         CASE.replace(path="fused"), 2, broken=(block, "moments", average_of_variances)
     ),

@@ -19,7 +19,8 @@ from tests.support import ROOT
 
 torch = pytest.importorskip("torch")
 
-from pdrunet_torch_ref import PDRUNet as Twin  # noqa: E402 - it needs torch
+from pdrunet_torch_ref import TWINS  # noqa: E402 - it needs torch
+from pdrunet_torch_ref import PDRUNet as Twin  # noqa: E402
 from pdrunet_torch_ref.training import make_loss, train_step  # noqa: E402
 
 SIZES = ((64, 96), (97, 61))
@@ -67,6 +68,24 @@ def test_every_chain_of_formats_keeps_every_live_bit(twin: Twin, public: Path, t
             assert after[name].dtype == tensor.dtype
             assert torch.equal(after[name], same), (order, name)
         Twin().load_state_dict(after, strict=True)
+
+
+@pytest.mark.parametrize("name", ["unet", "fusionnet"])
+def test_every_network_keeps_every_bit_and_its_name(name: str, tmp_path: Path) -> None:
+    twin = TWINS[name](filters=2, depth=1, up="bilinear_corners")
+    torch.save({"net": twin.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    assert any("assumed up = 'bilinear'" in line for line in convert(tmp_path / "a.pth", tmp_path / "b.safetensors"))
+    with pytest.raises(UserError, match="has no option shortcut"):
+        convert(tmp_path / "a.pth", tmp_path / "c.pth", shortcut="conv1")
+    convert(tmp_path / "a.pth", tmp_path / "run", up="bilinear_corners")
+    lines = convert(tmp_path / "run" / "checkpoints" / "0", tmp_path / "back.pth")
+    assert "read it with --up bilinear_corners" in lines[-1]
+    for path in (tmp_path / "run", tmp_path / "run/best.safetensors", tmp_path / "run/checkpoints/0"):
+        settings = load_model(path).config
+        assert (settings.name, settings.depth, settings.up) == (name, 1, "bilinear_corners")
+    after = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert all(torch.equal(after[key], tensor) for key, tensor in twin.state_dict().items())
+    assert list(after) == list(twin.state_dict())
 
 
 def test_float64_survives_every_format(tmp_path: Path) -> None:
