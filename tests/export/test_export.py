@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,20 +78,24 @@ def weights(tmp_path: Path) -> Path:
     return save_model(trained(), tmp_path / "weights.safetensors", size=[32, 48], class_names=["bone"])
 
 
+DILATED: tuple[dict[str, object], ...] = (
+    {"filters": 40},
+    {"outputs": 3, "shortcut": "conv1"},
+    {"in_channels": 3, "norm": "none"},
+)
+OTHERS: tuple[dict[str, object], ...] = (
+    {"name": "unet", "depth": 2},
+    {"name": "unet", "depth": 1, "up": "bilinear_corners", "outputs": 3},
+    {"name": "fusionnet", "depth": 2, "down": "stride", "up": "bilinear"},
+    {"name": "fusionnet", "depth": 1},
+)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"filters": 40},
-        {"outputs": 3, "shortcut": "conv1"},
-        {"in_channels": 3, "norm": "none"},
-        {"name": "unet", "depth": 2},
-        {"name": "unet", "depth": 1, "up": "bilinear_corners", "outputs": 3},
-        {"name": "fusionnet", "depth": 2, "down": "stride", "up": "bilinear"},
-        {"name": "fusionnet", "depth": 1},
-    ],
+    ("form", "options"),
+    [*product(FORMATS, DILATED), *product(FORMATS, OTHERS[:1]), *product(["onnx"], OTHERS[1:])],
     ids=str,
 )
-@pytest.mark.parametrize("form", FORMATS)
 def test_a_file_agrees_with_the_model_it_was_made_of(form: str, options: dict[str, object], tmp_path: Path) -> None:
     size = (45, 38) if "name" in options else (64, 64)
     source = save_model(trained(**options), tmp_path / "a.safetensors", size=size, **options)
