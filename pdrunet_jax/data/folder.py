@@ -4,8 +4,9 @@ import difflib
 import json
 import os
 import posixpath
+import re
 import tomllib
-import unicodedata
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,14 +15,17 @@ from typing import Any
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.manifest import MANIFEST, normal_path, read_manifest
 from pdrunet_jax.data.masks import MaskCoding, declare
+from pdrunet_jax.data.pairing import folded
 from pdrunet_jax.model.sides import Pairs
 from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import is_present
 from pdrunet_jax.runtime.opening import read_text
 
 DESCRIPTION = "dataset.toml"
 NNUNET = "dataset.json"
-SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-"""The splits, each with the names accepted for it."""
+SPLITS = ("train", "val", "test")
+_SPLIT_OF = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
+_SPLIT_NAME = re.compile(r"([a-z]+?)(?:[-_ ]?(?:set|data|\d{4}))?")
 
 _KEYS = ("name", "classes", "ignore", "threshold", "swap_on_flip", "spacing", "licence")
 
@@ -96,11 +100,20 @@ def read_description(root: Path) -> Description:
 
 
 def declared_file(root: Path, name: str) -> bool:
-    """Whether the file `name` is in `root`. Raises `UserError` if something else has its name, as a broken link."""
-    path = root / name
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path} is a broken link to {os.readlink(path)}; restore its target, or remove it")
-    return path.is_file()
+    """Whether the file `name` is in `root`. Raises `UserError` if it is no file, or if its name is misspelt."""
+    if is_present(root / name):
+        return True
+    for other in sorted(os.listdir(root)) if root.is_dir() else ():
+        if other.lower() in (name, f"{name}.txt"):  # as other systems, and editors that hide extensions, name it
+            raise UserError(f"{root / other} would be ignored: rename it to {name}, or remove it")
+    return False
+
+
+def split_named(name: str) -> str | None:
+    """The split that a folder, or a cell of a manifest, names: train for Training, train2017, train_set; else None."""
+    match = _SPLIT_NAME.fullmatch(name.strip().lower())
+    word = _SPLIT_OF.get(match[1], match[1]) if match else None
+    return word if word in SPLITS else None
 
 
 def manifest_spacing(text: str) -> tuple[float, float] | None:
@@ -189,7 +202,7 @@ def pairs_of_manifest(root: Path) -> LayoutResult:
         return found
     columns = manifest.columns
     found.notes += manifest.notes
-    seen: dict[str, int] = {}
+    located, seen, owners = _Located(root), dict[str, int](), defaultdict[str, list[str]](list)
     outside = 0
     for line, row in zip(manifest.lines, manifest.rows, strict=True):
         where = f"{MANIFEST} line {line}"
@@ -199,11 +212,11 @@ def pairs_of_manifest(root: Path) -> LayoutResult:
             path = normal_path(row[kind])
             if reason:
                 found.problems.append(f"{where}: {kind} {row[kind] or 'path'} {reason}")
-            elif (spelled := _located(root, path)) is None:
+            elif (spelled := located.path(path)) is None:
                 found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
             else:
                 paths[kind], files[kind] = path, root / spelled
-        split = next((split for split, names in SPLIT_FOLDERS.items() if row.get("split", "").lower() in names), None)
+        split = split_named(row.get("split", ""))
         if "split" in columns and split is None:
             found.problems.append(f'{where}: split "{row["split"]}" is not train, val or test')
         if "patient" in columns and not row["patient"]:
@@ -216,6 +229,7 @@ def pairs_of_manifest(root: Path) -> LayoutResult:
             continue
         seen[image] = line
         outside += PurePosixPath(image).is_absolute()
+        owners[mask].append(image)
         spacing = None
         try:
             spacing = manifest_spacing(row.get("spacing", ""))
@@ -223,6 +237,11 @@ def pairs_of_manifest(root: Path) -> LayoutResult:
             found.problems.append(f"{where}: {error}")
         pair = Pair(image, files["image"], mask, files["mask"], row.get("patient") or None, split, spacing)
         found.pairs.append(pair)
+    if not manifest.rows:
+        found.problems.append(f"{MANIFEST} lists no image")
+    for mask, images in owners.items():
+        if len(images) > 1:
+            found.notes.append(f"warning: {len(images)} images have the same mask, {mask}: {', '.join(images[:5])}")
     if outside:
         found.notes.append(f"{outside} images of {MANIFEST} are outside the dataset folder (absolute paths)")
     return found
@@ -239,17 +258,33 @@ def _refused(path: str, *, absolute: bool) -> str | None:
     return None
 
 
-def _located(root: Path, path: str) -> str | None:
-    """`path`, or how the file system spells it: accents may be letters of their own; None if there is no such file."""
-    if os.path.isfile(root / path):  # unlike Path.is_file, accepts any text
-        return path
-    folder, name = posixpath.split(path)
-    if name.isascii() or "\0" in path:
-        return None
-    try:
-        inside = os.listdir(root / folder)
-    except OSError:
-        return None
-    wanted = unicodedata.normalize("NFC", name)
-    spelled = next((each for each in inside if unicodedata.normalize("NFC", each) == wanted), None)
-    return None if spelled is None else posixpath.join(folder, spelled)
+class _Located:
+    """Finds files below `root` whose names are spelt as in the file system, or with other capitals or accents."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._inside: dict[str, dict[str, list[str]]] = {}
+
+    def path(self, path: str) -> str | None:
+        """`path` as the file system spells it; None if there is no such file, or if several could be meant."""
+        if os.path.isfile(self._root / path):  # unlike Path.is_file, accepts any text
+            return path
+        spelled = "/" if path.startswith("/") else ""
+        for part in path.strip("/").split("/"):
+            if not os.path.lexists(self._root / spelled / part):
+                names = self._names(spelled).get(folded(part), [])
+                if len(names) != 1:
+                    return None
+                part = names[0]
+            spelled = posixpath.join(spelled, part)
+        return spelled if os.path.isfile(self._root / spelled) else None
+
+    def _names(self, folder: str) -> dict[str, list[str]]:
+        if folder not in self._inside:
+            self._inside[folder] = defaultdict(list)
+            try:
+                for name in os.listdir(self._root / folder):
+                    self._inside[folder][folded(name)].append(name)
+            except OSError:
+                pass
+        return self._inside[folder]

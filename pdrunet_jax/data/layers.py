@@ -7,18 +7,20 @@ class indices, which are (H, W). The functions here take either.
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pdrunet_jax.data.damage import unreadable
-from pdrunet_jax.data.folder import SPLIT_FOLDERS, LayoutResult, Pair
-from pdrunet_jax.data.images import SUFFIXES, read_bytes
+from pdrunet_jax.data.folder import LayoutResult, Pair
+from pdrunet_jax.data.images import read_bytes
+from pdrunet_jax.data.layouts import Files, Finder
 from pdrunet_jax.data.manifest import MANIFEST
-from pdrunet_jax.data.masks import IGNORE, PADDING, MaskCoding, _unknown_values, decode_codes, read_mask, resolve
-from pdrunet_jax.data.walk import files_below
+from pdrunet_jax.data.masks import IGNORE, PADDING, MaskCoding, decode_codes, read_mask, resolve, unknown_values
+from pdrunet_jax.data.pairing import layer_keys, layer_mask_keys
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.files import is_present
 
 if TYPE_CHECKING:
     from pdrunet_jax.data.split import Sample
@@ -55,18 +57,11 @@ def find_layers(root: Path, names: Sequence[str]) -> tuple[LayoutResult, tuple[s
     folders of a split. Returns the pairs and the classes; None if no mask belongs to one class, or if there is a
     manifest, which lists one mask file an image.
     """
-    if (root / MANIFEST).is_file():
+    if is_present(root / MANIFEST):
         return None
-    split_of = {name: split for split, spellings in SPLIT_FOLDERS.items() for name in spellings}
-    places = [(split, root / name) for name, split in split_of.items() if (root / name / "masks").is_dir()]
-    places = places or [("", root)]
-    folders = {place: _class_folders(place) for _, place in places if (place / "masks").is_dir()}
-    names = tuple(names) or tuple(sorted({name for found in folders.values() for name in found}))
-    found = LayoutResult("one mask file a class")
-    for split, place in places if names else ():
-        if (place / "images").is_dir() and (place / "masks").is_dir():
-            _pair(root, place, names, split or None, found)
-    return (found, names) if found.pairs else None
+    finder = _LayersFinder(root, names)
+    found = finder.find()
+    return (found, finder.names) if found.pairs else None
 
 
 def declared_layers(declared: MaskCoding, names: Sequence[str], *, files: bool) -> LayersCoding:
@@ -117,9 +112,8 @@ def read_truth(sample: "Sample", coding: MaskCoding) -> np.ndarray:
     if not isinstance(coding, LayersCoding):
         return read_mask(sample.mask, coding)
     if not sample.layers:
-        return _codes_to_layers(
-            decode_codes(read_bytes(sample.mask, str(sample.mask)), str(sample.mask), coding), coding
-        )
+        name = str(sample.mask)
+        return _codes_to_layers(decode_codes(read_bytes(sample.mask, name), name, coding), coding, name)
     read = [read_mask(path, each) if path else None for path, each in zip(sample.layers, coding.files, strict=True)]
     shape = next(mask.shape for mask in read if mask is not None)
     return np.stack([np.zeros(shape, np.uint8) if mask is None else mask for mask in read], axis=-1)
@@ -143,11 +137,11 @@ def to_bits(mask: np.ndarray) -> np.ndarray:
     return np.asarray(((mask == 1) * weights).sum(axis=-1, dtype=np.uint8))
 
 
-def _codes_to_layers(codes: np.ndarray, coding: LayersCoding) -> np.ndarray:
-    """Convert (H, W) codes to layers. Raises `DataError` that lists undeclared codes."""
+def _codes_to_layers(codes: np.ndarray, coding: LayersCoding, name: str) -> np.ndarray:
+    """Convert (H, W) codes to layers. Raises `DataError` that lists the undeclared codes of file `name`."""
     unknown = {int(code) for code in np.unique(codes)} - coding.known
     if unknown:
-        raise unreadable("mask", _unknown_values(unknown))
+        raise unreadable(name, unknown_values(unknown))
     layers = np.stack([np.isin(codes, values) for _, values in coding.classes], axis=-1).astype(np.uint8)
     layers[np.isin(codes, coding.ignore)] = IGNORE
     return layers
@@ -168,44 +162,67 @@ def _share(coding: MaskCoding, codes: dict[int, int]) -> float:
     return inside / total if total else 0.0
 
 
-def _class_folders(place: Path) -> list[str]:
-    """Folders in masks/ that are not folders of images too."""
-    inside = (path.name for path in (place / "masks").iterdir() if path.is_dir() and not path.name.startswith("."))
-    return sorted(name for name in inside if not (place / "images" / name).is_dir())
+class _LayersFinder(Finder):
+    """Finds one mask file a class, in the layouts of folders for images and masks."""
 
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        super().__init__(root)
+        self.names = tuple(names)
+        self._places: list[tuple[Sequence[str], Files, tuple[str, str], str | None]] = []
 
-def _pair(root: Path, place: Path, names: Sequence[str], split: str | None, found: LayoutResult) -> None:
-    """Add the images of `place` with their masks, and the problems of both."""
-    masks = _by_key(place / "masks")
-    taken: Counter[Path] = Counter()
-    for key, images in sorted(_by_key(place / "images").items()):
-        image = images[0].relative_to(root).as_posix()
-        if len(images) > 1:
-            found.problems.append(f"{', '.join(path.relative_to(root).as_posix() for path in images)}: the same name")
-            continue
-        layers: list[Path | None] = []
-        for name in names:
-            own = [path for form in (f"{name}/{key}", f"{key}_{name}") for path in masks.get(form, [])]
-            if len(own) > 1:
-                found.problems.append(f"{image}: several masks of {name}: {', '.join(path.name for path in own)}")
-            layers.append(own[0] if own else None)
-            taken.update(own)
-        if not (first := next(filter(None, layers), None)):
-            found.problems.append(f"{image}: no mask of any class, such as masks/{names[0]}/{key}.png")
-            continue
-        found.pairs.append(Pair(image, root / image, image, first, None, split, layers=tuple(layers)))
-    unused = [path for paths in masks.values() for path in paths if path not in taken]
-    if found.pairs:
-        found.problems += [
-            f"{path.relative_to(root).as_posix()}: not a mask of an image and a class ({', '.join(names)})"
-            for path in unused
+    def _find(self) -> None:
+        super()._find()
+        self.names = self.names or tuple(sorted({name for place in self._places for name in _class_folders(*place)}))
+        for place in self._places:
+            self._pair_layers(*place)
+
+    def _one_folder(self, splits: dict[str, str]) -> None:
+        pass
+
+    def _match(
+        self, images: Sequence[str], masks: Files, folders: tuple[str, str], split: str | None, *, nnunet: bool = False
+    ) -> None:
+        self._places.append((images, masks, folders, split))
+
+    def _pair_layers(self, images: Sequence[str], masks: Files, folders: tuple[str, str], split: str | None) -> None:
+        """Add the pairs of two folders, and the problems of both."""
+        by_key: dict[str, list[str]] = defaultdict(list)
+        for path in masks.images:
+            for key in layer_mask_keys(path, folders[1]):
+                by_key[key].append(path)
+        taken = Counter[str]()
+        for image in images:
+            layers: list[Path | None] = []
+            for name in self.names:
+                own = sorted({path for key in layer_keys(image, folders[0], name) for path in by_key.get(key, [])})
+                if len(own) > 1:
+                    self.found.problems.append(f"{image}: several masks of {name}: {', '.join(own)}")
+                layers.append(self.root / own[0] if own else None)
+                taken.update(own)
+            if not (first := next(filter(None, layers), None)):
+                example = (
+                    f"{folders[1]}/{self.names[0]}/{PurePosixPath(image).stem}.png" if self.names else "masks/CLASS"
+                )
+                self.found.problems.append(f"{image}: no mask of any class, such as {example}")
+                continue
+            self.found.pairs.append(Pair(image, self.root / image, image, first, None, split, layers=tuple(layers)))
+        self.found.problems += [
+            f"{path}: a mask of several images"
+            if taken[path]
+            else f"{path}: not a mask of an image and a class ({', '.join(self.names)})"
+            for path in masks.images
+            if taken[path] != 1
         ]
 
 
-def _by_key(folder: Path) -> dict[str, list[Path]]:
-    """Image files below `folder` by their path in it without the extension."""
-    result: dict[str, list[Path]] = defaultdict(list)
-    for path in files_below(folder):
-        if path.suffix.lower() in SUFFIXES:
-            result[path.relative_to(folder).with_suffix("").as_posix()].append(path)
-    return result
+def _class_folders(images: Sequence[str], masks: Files, folders: tuple[str, str], split: str | None) -> set[str]:
+    """Folders of masks that are not folders of images too."""
+    inside = [
+        {
+            PurePosixPath(path).relative_to(folder).parts[0]
+            for path in paths
+            if PurePosixPath(path).parent.as_posix() != folder
+        }
+        for paths, folder in zip((images, masks.images), folders, strict=True)
+    ]
+    return inside[1] - inside[0]

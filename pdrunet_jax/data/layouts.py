@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from pdrunet_jax.data.folder import SPLIT_FOLDERS, LayoutResult, Pair, declared_file, pairs_of_manifest
+from pdrunet_jax.data.folder import SPLITS, LayoutResult, Pair, declared_file, pairs_of_manifest, split_named
 from pdrunet_jax.data.images import FORMATS, has_image_name
 from pdrunet_jax.data.manifest import MANIFEST
 from pdrunet_jax.data.pairing import Matches, is_channel, key_below, masks_among, match, stems
@@ -17,10 +17,9 @@ _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
 """Names of folders, in any case."""
 _REMEDY = "save it as PNG, or import it (python -m pdrunet_jax.data --help lists what is imported)"
-_SPLIT_OF = {name: split for split, names in SPLIT_FOLDERS.items() for name in names}
 
 
-class _Files(NamedTuple):
+class Files(NamedTuple):
     """The images below a folder, as paths below the dataset, and files of formats that are not read."""
 
     images: list[str]
@@ -31,11 +30,11 @@ def find_pairs(root: Path) -> LayoutResult:
     """Pair the images and masks below `root`; `layout` is empty if none is recognised. Raises `UserError`."""
     if declared_file(root, MANIFEST):
         return pairs_of_manifest(root)
-    return _Finder(root).find()
+    return Finder(root).find()
 
 
-class _Finder:
-    """Finds the layout of `root`; folders are named by their paths below it."""
+class Finder:
+    """Finds the layout of `root`, and the mask of each image; folders are named by their paths below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.found = root, LayoutResult()
@@ -55,16 +54,16 @@ class _Finder:
 
     def _find(self) -> None:
         found, top = self.found, self._entries("")
-        splits = {split: name for split in SPLIT_FOLDERS if (name := self._child("", SPLIT_FOLDERS[split]))}
-        inner = {split: self._images_and_masks(folder) for split, folder in splits.items()}
-        inner = {split: folders for split, folders in inner.items() if any(folders)}
+        splits = {name: split for name in top if (split := split_named(name)) and self._is_folder(name)}
+        splits = dict(sorted(splits.items(), key=lambda item: SPLITS.index(item[1])))
+        inner = {name: self._images_and_masks(name) for name in splits}
+        inner = {name: folders for name, folders in inner.items() if any(folders)}
         images, masks = self._images_and_masks("")
         used: set[str | None] = {images, masks}
         if inner:
-            found.layout, used = "{train,val,test}/{images,masks}", {splits[split] for split in inner}
-            for split, folders in inner.items():
-                names = folders[0] or f"{splits[split]}/images", folders[1] or f"{splits[split]}/masks"
-                self._pair(names, split)
+            found.layout, used = "{train,val,test}/{images,masks}", {*inner}
+            for name, folders in inner.items():
+                self._pair((folders[0] or f"{name}/images", folders[1] or f"{name}/masks"), splits[name])
         elif images or masks:
             found.layout = "images/ and masks/"
             self._pair((images or "images", masks or "masks"))
@@ -82,27 +81,27 @@ class _Finder:
 
     def _one_folder(self, splits: dict[str, str]) -> None:
         """Images and masks in one folder, or in one for each split."""
-        folders: dict[str | None, str] = dict(splits.items()) if splits else {None: ""}
-        files = {split: self._files(folder).images for split, folder in folders.items()}
-        masks = {split: set(masks_among(paths)) for split, paths in files.items()}
+        folders: dict[str, str | None] = dict(splits) if splits else {"": None}
+        files = {folder: self._files(folder).images for folder in folders}
+        masks = {folder: set(masks_among(paths)) for folder, paths in files.items()}
         if not any(masks.values()):
             return
         self.found.layout = "images and masks in one folder"
-        for split, folder in folders.items():
-            images = [path for path in files[split] if path not in masks[split]]
-            if split == "test" and not masks[split]:
+        for folder, split in folders.items():
+            images = [path for path in files[folder] if path not in masks[folder]]
+            if split == "test" and not masks[folder]:
                 self._without_masks(folder, images)
                 continue
-            matches = match(images, sorted(masks[split]), (folder, folder))
+            matches = match(images, sorted(masks[folder]), (folder, folder))
             self._add(matches, split, [f"{path}: no mask named {_names(path, '')}" for path in matches.lonely])
         if splits:
-            self._pass_over([name for name in self._entries("") if name not in splits.values()])
+            self._pass_over([name for name in self._entries("") if name not in splits])
 
     def _pair(self, folders: tuple[str, str], split: str | None = None, *, nnunet: bool = False) -> None:
         """Pair the images of one folder with the masks of another."""
         missing = [folder for folder in folders if not (self.root / folder).is_dir()]
         before = len(self.found.problems)
-        files = [self._files(folder) if folder not in missing else _Files([], []) for folder in folders]
+        files = [self._files(folder) if folder not in missing else Files([], []) for folder in folders]
         if len(self.found.problems) > before:  # what lies in an unreadable folder would seem to be missing
             return
         images, masks = files[0].images, files[1].images
@@ -121,19 +120,20 @@ class _Finder:
             self.found.problems.append(f"{folders[0]}/ is {what}")
         mask_tops = _split_folders(folders[1], masks)
         for top, inside in tops.items():
-            name = _SPLIT_OF[top.lower()]
-            other = next((each for each in mask_tops if each and _SPLIT_OF[each.lower()] == name), top)
+            name = split_named(top)
+            others = [each for each in mask_tops if each and split_named(each) == name]
+            other = min(others, key=lambda each: each.lower() != top.lower(), default=top)
             part = mask_tops.pop(other, [])
             if name == "test" and not part:
                 self._without_masks(f"{folders[0]}/{top}", inside)
             else:
                 inner = f"{folders[0]}/{top}", f"{folders[1]}/{other}"
                 unread = [path for path in files[1].others if path.startswith(f"{inner[1]}/")]
-                self._match(inside, _Files(part, unread), inner, name)
+                self._match(inside, Files(part, unread), inner, name)
         self.found.problems += [f"{path}: a mask without an image" for rest in mask_tops.values() for path in rest]
 
     def _match(
-        self, images: Sequence[str], masks: _Files, folders: tuple[str, str], split: str | None, *, nnunet: bool = False
+        self, images: Sequence[str], masks: Files, folders: tuple[str, str], split: str | None, *, nnunet: bool = False
     ) -> None:
         matches = match(images, masks.images, folders, nnunet=nnunet)
         unread = {key: path for path in masks.others for key in stems(path, folders[1])}
@@ -162,13 +162,13 @@ class _Finder:
         rest = [self.root / name for name in names if (self.root / name).is_dir() or has_image_name(Path(name))]
         self.passed["files and folders outside this layout"] += rest
 
-    def _files(self, folder: str) -> _Files:
+    def _files(self, folder: str) -> Files:
         found = walk_images(self.root / folder)
         self.found.problems += [f"{self._below(path)}: {reason}" for path, reason in found.problems]
         for kind, paths in found.passed.items():
             self.passed[kind] += paths
         others = [path for kind, paths in found.passed.items() if kind not in (SYSTEM, SEEN) for path in paths]
-        return _Files(list(map(self._below, found.files)), list(map(self._below, others)))
+        return Files(list(map(self._below, found.files)), list(map(self._below, others)))
 
     def _is_outside(self, path: Path) -> bool:
         folder = path.parent
@@ -184,15 +184,20 @@ class _Finder:
         images, masks = self._child(folder, _IMAGES), self._child(folder, _MASKS)
         return images, masks if images or PurePosixPath(masks or "").name.lower() == _MASKS[0] else None
 
+    def _is_folder(self, name: str) -> bool:
+        """Whether a name in `root` is a folder; a broken link is a problem."""
+        path = self.root / name
+        if path.is_symlink() and not path.exists():
+            self.found.problems.append(f"{name}: a broken link to {os.readlink(path)}")
+        return path.is_dir()
+
     def _child(self, folder: str, names: Sequence[str]) -> str | None:
         """The first folder inside `folder` with one of `names`, in any case."""
         inside = {name.lower(): name for name in reversed(self._entries(folder))}
         for name in names:
-            path = self.root / folder / inside.get(name, name)
-            if path.is_symlink() and not path.exists():
-                self.found.problems.append(f"{path.relative_to(self.root)}: a broken link to {os.readlink(path)}")
-            elif path.is_dir():
-                return path.relative_to(self.root).as_posix()
+            path = PurePosixPath(folder, inside.get(name, name)).as_posix()
+            if self._is_folder(path):
+                return path
         return None
 
     def _entries(self, folder: str) -> list[str]:
@@ -208,7 +213,7 @@ def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, list[str]]:
     result: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         top, *below = PurePosixPath(path).relative_to(folder).parts
-        result[top if below and top.lower() in _SPLIT_OF else ""].append(path)
+        result[top if below and split_named(top) else ""].append(path)
     return result
 
 

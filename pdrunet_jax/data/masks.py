@@ -184,7 +184,7 @@ def codes_to_classes(codes: np.ndarray, coding: MaskCoding, name: str) -> np.nda
     if not rest.any():
         return classes
     if coding.threshold is None:
-        raise unreadable(name, _unknown_values({int(code) for code in np.unique(codes[rest])}))
+        raise unreadable(name, unknown_values({int(code) for code in np.unique(codes[rest])}))
     classes[rest] = codes[rest] >= coding.threshold
     return classes
 
@@ -279,7 +279,7 @@ def _describe_code(code: int) -> str:
     return f'"{colour_name(code)}"' if code >= COLOUR else str(code)
 
 
-def _unknown_values(codes: set[int]) -> str:
+def unknown_values(codes: set[int]) -> str:
     return f"undeclared mask value{'s' if len(codes) > 1 else ''} {_listed(codes)}"
 
 
@@ -410,7 +410,7 @@ def _with_background(coding: MaskCoding, total: Mapping[int, int]) -> tuple[Mask
 
 
 def _unknown_problems(coding: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]) -> list[str]:
-    problems = [f"{name}: {_unknown_values(extra)}" for name, counts in found if (extra := set(counts) - coding.known)]
+    problems = [f"{name}: {unknown_values(extra)}" for name, counts in found if (extra := set(counts) - coding.known)]
     remedy = f"{coding}; {BACKGROUND} is {' or '.join(map(_describe_code, coding.background))}"
     remedy += f". Declare the rest as ignore, {BACKGROUND} or a class"
     if coding.only_value is not None:

@@ -90,7 +90,7 @@ def masks_among(paths: Sequence[str]) -> list[str]:
 
 def stems(path: str, folder: str) -> set[str]:
     """Every key that a file of an unknown format below `folder` may have, however many extensions it has."""
-    key = _nfc(PurePosixPath(path).relative_to(folder).as_posix())
+    key = composed(PurePosixPath(path).relative_to(folder).as_posix())
     inside, _, name = key.rpartition("/")
     parts = name.split(".")
     keys = (posixpath.join(inside, ".".join(parts[:count])) for count in range(1, len(parts) + 1))
@@ -100,6 +100,18 @@ def stems(path: str, folder: str) -> set[str]:
 def key_below(path: str, folder: str) -> str:
     """The key of an image at `path` below `folder`, comparable with `stems`."""
     return _plain(_key(path, folder))
+
+
+def layer_keys(image: str, folder: str, name: str) -> set[str]:
+    """The keys of class `name`'s own mask of an image below `folder`: `NAME/IMAGE` and `IMAGE_NAME`."""
+    key = _key(image, folder)
+    return {_plain(f"{name}/{key}"), _plain(f"{key}_{name}")}
+
+
+def layer_mask_keys(path: str, folder: str) -> set[str]:
+    """The keys, comparable with `layer_keys`, of a mask below `folder`: with words such as "mask", and without."""
+    key = _key(path, folder)
+    return {_plain(key), _bare_mask(key)}
 
 
 def is_channel(path: str) -> bool:
@@ -113,12 +125,17 @@ def _keys(paths: Sequence[str], folder: str) -> dict[str, str]:
 
 
 def _key(path: str, folder: str) -> str:
-    return _nfc(stem(PurePosixPath(path).relative_to(folder).as_posix() if folder else path))
+    return composed(stem(PurePosixPath(path).relative_to(folder).as_posix() if folder else path))
 
 
-def _nfc(text: str) -> str:
+def composed(text: str) -> str:
     """`text` in composed Unicode: macOS takes letters and their accents apart."""
     return unicodedata.normalize("NFC", text)
+
+
+def folded(name: str) -> str:
+    """A file's name for comparison: capitals and the two Unicode spellings of a letter are the same."""
+    return composed(name).casefold()
 
 
 def _grouped(keys: Mapping[str, str]) -> dict[str, list[str]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.fit import Fit
-from pdrunet_jax.data.folder import DESCRIPTION, SPLIT_FOLDERS, Description
+from pdrunet_jax.data.folder import DESCRIPTION, SPLITS, Description
 from pdrunet_jax.data.masks import MaskCoding
 from pdrunet_jax.data.scan import ScanResult, class_shares
 from pdrunet_jax.data.split import Sample
@@ -46,7 +46,7 @@ def counts_by_split(
 ) -> list[dict[str, int]]:
     """For background and each class: the number of masks of each split with images that have it."""
     shares = [class_shares(item.codes, coding) for item in scanned]
-    splits = [split for split in SPLIT_FOLDERS if any(sample.split == split for sample in samples)]
+    splits = [split for split in SPLITS if any(sample.split == split for sample in samples)]
     pairs = list(zip(samples, shares, strict=True))
     return [
         {split: sum(share[index] > 0 for sample, share in pairs if sample.split == split) for split in splits}

@@ -11,7 +11,7 @@ from math import floor
 from pathlib import Path, PurePosixPath
 
 from pdrunet_jax.config import DataConfig
-from pdrunet_jax.data.folder import SPLIT_FOLDERS, Pair
+from pdrunet_jax.data.folder import SPLITS, Pair
 from pdrunet_jax.data.masks import MaskCoding
 from pdrunet_jax.data.scan import ScanResult, foreground_share
 
@@ -221,7 +221,7 @@ def manifest_rows(root: Path, samples: Sequence[Sample]) -> list[dict[str, str]]
 def split_counts(samples: Sequence[Sample]) -> str:
     """Images and patients of each split, in one line."""
     parts = []
-    for split in SPLIT_FOLDERS:
+    for split in SPLITS:
         inside = [sample for sample in samples if sample.split == split]
         images, patients = len(inside), len({sample.patient for sample in inside})
         plurals = "image" + "s" * (images != 1), "patient" + "s" * (patients != 1)

@@ -199,7 +199,7 @@ class WandbRun:
         masks = {"prediction": picture.prediction, "truth": picture.truth}
         if picture.truth.ndim == 3:
             masks = {
-                f"{kind} {self._labels[index]}": layers[..., index - 1] * np.uint8(index)
+                f"{kind} {self._labels[index]}": (layers[..., index - 1] == 1) * np.uint8(index)
                 for kind, layers in masks.items()
                 for index in range(1, layers.shape[-1] + 1)
             }

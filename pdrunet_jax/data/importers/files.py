@@ -13,8 +13,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 
-from pdrunet_jax.data.folder import SPLIT_FOLDERS
+from pdrunet_jax.data.folder import split_named
 from pdrunet_jax.data.images import SUFFIXES, read_bytes
+from pdrunet_jax.data.pairing import composed, folded
 from pdrunet_jax.data.walk import files_below, some
 from pdrunet_jax.runtime.errors import DataError, UserError
 
@@ -32,7 +33,6 @@ RESULT = re.compile(r"_(mask|overlay|probability(_[^./]*)?)\.png$")
 
 _DOUBLE = (".nii.gz", ".seg.nrrd")  # extensions of two parts
 
-_SPLIT = re.compile(r"([a-z]+)[_-]?(?:\d{4})?")
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")  # Label Studio puts this in front of the names of uploaded files
 
 
@@ -120,12 +120,7 @@ def check_encoding(encoding: str) -> None:
 
 def split_of(path: str) -> str | None:
     """The split that a folder in a POSIX path stands for, such as train for train2017/a.png; None without one."""
-    for part in PurePosixPath(path).parts[:-1]:
-        match = _SPLIT.fullmatch(part.lower())
-        for split, names in SPLIT_FOLDERS.items():
-            if match and match[1] in names:
-                return split
-    return None
+    return next(filter(None, map(split_named, PurePosixPath(path).parts[:-1])), None)
 
 
 def writable(text: str) -> bool:
@@ -170,12 +165,12 @@ class Images:
         names = [path.relative_to(root).as_posix() for path in files_below(root)]
         self.names = [name for name in names if name.lower().endswith(known) and not is_mask(name)]
         """POSIX paths below the root."""
-        self._known = set(self.names)
+        self._known = {composed(name): name for name in self.names}
         self._by_name: dict[str, list[str]] = defaultdict(list)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
         for name in self.names:
-            self._by_name[PurePosixPath(name).name.casefold()].append(name)
-            self._by_stem[stem_of(name).casefold()].append(name)
+            self._by_name[folded(PurePosixPath(name).name)].append(name)
+            self._by_stem[folded(stem_of(name))].append(name)
         self.moved: list[str] = []
         """Images that are not where the annotations say, found by their names."""
 
@@ -194,9 +189,9 @@ class Images:
             raise problem(where, f"image path {short(stated)} names no file")
         for start in dict.fromkeys((folder, "")):
             if not PurePosixPath(path).is_absolute():
-                exact = os.path.normpath(os.path.join(start, path)).replace(os.sep, "/")
+                exact = composed(os.path.normpath(os.path.join(start, path)).replace(os.sep, "/"))
                 if exact in self._known:
-                    return self._checked(exact, where)
+                    return self._checked(self._known[exact], where)
         found = self._named(name, path, folder, beside) or self._named(_UPLOAD.sub("", name), path, folder, beside)
         if len(found) > 1:
             raise problem(where, f"image {short(stated)} may be any of {some(found)}")
@@ -205,11 +200,13 @@ class Images:
         return self._checked(found[0], where) if found else None
 
     def _named(self, name: str, path: str, folder: str, beside: bool) -> list[str]:
-        stem = PurePosixPath(name).stem.casefold()
-        for candidates in (self._by_name[name.casefold()], self._by_stem[stem]):
+        stem = folded(PurePosixPath(name).stem)
+        for candidates in (self._by_name[folded(name)], self._by_stem[stem]):
             near = [other for other in candidates if places(other) == places(f"./{folder}/x")]
             if len(near) > 1:  # the file beside the annotation comes first
-                near = [other for other in near if PurePosixPath(other).parent == PurePosixPath(folder)] or near
+                near = [
+                    other for other in near if PurePosixPath(composed(other)).parent == PurePosixPath(composed(folder))
+                ] or near
             if near:
                 return near
             if not beside and candidates:
@@ -224,7 +221,7 @@ class Images:
 
     def pairs(self, path: str) -> list[str]:
         """The images with the name of `path`, apart from the extension, in the folder that corresponds to its own."""
-        names = self._by_stem[stem_of(path).casefold()]
+        names = self._by_stem[folded(stem_of(path))]
         return [self._checked(name, path) for name in names if places(name) == places(path)]
 
     def notes(self) -> list[str]:
@@ -255,7 +252,7 @@ def stem_of(path: str) -> str:
 
 def places(path: str) -> list[str]:
     """The folders of a path that tell files apart."""
-    return [part for part in PurePosixPath(path).parts[:-1] if not _GENERIC.fullmatch(part)]
+    return [part for part in PurePosixPath(composed(path)).parts[:-1] if not _GENERIC.fullmatch(part)]
 
 
 def _common_end(one: str, other: str) -> int:
@@ -263,7 +260,7 @@ def _common_end(one: str, other: str) -> int:
     pairs = zip(reversed(PurePosixPath(one).parts), reversed(PurePosixPath(other).parts), strict=False)
     count = 0
     for ours, theirs in pairs:
-        if ours.casefold() != theirs.casefold():
+        if folded(ours) != folded(theirs):
             break
         count += 1
     return count

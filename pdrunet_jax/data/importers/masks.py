@@ -15,6 +15,7 @@ from pdrunet_jax.data.importers.files import RESULT, Images, places, problem, re
 from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
 from pdrunet_jax.data.labelme.read import IGNORE_LABEL, Shape
 from pdrunet_jax.data.masks import BACKGROUND, IGNORE, MaskCoding
+from pdrunet_jax.data.pairing import folded
 from pdrunet_jax.data.walk import files_below, some
 from pdrunet_jax.runtime.errors import DataError, UserError
 
@@ -114,9 +115,9 @@ def match_masks(
     """
     by_folder: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for image in images.names:
-        stem = stem_of(image).casefold()
+        stem = folded(stem_of(image))
         case = stem.removesuffix("_0000") if "imagesT" in image else stem  # nnU-Net's first channel
-        for key in {stem, case, PurePosixPath(image).name.casefold()}:
+        for key in {stem, case, folded(PurePosixPath(image).name)}:
             by_folder[_folders(image)][key].append(image)
     hits: list[tuple[str, str, str | None, bool]] = []
     problems = []
@@ -152,7 +153,7 @@ def _near(
         stems = by_folder.get(place, {})
         if found := _longest(stem, stems) or _longest(_PREFIX.sub("", stem), stems):
             return found[0], (None if drop is None else folders[drop]) or _label_in(found[1]), False
-        own = folders[-1 if drop is None else drop].casefold() if folders else ""
+        own = folded(folders[-1 if drop is None else drop]) if folders else ""
         if own in stems:  # a folder for each image
             return stems[own], _label_in(stem), True
     return None
@@ -172,7 +173,7 @@ def _folders(name: str) -> tuple[str, ...]:
 def _longest(name: str, stems: Mapping[str, list[str]]) -> tuple[list[str], str] | None:
     """The images with the longest of `stems` that `name` begins with, and what follows; None without one."""
     for end in range(len(name), 0, -1):
-        start = name[:end].casefold()
+        start = folded(name[:end])
         if (end == len(name) or name[end] in " ._-") and start in stems:
             return stems[start], name[end:]
     return None

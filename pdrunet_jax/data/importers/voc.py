@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from pdrunet_jax.data.folder import SPLIT_FOLDERS
+from pdrunet_jax.data.folder import split_named
 from pdrunet_jax.data.images import SUFFIXES
 from pdrunet_jax.data.importers.bitmaps import code_shapes, read_codes
 from pdrunet_jax.data.importers.files import problem, read_text, writable
 from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
 from pdrunet_jax.data.labelme.read import IGNORE_LABEL, Shape
 from pdrunet_jax.data.masks import BACKGROUND, COLOUR, IGNORE, MaskCoding, colour_name
+from pdrunet_jax.data.pairing import composed
 from pdrunet_jax.data.walk import files_below, some
 from pdrunet_jax.runtime.errors import DataError, UserError
 
@@ -70,7 +71,7 @@ def import_voc(options: ImportVoc) -> list[str]:
             problems += error.problems
             continue
         load = partial(_shapes, path, name, source, label_of, coding)
-        drawings.append(Drawing(name, found[0], labels, load, split=splits.get(key)))
+        drawings.append(Drawing(name, found[0], labels, load, split=splits.get(composed(key))))
     if not drawings and not problems:
         raise UserError(f"{roots[0]}: no mask in this folder or below")
     notes = [f"labels of {name} are read" for name in ("labelmap.txt", "class_names.txt") if (root / name).is_file()]
@@ -109,18 +110,18 @@ def _labels(root: Path, options: ImportVoc) -> tuple[dict[int, str], MaskCoding]
 def _splits(root: Path) -> tuple[dict[str, str], list[str]]:
     """The split of each image listed in ImageSets, and problems."""
     splits, problems = dict[str, str](), list[str]()
-    lists = {path.stem.lower(): path for path in sorted((root / "ImageSets").glob("Segmentation/*.txt"))}
-    for split, names in SPLIT_FOLDERS.items():
-        for path in (lists[name] for name in names if name in lists):
-            where = path.relative_to(root).as_posix()
-            try:
-                lines = read_text(path, where).splitlines()
-            except DataError as error:
-                problems += error.problems
-                continue
-            for key in (line.strip().strip('"') for line in lines if line.strip()):
-                if splits.setdefault(key, split) != split:
-                    problems.append(f"{where}: {key} is in {splits[key]} too")
+    for path in sorted((root / "ImageSets").glob("Segmentation/*.txt")):
+        if (split := split_named(path.stem)) is None:
+            continue
+        where = path.relative_to(root).as_posix()
+        try:
+            lines = read_text(path, where).splitlines()
+        except DataError as error:
+            problems += error.problems
+            continue
+        for key in (composed(line.strip().strip('"')) for line in lines if line.strip()):
+            if splits.setdefault(key, split) != split:
+                problems.append(f"{where}: {key} is in {splits[key]} too")
     return splits, problems
 
 
