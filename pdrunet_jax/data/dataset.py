@@ -17,13 +17,14 @@ from pdrunet_jax.data import remarks
 from pdrunet_jax.data.cache import Cache, keeps
 from pdrunet_jax.data.fit import Fit, Spacing
 from pdrunet_jax.data.folder import read_description
+from pdrunet_jax.data.hints import hint
 from pdrunet_jax.data.images import read_bytes, read_spacing
 from pdrunet_jax.data.layers import LAYER, LayersCoding, declared_layers, find_layers, resolve_layers
 from pdrunet_jax.data.layouts import find_pairs
 from pdrunet_jax.data.masks import PADDING, MaskCoding, all_empty, codes_to_classes, resolve
 from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, image_remarks, scan
 from pdrunet_jax.data.split import ALONE, Sample, assign, identical, partition, split_counts, together
-from pdrunet_jax.data.walk import some
+from pdrunet_jax.data.walk import some, walk
 from pdrunet_jax.model.sides import Pairs
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import is_vacant
@@ -171,6 +172,8 @@ def open_dataset(config: DataConfig) -> Dataset:
 def inspect_dataset(config: DataConfig) -> Inspection:
     """Like `open_dataset`, with layout, sizes, modes and pixel counts."""
     root = Path(config.root)
+    if not config.root:
+        raise UserError("--data.root is empty; is a variable of the shell unset?")
     if config.phantoms and is_vacant(root):
         # Only here: SciPy, which draws them, takes about a second to import.
         from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
@@ -192,7 +195,9 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     if config.multilabel:
         declared = declared_layers(declared, by_class[1] if by_class else declared.names, files=by_class is not None)
     if not (found.pairs or found.problems):
-        raise UserError(f"--data.root {config.root}: no images with masks here.\n{_LAYOUTS}\n{_HOW_TO_GET_DATA}")
+        advice = hint([path.relative_to(root).as_posix() for path in walk(root).files])
+        words = " ".join(filter(None, ("no images with masks here.", advice)))
+        raise UserError(f"--data.root {config.root}: {words}\n{_LAYOUTS}\n{_HOW_TO_GET_DATA}")
     # Read every file; resized pixels are kept for the first epoch if they fit in memory.
     pairs = sorted(found.pairs, key=lambda pair: pair.id)
     fit = Fit.of(config)

@@ -6,17 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from pdrunet_jax.data.folder import SPLITS, LayoutResult, Pair, declared_file, pairs_of_manifest, split_named
+from pdrunet_jax.data.folder import (
+    DESCRIPTION,
+    NNUNET,
+    SPLITS,
+    LayoutResult,
+    Pair,
+    declared_file,
+    pairs_of_manifest,
+    split_named,
+)
+from pdrunet_jax.data.hints import hint, importer_of
 from pdrunet_jax.data.images import FORMATS, has_image_name
 from pdrunet_jax.data.manifest import MANIFEST
 from pdrunet_jax.data.pairing import Matches, is_channel, key_below, masks_among, match, stems
-from pdrunet_jax.data.walk import SEEN, SYSTEM, is_litter, passed_over, some, walk_images
+from pdrunet_jax.data.walk import SEEN, SYSTEM, is_litter, passed_over, some, walk, walk_images
 from pdrunet_jax.runtime.errors import DataError
 
 _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "segmentations")
 """Names of folders, in any case."""
-_REMEDY = "save it as PNG, or import it (python -m pdrunet_jax.data --help lists what is imported)"
 
 
 class Files(NamedTuple):
@@ -46,11 +55,18 @@ class Finder:
         self._find()
         remarks = passed_over(self.passed, self._below)
         if self.found.layout and not (self.found.pairs or self.found.problems):
-            self.found.problems += [f"no image has a format that is read: {FORMATS}", *remarks]
+            self.found.problems += [f"no image has a format that is read here: {FORMATS}", *remarks]
+        several = any("several masks" in problem for problem in self.found.problems)
+        told = any("may read it" in problem for problem in self.found.problems)
+        if self.found.problems and not told and (several or not self.found.pairs) and (advice := self._hint()):
+            self.found.problems[0] += f"\n    {advice}"
         self.found.notes += remarks
         if outside := [pair.id for pair in self.found.pairs if self._is_outside(pair.image)]:
             self.found.notes.append(f"{len(outside)} images are outside the dataset folder (links): {some(outside)}")
         return self.found
+
+    def _hint(self) -> str:
+        return hint([path.relative_to(self.root).as_posix() for path in walk(self.root).files])
 
     def _find(self) -> None:
         found, top = self.found, self._entries("")
@@ -143,7 +159,9 @@ class Finder:
             if nnunet and is_channel(path):
                 problems.append(f"{path}: a second channel; only images of one file are read")
             elif other is not None:
-                problems.append(f"{path}: its mask {other} is in a format that is not read: {_REMEDY}")
+                reader = importer_of([other])
+                remedy = f"{reader} may read it" if reader else "save it as PNG"
+                problems.append(f"{path}: its mask {other} is in a format that is not read here; {remedy}")
             else:
                 problems.append(f"{path}: no mask named {_names(path, folders[1], folders[0])}")
         self._add(matches, split, problems)
@@ -159,7 +177,11 @@ class Finder:
 
     def _pass_over(self, names: Sequence[str]) -> None:
         """Name what lies in the dataset folder, but is not part of its layout."""
-        rest = [self.root / name for name in names if (self.root / name).is_dir() or has_image_name(Path(name))]
+        rest = [
+            self.root / name
+            for name in names
+            if (self.root / name).is_dir() or has_image_name(Path(name)) or _is_table(name)
+        ]
         self.passed["files and folders outside this layout"] += rest
 
     def _files(self, folder: str) -> Files:
@@ -206,6 +228,12 @@ class Finder:
         except OSError as error:
             where = self.root / folder
             raise DataError(f"--data.root {self.root}: unreadable", [f"{where}: {error.strerror}"]) from None
+
+
+def _is_table(name: str) -> bool:
+    """Whether a file seems to declare what only dataset.toml and manifest.csv do, such as manifest.xlsx."""
+    path = PurePosixPath(name.lower())
+    return path.stem in ("manifest", "dataset") and path.name not in (MANIFEST, DESCRIPTION, NNUNET)
 
 
 def _split_folders(folder: str, paths: Sequence[str]) -> dict[str, list[str]]:

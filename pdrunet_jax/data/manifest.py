@@ -17,6 +17,7 @@ COLUMNS = ("image", "mask", "patient", "split")
 
 _SEPARATORS = ",;\t|"
 _SEP_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)  # Excel's own first line
+_EMPTY_LINES = re.compile(r'(?:[ \t,;|"]*\r?\n)+')
 _BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -38,12 +39,16 @@ def read_manifest(root: Path) -> Manifest:
     Raises `ValueError` with the reason if it is not a valid table.
     """
     try:
-        text, notes = _decoded(read_regular(root / MANIFEST))
+        text, encoding = decode_text(read_regular(root / MANIFEST))
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from None
-    stated = _SEP_LINE.match(text)
-    skipped = 1 if stated else 0
-    text = text[stated.end() :] if stated else text
+    if "\0" in text:
+        raise ValueError("holds NUL characters, as UTF-16 text without its mark does; save it as CSV UTF-8")
+    start = _EMPTY_LINES.match(text)
+    stated = _SEP_LINE.match(text, start.end() if start else 0)
+    found = stated or start
+    end = found.end() if found else 0
+    skipped, text = len(text[:end].splitlines()), text[end:]
     tables = {each: _columns(text, each) for each in (stated.group(1) if stated else _SEPARATORS)}
     separator = max(tables, key=lambda each: len({*tables[each]} & {*COLUMNS}))
     columns = tables[separator]
@@ -62,7 +67,8 @@ def read_manifest(root: Path) -> Manifest:
                 lines.append(reader.line_num + skipped)
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num + skipped}: {error}") from None
-    return Manifest([name for name in columns if name], rows, lines, notes)
+    guessed = f"{MANIFEST} is not UTF-8 text; read as Windows-1252, as Excel saves CSV"
+    return Manifest([name for name in columns if name], rows, lines, [guessed] if encoding == "cp1252" else [])
 
 
 def write_manifest(root: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -79,18 +85,18 @@ def normal_path(path: str) -> str:
     return posixpath.normpath(path.replace("\\", "/"))
 
 
-def _decoded(data: bytes) -> tuple[str, list[str]]:
-    """The text of a manifest, and a note if its encoding is a guess. Raises `ValueError`."""
+def decode_text(data: bytes) -> tuple[str, str]:
+    """A text as spreadsheets and shells save it, and its encoding, a guess if it is cp1252. Raises `ValueError`."""
     stated = next((name for mark, name in _BOMS if data.startswith(mark)), None)
     try:
-        return data.decode(stated or "utf-8"), []
+        return data.decode(stated or "utf-8"), stated or "utf-8"
     except UnicodeDecodeError:
         if stated:
             raise ValueError(f"not valid {stated.removesuffix('-sig').upper()}, as its first bytes say") from None
     try:
-        return data.decode("cp1252"), [f"{MANIFEST} is not UTF-8 text; read as Windows-1252, as Excel saves CSV"]
+        return data.decode("cp1252"), "cp1252"
     except UnicodeDecodeError:
-        raise ValueError("neither UTF-8, UTF-16 nor Windows-1252 text; save it as CSV UTF-8") from None
+        raise ValueError("neither UTF-8, UTF-16 nor Windows-1252 text; save it as UTF-8") from None
 
 
 def _columns(text: str, separator: str) -> list[str]:

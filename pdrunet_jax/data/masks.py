@@ -154,7 +154,9 @@ def decode_codes(data: bytes, name: str, coding: MaskCoding) -> np.ndarray:
     if not coding.colours and (plain := decode_plain_png(data)) is not None:
         return plain
     if looks_like_dicom(data):
-        raise unreadable(name, "a DICOM file, which is not read as a mask; save masks as PNG")
+        raise unreadable(
+            name, "a DICOM file, which is not read as a mask; import-volumes reads it, or save masks as PNG"
+        )
     image = open_upright(data, name)
     if coding.colours:
         return _colour_codes(image, coding.threshold or 128)
@@ -201,8 +203,11 @@ def declare(
 
     With `overlap`, a value may belong to several classes, and each class may have the threshold.
     """
-    named = {name: parse_value(value, f"{source}: {name}") for name, value in classes.items()}
-    background = named.pop(BACKGROUND, ())
+    every = {name: parse_value(value, f"{source}: {name}") for name, value in classes.items()}
+    named = {name: values for name, values in every.items() if not is_background(name)}
+    background = tuple(code for name, values in every.items() if name not in named for code in values)
+    if blank := next((name for name in named if not name.strip() or not name.isprintable()), None):
+        raise UserError(f"{source}: {blank!r} is no name of a class; give it printable text")
     ignored = () if ignore is None else parse_value(ignore, "ignore")
     if classes and not named:
         raise UserError(f"{source}: declares only the background; declare at least one class")
@@ -212,8 +217,8 @@ def declare(
         named = {name: tuple(map(_as_colour, codes)) for name, codes in named.items()}
         background, ignored = tuple(map(_as_colour, background)), tuple(map(_as_colour, ignored))
     foreground = [code for codes in named.values() for code in codes]
-    every = [*background, *ignored, *(set(foreground) if overlap else foreground)]
-    for code, count in Counter(every).items():
+    meant = [*background, *ignored, *(set(foreground) if overlap else foreground)]
+    for code, count in Counter(meant).items():
         if count > 1:
             what = f"{_describe_code(code)} is declared {count} times"
             remedy = "; classes that overlap need data.multilabel" if foreground.count(code) > 1 else ""
@@ -262,6 +267,11 @@ def resolve(declared: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]
     return coding, notes
 
 
+def is_background(name: str) -> bool:
+    """Whether a class name stands for the background: `background` in any case, also as LabelMe's `_background_`."""
+    return name.strip("_ ").lower() == BACKGROUND
+
+
 def all_empty(coding: MaskCoding, found: Sequence[tuple[str, Mapping[int, int]]]) -> str:
     """The problem of masks without a single pixel of a class."""
     held = _listed({code for _, counts in found for code in counts})
@@ -280,6 +290,7 @@ def _describe_code(code: int) -> str:
 
 
 def unknown_values(codes: set[int]) -> str:
+    """Undeclared codes in words."""
     return f"undeclared mask value{'s' if len(codes) > 1 else ''} {_listed(codes)}"
 
 

@@ -114,9 +114,10 @@ def _scan_one(row: int, pair: Pair, coding: MaskCoding, fit: Fit | None, cache: 
     size, mode, pixels_digest = (0, 0), "", ""
     codes: dict[int, int] = {}
     image = mask = None
+    image_data = b""
     turned = [1, 1]
     try:
-        data = read_bytes(pair.image, pair.id)
+        data = image_data = read_bytes(pair.image, pair.id)
         digest.update(hashlib.sha256(data).digest())
         turned[0] = exif_orientation(data)
         pixels, mode = decode_image(data, pair.id, remarks=notes)
@@ -132,6 +133,8 @@ def _scan_one(row: int, pair: Pair, coding: MaskCoding, fit: Fit | None, cache: 
             data = read_bytes(path, name)
             digest.update(hashlib.sha256(data).digest())
             mask = decode_codes(data, name, coding_of(coding, place))
+            if data == image_data and np.any(mask != mask.flat[0]):
+                problems.append(f"{pair.id}: the image and its mask {name} have the same content")
             turned[1] = exif_orientation(data)
             if size != (0, 0) and mask.shape != size:
                 height, width = mask.shape

@@ -16,7 +16,7 @@ from pdrunet_jax.data.masks import MaskCoding
 from pdrunet_jax.data.scan import ScanResult, foreground_share
 
 _COLUMN, _PATH, ALONE = "the patient column", "the word patient with digits in the path", "the image itself"
-_PATIENT = r"(?<![A-Za-z])patient\d+"  # not an inpatient
+_PATIENT = r"(?i:(?<![a-z])patient[-_ ]?\d+)"  # not an inpatient
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,8 @@ class EvaluateOptions:
     evaluation/WEIGHTS_DATASET/SPLIT, both with the names of their folders or files."""
     threshold: Threshold = 0.5
     """Probability above which a pixel is foreground, or validation for the best one on the validation set. Models with
-    one output or overlapping classes only."""
+    one output or overlapping classes only; for
+    these also one a class, as in bone=0.4,implant=0.6."""
     against: str | None = None
     """Compare on the same images with this evaluation folder, or with these weights (evaluated too, at the size they
     were trained at). Prints a table; writes comparison.json and comparison.csv."""

@@ -46,7 +46,8 @@ class ExportOptions:
     """Size in pixels to run the network at: height and width, or one number for both. Default: the training size."""
     threshold: Threshold = 0.5
     """Foreground probability threshold, or validation for the one that scored best on the validation set during
-    training. Models with one output or overlapping classes only."""
+    training. Models with one output or overlapping classes only; for
+    these also one a class, as in bone=0.4,implant=0.6."""
     check_image: tuple[Path, ...] = ()
     """Images for the comparison. Default: synthetic X-rays."""
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

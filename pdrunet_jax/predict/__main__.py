@@ -64,7 +64,8 @@ class PredictOptions:
     given in mm2, and weights trained at a fixed data.spacing can be used."""
     threshold: Threshold = 0.5
     """Foreground probability threshold, or validation for the one that scored best on the validation set during
-    training. Models with one output or overlapping classes only."""
+    training. Models with one output or overlapping classes only; for
+    these also one a class, as in bone=0.4,implant=0.6."""
     augmentation: Augmentation = "none"
     """Test-time augmentation, averaging probabilities: flip adds the left-right mirror image, flips also top-bottom."""
     swap_on_flip: tuple[tuple[str, str], ...] | None = None

@@ -12,6 +12,7 @@ from flax import nnx
 from PIL import Image
 
 from pdrunet_jax.data.fit import Fit, Spacing
+from pdrunet_jax.data.greys import low_contrast
 from pdrunet_jax.data.images import read_image, read_spacing
 from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.pixels import probabilities, unit_range
@@ -229,7 +230,9 @@ def compiled_forward() -> Any:
 def _read(image: str | Path | np.ndarray, channels: int, remarks: list[str]) -> tuple[np.ndarray, Spacing | None]:
     """Pixels (H, W, C) in [0, 255], and the spacing."""
     if not isinstance(image, np.ndarray):
-        return read_image(Path(image), channels, remarks), read_spacing(Path(image))
+        pixels = read_image(Path(image), channels, remarks)
+        remarks += [remark] if (remark := low_contrast(pixels)) else []
+        return pixels, read_spacing(Path(image))
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.ndim != 3 or pixels.shape[-1] != channels or 0 in pixels.shape:
         raise UserError(f"the image has the shape {pixels.shape}; the model takes (H, W, {channels})")

@@ -10,11 +10,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pdrunet_jax.data.images import FORMATS, stem
+from pdrunet_jax.data.manifest import decode_text
 from pdrunet_jax.data.walk import Found, is_litter, passed_over, walk_images
 from pdrunet_jax.predict.outputs import MASK, with_suffix
 from pdrunet_jax.predict.resume import read_record
 from pdrunet_jax.runtime.errors import DataError, UserError
-from pdrunet_jax.runtime.opening import read_text
+from pdrunet_jax.runtime.opening import read_regular
 
 _RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")  # pictures that the command itself writes
 _EARLIER = "results of earlier predictions"
@@ -24,6 +25,9 @@ _HINTS = {
     ".tar": "an archive; unpack it and name the folder",
     ".gz": "a compressed file; unpack it first",
     ".7z": "an archive; unpack it and name the folder",
+    ".rar": "an archive; unpack it and name the folder",
+    ".tgz": "an archive; unpack it and name the folder",
+    **dict.fromkeys((".nii", ".nii.gz", ".nrrd", ".mha", ".mhd"), "a volume; save its slice as PNG or DICOM"),
     ".txt": "a text; if it lists images, one a line, write @{}",
     ".csv": "a table; to name images in a text file, one a line, write @FILE",
 }
@@ -51,7 +55,13 @@ def find_images(inputs: Iterable[str], output: Path) -> Inputs:
     found, empty = Found(), []
     for text in _listed(inputs):
         path = Path(text)
-        hint = _HINTS.get(text if text == "-" else path.suffix.lower())
+        if not text:  # the current folder, for pathlib
+            empty.append('"": an empty name; is a variable of the shell unset?')
+            continue
+        endings = text, "".join(path.suffixes[-2:]).lower(), path.suffix.lower()
+        hint = next((_HINTS[ending] for ending in endings if ending in _HINTS), None)
+        if "://" in text:
+            hint = "a web address; download the file and name it"
         if hint and not path.is_dir():
             empty.append(f"{text}: {hint.format(text)}")
             continue
@@ -121,12 +131,12 @@ def _listed(inputs: Iterable[str]) -> Iterator[str]:
             yield text
             continue
         try:
-            lines = read_text(Path(text[1:]), "utf-8-sig").splitlines()
+            lines = decode_text(read_regular(Path(text[1:])))[0].splitlines()
         except OSError as error:
             raise UserError(f"{text}: {error.strerror or error}") from None
-        except UnicodeDecodeError:
-            raise UserError(f"{text}: not UTF-8 text; list one image a line") from None
-        yield from (line.strip() for line in lines if line.strip())
+        except ValueError as error:
+            raise UserError(f"{text}: {error}; list one image a line") from None
+        yield from (name for line in lines if (name := line.strip().strip('"')))
 
 
 def _matching(pattern: str, output: Path, found: Found) -> Iterator[Path]:

@@ -5,17 +5,18 @@ At the end of training the threshold with the best Dice on the validation images
 on the images that it is scored on makes the score look better than it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
 from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import UserError
 
-Threshold = float | Literal["validation"]
+Threshold = Annotated[float | str, tyro.conf.arg(metavar="FLOAT|validation|CLASS=FLOAT,...")]
 """Value of the option `--threshold`."""
 
 THRESHOLD_KEY = "threshold"  # in the options of a weights file
@@ -76,23 +77,25 @@ def store_threshold(path: Path, threshold: float | tuple[float, ...]) -> bool:
     return True
 
 
-def resolve_threshold(given: Threshold, known: Mapping[str, Any], weights: str | Path) -> float | tuple[float, ...]:
+def resolve_threshold(given: float | str, known: Mapping[str, Any], weights: str | Path) -> float | tuple[float, ...]:
     """The number that `--threshold` stands for, given the options `known` that are stored with `weights`.
 
-    It is one number a class for "validation" if classes overlap.
+    It is one number a class if classes overlap, for "validation" and for "bone=0.4,implant=0.6".
 
     Raises `UserError` if it is not a probability, if the model has several outputs, or if it is "validation" and no
     threshold is stored.
     """
     outputs, multilabel = known.get("outputs", 1), bool(known.get("multilabel", False))
-    if given != "validation":
-        check_threshold(given, outputs, multilabel=multilabel)
-        return given
-    if outputs > 1 and not multilabel:
+    if isinstance(given, str) and outputs > 1 and not multilabel:
         raise UserError(
-            f"--threshold validation: {weights} has {outputs} outputs and takes the most probable class; "
+            f"--threshold {given}: {weights} has {outputs} outputs and takes the most probable class; "
             "leave the option out"
         )
+    if given != "validation":
+        numbers = _by_class(given, known.get("class_names") or ()) if isinstance(given, str) else given
+        at = numbers[0] if isinstance(numbers, tuple) and outputs == 1 else numbers
+        check_threshold(at, outputs, multilabel=multilabel)
+        return at
     chosen = known.get(THRESHOLD_KEY)
     each: list[Any] = chosen if multilabel and isinstance(chosen, list) and len(chosen) == outputs else [chosen]
     if any(isinstance(at, bool) or not isinstance(at, int | float) or not 0 <= at <= 1 for at in each):
@@ -101,3 +104,16 @@ def resolve_threshold(given: Threshold, known: Mapping[str, Any], weights: str |
             "finishes; for a run without one, start the same training command again, or give a number"
         )
     return tuple(map(float, each)) if multilabel else float(each[0])
+
+
+def _by_class(text: str, names: Sequence[str]) -> tuple[float, ...]:
+    """The thresholds of the classes `names`, in their order, from "bone=0.4,implant=0.6". Raises `UserError`."""
+    parts = [part.rpartition("=") for part in text.split(",")]
+    try:
+        at = {name.strip(): float(value) for name, _, value in parts}
+    except ValueError:
+        at = {}
+    if len(at) != len(parts) or at.keys() != {*names}:
+        example = ",".join(f"{name}=0.5" for name in names) if names else "CLASS=0.5"
+        raise UserError(f"--threshold {text}: give a probability, validation, or one for each class: {example}")
+    return tuple(at[name] for name in names)

@@ -13,9 +13,10 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from itertools import pairwise
 from typing import Any, NoReturn
 
-from pdrunet_jax.runtime.errors import explained
+from pdrunet_jax.runtime.errors import UserError, explained
 from pdrunet_jax.runtime.malloc import configure_malloc
 from pdrunet_jax.runtime.stop import UNHEARD, StopFlag
 
@@ -90,6 +91,7 @@ def run(command: Callable[[], int | None]) -> NoReturn:
     configure_malloc()  # before any library starts its threads
     output = guard_output()
     try:
+        _refuse_empty(sys.argv[1:])
         code = command() or 0
     except SystemExit as done:  # of --help, or of an option that cannot be parsed
         if done.code is not None and not isinstance(done.code, int):
@@ -109,6 +111,17 @@ def run(command: Callable[[], int | None]) -> NoReturn:
             print(f"error: standard output cannot be written ({output.lost}); lines are missing", file=sys.stderr)
         code = 1
     sys.exit(code)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise `UserError` for an empty argument: pathlib would take it for the current folder.
+
+    The value of a setting (`--section.name`) may be empty.
+    """
+    for before, argument in pairwise(["", *arguments]):
+        if not argument and "." not in before:
+            name = f'{before} ""' if before.startswith("--") else 'an argument, "",'
+            raise UserError(f"{name} is empty; is a variable of the shell unset?")
 
 
 class Output(io.FileIO):

@@ -26,7 +26,12 @@ _KINDS = (
 
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file of any size to read bytes. Raises `OSError`, also for pipes, sockets and devices."""
-    _require_regular(os.stat(path), path)  # first: to open some devices has an effect
+    try:
+        _require_regular(os.stat(path), path)  # first: to open some devices has an effect
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise OSError(errno.ENOENT, f"a broken link to {os.readlink(path)}", str(path)) from None
+        raise
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         _require_regular(os.fstat(descriptor), path)  # again: it may have been replaced

@@ -1,6 +1,8 @@
 """Shared by all importers: mask values of named labels, index masks, dataset.toml."""
 
 import difflib
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import tyro
 from pdrunet_jax.data.folder import DESCRIPTION
 from pdrunet_jax.data.importers.files import short, writable
 from pdrunet_jax.data.labelme.read import IGNORE_LABEL
-from pdrunet_jax.data.masks import BACKGROUND, IGNORE
+from pdrunet_jax.data.masks import BACKGROUND, IGNORE, is_background
 from pdrunet_jax.data.overlay import index_mask
 from pdrunet_jax.data.walk import some
 from pdrunet_jax.runtime.errors import UserError
@@ -40,7 +42,7 @@ def label_table(found: Mapping[str, Sequence[str]], declared: Mapping[str, int])
 
     A declaration `CLASS=LABEL,LABEL` joins labels in a class, as does the same value for several labels.
     """
-    special = {BACKGROUND: 0, "_background_": 0, IGNORE_LABEL: IGNORE}  # never a class; the last two are LabelMe's own
+    special = {label: 0 for label in (BACKGROUND, *found) if is_background(label)} | {IGNORE_LABEL: IGNORE}
     value_of, class_of = _joined(found, declared)
     labels = sorted(label for label in found if label not in special and label not in value_of)
     notes: list[str] = []
@@ -50,6 +52,9 @@ def label_table(found: Mapping[str, Sequence[str]], declared: Mapping[str, int])
         class_of = {value: label for label, value in value_of.items()}
         words = " ".join(f"{label} {value}" for label, value in value_of.items())
         notes.append(f"without --classes, labels are numbered alphabetically, as by --classes {words}")
+        for same in _same_but_for_case(labels):
+            joined = f"{same[0]}={','.join(same)}"
+            notes.append(f"warning: {' and '.join(same)} are different classes; --classes {joined} 1 makes them one")
         if len(labels) >= IGNORE:
             problems.append(f"{len(labels)} different labels; at most {IGNORE - 1} classes fit a mask")
     else:
@@ -72,6 +77,14 @@ def label_table(found: Mapping[str, Sequence[str]], declared: Mapping[str, int])
     if not classes and not problems:
         problems.append("no shape with an area has the label of a class")
     return LabelTable(special | value_of, classes, tuple(notes), tuple(problems))
+
+
+def _same_but_for_case(labels: Sequence[str]) -> list[list[str]]:
+    """Groups of labels that differ in capitals, blanks and separators alone."""
+    groups = defaultdict[str, list[str]](list)
+    for label in labels:
+        groups[re.sub(r"[\W_]+", "", label).casefold()].append(label)
+    return [group for key, group in groups.items() if key and len(group) > 1]
 
 
 def _joined(found: Mapping[str, Sequence[str]], declared: Mapping[str, int]) -> tuple[dict[str, int], dict[int, str]]:

@@ -14,7 +14,7 @@ from pdrunet_jax.data.importers.bitmaps import SOFT_VALUES, bitmap_shape, code_s
 from pdrunet_jax.data.importers.files import RESULT, Images, places, problem, read_text, stem_of
 from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
 from pdrunet_jax.data.labelme.read import IGNORE_LABEL, Shape
-from pdrunet_jax.data.masks import BACKGROUND, IGNORE, MaskCoding
+from pdrunet_jax.data.masks import IGNORE, MaskCoding, is_background
 from pdrunet_jax.data.pairing import folded
 from pdrunet_jax.data.walk import files_below, some
 from pdrunet_jax.runtime.errors import DataError, UserError
@@ -29,7 +29,7 @@ labels, or one with mask, seg, gt or label in its name. It belongs to the image 
     images/leg.png with masks/femur/leg.png, masks/tibia/leg.png           a class for each folder
     images/leg.png with masks/leg_femur.png, masks/leg_tibia_mask.png      a class for each name
     leg.jpg with leg_mask.png, mask_leg.png or leg.jpg.png                 one folder, as from Roboflow
-    leg/images/leg.png with leg/masks/*.png                                a folder for each image
+    leg/images/leg.png with leg/masks/*.png, or leg/image.png with leg/mask.png    a folder for each image
 
 A file for one class has two values. A mask of several classes needs --classes femur 1 tibia 2, or Roboflow's \
 _classes.csv. Folders train, val and test are kept as splits.
@@ -153,6 +153,9 @@ def _near(
         stems = by_folder.get(place, {})
         if found := _longest(stem, stems) or _longest(_PREFIX.sub("", stem), stems):
             return found[0], (None if drop is None else folders[drop]) or _label_in(found[1]), False
+        alone = {image for images in stems.values() for image in images}
+        if folders and len(alone) == 1 and _label_in(f" {stem}") is None:  # p1/image.png and p1/mask.png
+            return list(alone), None if drop is None else folders[drop], False
         own = folded(folders[-1 if drop is None else drop]) if folders else ""
         if own in stems:  # a folder for each image
             return stems[own], _label_in(stem), True
@@ -213,7 +216,7 @@ def _values(source: Path, options: ImportMasks) -> tuple[dict[int, str], list[st
         if labels not in ({}, pairs):
             raise UserError(f"{path}: other classes than the _classes.csv before it; import the folders one by one")
         labels = pairs
-    labels = {value: label for value, label in labels.items() if 0 < value < IGNORE and label != BACKGROUND}
+    labels = {value: label for value, label in labels.items() if 0 < value < IGNORE and not is_background(label)}
     return labels, ["classes are named by _classes.csv"] if labels else []
 
 

@@ -29,7 +29,7 @@ from pdrunet_jax.data.importers.geometry import (
 from pdrunet_jax.data.importers.masks import MaskFile, is_mask, match_masks
 from pdrunet_jax.data.importers.writer import Drawing, ImportOptions, write_dataset
 from pdrunet_jax.data.labelme.read import IGNORE_LABEL, Shape
-from pdrunet_jax.data.masks import BACKGROUND, IGNORE
+from pdrunet_jax.data.masks import IGNORE, is_background
 from pdrunet_jax.data.walk import files_below, some
 from pdrunet_jax.runtime.errors import DataError, UserError
 
@@ -201,7 +201,7 @@ def _names(options: ImportVolumes) -> dict[int, str]:
     if (options.source / DESCRIPTION).is_file() or (options.source / NNUNET).is_file():
         for name, value in read_description(options.source).classes.items():
             for item in value if isinstance(value, list) else [value]:
-                if type(item) is int and 0 < item <= IGNORE and name != BACKGROUND:
+                if type(item) is int and 0 < item <= IGNORE and not is_background(name):
                     names[item] = name
     return names
 
