@@ -30,4 +30,6 @@ def hint(names: Sequence[str]) -> str:
         return f"The dataset seems to be in {inner.pop()}/: name that folder."
     if (importer := importer_of(names)) is None:
         return ""
-    return f"This may be an export to read by {importer} (python -m pdrunet_jax.data {importer.split(',')[0]} --help)."
+    overlap = "; data.multilabel = true reads one mask file for each class" if importer == "import-masks" else ""
+    command = f"python -m pdrunet_jax.data {importer.split(',')[0]} --help"
+    return f"This may be an export to read by {importer} ({command}){overlap}."

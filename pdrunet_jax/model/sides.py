@@ -26,13 +26,23 @@ _LEFT, _RIGHT = (
     set(_plain(words).split())
     for words in (
         "l lt lh left links linke linker linkes linken sin sinister sinistra sinistro sx gauche izquierda izquierdo "
-        "izq esquerda esquerdo esq левый левая левое лев 左",
+        "izq esquerda esquerdo esq левый левая левое лев 左 vänster venstre lewy lewa lewe levý levá levé "
+        "vasen stâng stânga kiri αριστερό αριστερά αριστερός αριστερή يسار أيسر اليسرى 왼쪽 좌측",
         "r rt rh right rechts rechte rechter rechtes rechten dex dexter dextra destra destro dx droite droit derecha "
-        "derecho dcha direita direito dir правый правая правое прав 右",
+        "derecho dcha direita direito dir правый правая правое прав 右 höger højre høyre prawy prawa prawe "
+        "pravý pravá pravé oikea drept dreapta kanan δεξί δεξιά δεξιός يمين أيمن اليمنى 오른쪽 우측",
     )
 )
-_GLUED = (("left", "right"), ("links", "rechts"), ("l", "r"))
-"""Sides that may stick to a word if the other class exists too: lfemur and rfemur."""
+_GLUED = (
+    ("left", "right"),
+    ("links", "rechts"),
+    ("l", "r"),
+    ("li", "re"),
+    ("le", "ri"),
+    ("sol", "sag"),
+    ("bal", "jobb"),
+)
+"""Sides if the other class exists too: words that mean other things alone, and what sticks to a word, as in lfemur."""
 _SIDE = "\0"
 
 
@@ -114,12 +124,12 @@ def mirror_of(options: Mapping[str, Any], outputs: int) -> Mirror:
 
 
 def _glued_pairs(names: Sequence[str]) -> Pairs:
-    """Pairs of names that become each other when a side at the beginning or end of a word is exchanged."""
-    free = {name.lower(): name for name in names if not _side_of(name)[0]}
+    """Pairs of names that become each other when a side, at the beginning or end of a word, is exchanged."""
+    free = {_plain(name).lower(): name for name in names if not _side_of(name)[0]}
     found: dict[str, str] = {}
     for low, name in free.items():
         for left, right in _GLUED:
-            for place in (rf"(?<![^\W_]){left}(?=[^\W_])", rf"(?<=[^\W_]){left}(?![^\W_])"):
+            for place in (rf"(?<![^\W_]){left}", rf"{left}(?![^\W_])"):
                 other = free.get(re.sub(place, right, low), name)
                 if other != name:
                     found.setdefault(name, other)
