@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pdrunet_jax.data.phantoms.anatomy import BONES
 from pdrunet_jax.data.phantoms.phantom import draw
 from pdrunet_jax.runtime.errors import UserError
 from tests.support import foreign
-from tests.support.small_data import config, noise, save, shapes
+from tests.support.small_data import SIZE, config, noise, save, shapes
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,54 @@ def test_splits_of_files_and_folders_are_kept(tmp_path: Path) -> None:
         foreign.coco(other / "annotations" / f"instances_{split}2017.json", {name: masks[name]}, "counts")
     imported("import-coco", other)
     assert [sample.split for sample in opened(other).samples] == ["test", "train", "val"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_accents_of_names_may_be_letters_of_their_own(tmp_path: Path, form: str) -> None:
+    ours, theirs = (unicodedata.normalize(each, "Fuß_Röntgen") for each in ("NFC" if form == "NFD" else "NFD", form))
+    shape = {"label": "femur", "points": [[1, 1], [9, 1], [9, 9], [1, 9]], "shape_type": "polygon"}
+    labelme = {"version": "5.0", "imagePath": f"{theirs}.png", "shapes": [shape]}
+    coco = {"images": [{"id": 1, "file_name": f"{theirs}.png", "height": SIZE[0], "width": SIZE[1]}]}
+    coco["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9, 1, 9]]}]
+    coco["categories"] = [{"id": 1, "name": "femur"}]
+    for number, (name, file, content) in enumerate(
+        (("import-labelme", "a.json", labelme), ("import-coco", "a.json", coco), ("import-masks", "", None))
+    ):
+        source = tmp_path / str(number) / "source"
+        save(noise(), source / f"images/{ours}.png")
+        if content:
+            (source / "images" / file).write_text(json.dumps(content), encoding="utf-8")
+        else:
+            save((shapes(0) > 0).astype(np.uint8), source / f"masks/{theirs}_mask.png")
+        imported(name, source)
+        assert [sample.id for sample in opened(source).samples] == [f"images/{ours}.png"]
+
+
+def test_labels_that_differ_in_capitals_alone_are_told_and_background_is_none(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for index, label in enumerate(("Bone", "bone", "Background")):
+        save(noise(index), source / f"{index}.png")
+        shape = {"label": label, "points": [[1, 1], [9, 1], [9, 9], [1, 9]], "shape_type": "polygon"}
+        labelme = {"version": "5.0", "imagePath": f"{index}.png", "shapes": [shape]}
+        (source / f"{index}.json").write_text(json.dumps(labelme), encoding="utf-8")
+    assert any(
+        "Bone and bone are different classes; --classes Bone=Bone,bone 1" in n
+        for n in imported("import-labelme", source)
+    )
+    assert opened(source).class_names == ("Bone", "bone")
+    imported("import-labelme", source, classes={"Bone=Bone,bone": 1})
+    assert opened(source).class_names == ("Bone",)
+
+
+def test_a_folder_of_each_image_may_hold_an_image_and_a_mask(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    for index in range(3):
+        save(noise(index), source / f"p{index}/image.png")
+        save((shapes(index) > 0).astype(np.uint8), source / f"p{index}/mask.png")
+    imported("import-masks", source)
+    dataset = opened(source)
+    for index, sample in enumerate(sorted(dataset.samples, key=lambda each: each.id)):
+        np.testing.assert_array_equal(read_mask(sample.mask, dataset.coding), shapes(index) > 0)
 
 
 def test_overlapping_classes_are_said_and_the_later_counts(tmp_path: Path) -> None:

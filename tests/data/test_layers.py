@@ -17,8 +17,8 @@ from pdrunet_jax.data.__main__ import Split, split
 from pdrunet_jax.data.augment import augment, sample_keys
 from pdrunet_jax.data.dataset import Dataset, open_dataset, report_lines
 from pdrunet_jax.data.dataset import inspect_dataset as inspect
-from pdrunet_jax.data.layers import read_truth
-from pdrunet_jax.data.masks import IGNORE, PADDING
+from pdrunet_jax.data.layers import declared_layers, read_truth
+from pdrunet_jax.data.masks import IGNORE, PADDING, declare
 from pdrunet_jax.data.overlay import difference
 from pdrunet_jax.data.pipeline import eval_batches, train_batches
 from pdrunet_jax.evaluate import scores
@@ -69,6 +69,44 @@ def test_every_form_gives_the_layers_that_were_drawn(tmp_path: Path, form: str) 
     np.testing.assert_array_equal(batches[0]["mask"], batches[1]["mask"])
     assert batches[0]["mask"].shape == (16, 32, 32, 2)
     assert (batches[0]["mask"][12:] == IGNORE).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "splits"),
+    [
+        ("Images/{0}", "Labels/{1}/{0}", None),
+        ("{2}/imgs/{0}", "{2}/masks/{1}/{0}", ("train2017", "dev")),
+        ("images/{2}/{0}", "masks/{2}/{1}/MASK_{0}", ("Train", "test")),
+    ],
+)
+def test_files_of_each_class_are_found_in_every_layout(
+    tmp_path: Path, image: str, mask: str, splits: tuple[str, str] | None
+) -> None:
+    """Folders with other names, splits, litter, and words in the names of masks, as for one mask file an image."""
+    save_overlapping(tmp_path / "old", "folders", 4)
+    for path in list((tmp_path / "old").rglob("*.png")):
+        form = image if path.parent.name == "images" else mask
+        part = splits[int(path.stem[1:]) % 2] if splits else ""
+        new = tmp_path / "new" / form.format(path.name, path.parent.name, part)
+        new.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(new)
+    litter = tmp_path / "new" / Path(mask.format("x", "bone", splits[0] if splits else "")).parent / "@eaDir/x0.png"
+    litter.parent.mkdir(parents=True)
+    litter.write_bytes(b"x")
+    dataset = open_dataset(settings(tmp_path / "new"))
+    assert (dataset.class_names, len(dataset.samples)) == (CLASSES, 4)
+    if splits:
+        found = {sample.split for sample in dataset.samples}
+        assert found == {"train", "val"} if splits[1] == "dev" else found >= {"train", "test"}
+    for sample in dataset.samples:
+        np.testing.assert_array_equal(read_truth(sample, dataset.coding), drawn(number_of(sample.id))[1])
+
+
+def test_undeclared_values_name_the_mask_file(opened: tuple[Dataset, DataConfig]) -> None:
+    sample = opened[0].samples[0]
+    coding = declared_layers(declare({"a": 1, "b": [1, 2]}, overlap=True), ("a", "b"), files=False)
+    with pytest.raises(UserError, match=f"{sample.mask.name}: undeclared mask value"):
+        read_truth(replace(sample, layers=()), coding)
 
 
 def test_a_file_that_is_not_there_is_a_class_that_is_not_there(tmp_path: Path) -> None:

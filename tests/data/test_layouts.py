@@ -173,13 +173,29 @@ def test_accents_may_be_letters_of_their_own_in_a_manifest(tmp_path: Path) -> No
     root = dataset(tmp_path, [f"images/{apart}.png"], ["masks/Schädel.png"])
     (root / "manifest.csv").write_text(f"image,mask\nimages/Schädel.png,masks/{apart}.png\n", encoding="utf-8")
     assert splits(root) == {"images/Schädel.png": None}
+    (root / "manifest.csv").write_text(f"image,mask\nImages/SCHÄDEL.PNG,masks/{apart}.png\n", encoding="utf-8")
+    assert splits(root) == {"Images/SCHÄDEL.PNG": None}
+
+
+def test_tables_that_say_less_than_they_seem_to_are_told(folder: Callable[..., Path]) -> None:
+    root = folder()
+    path = root / "manifest.csv"
+    path.write_text("\n;;\nimage;mask\nimages/x000.png;masks/x000.png\nimages/x001.png;masks/x000.png\n")
+    found = find_pairs(root)
+    assert [pair.id for pair in found.pairs] == ["images/x000.png", "images/x001.png"]
+    assert any("2 images have the same mask, masks/x000.png" in note for note in found.notes)
+    path.write_text("\nimage,mask\nimages/gone.png,masks/x000.png\n")
+    assert find_pairs(root).problems == ["manifest.csv line 3: image images/gone.png does not exist"]
+    for content, words in ((b"image,mask\n", "lists no image"), ("image,mask\n".encode("utf-16-le"), "NUL")):
+        path.write_bytes(content)
+        assert words in find_pairs(root).problems[0]
 
 
 def test_broken_links_and_unreadable_folders_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = dataset(tmp_path, ["images/a.png"], ["masks/a.png"])
     for name in ("manifest.csv", "dataset.toml"):
         os.symlink("gone", root / name)
-        with pytest.raises(UserError, match=f"{name} is a broken link"):
+        with pytest.raises(UserError, match=f"{name} is a link to a file that does not exist"):
             open_dataset(config(root))
         (root / name).unlink()
     scandir = os.scandir
@@ -191,6 +207,58 @@ def test_broken_links_and_unreadable_folders_are_errors(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "scandir", denied)
     with pytest.raises(DataError, match="masks: Permission denied"):
+        open_dataset(config(root))
+
+
+def test_folders_of_a_split_have_many_names(tmp_path: Path) -> None:
+    folders = ("train2017", "training_set", "Val", "dev", "test-2019")
+    names = [f"{folder}/x{index}.png" for index, folder in enumerate(folders)]
+    outer = dataset(tmp_path / "outer", [f"images/{name}" for name in names], [f"masks/{name}" for name in names])
+    wanted = ["train", "train", "val", "val", "test"]
+    assert [splits(outer)[f"images/{name}"] for name in names] == wanted
+    inner = [(f"{folder}/images/x.png", f"{folder}/masks/x.png") for folder in folders]
+    root = dataset(tmp_path / "inner", [image for image, _ in inner], [each for _, each in inner])
+    assert [splits(root)[image] for image, _ in inner] == wanted
+
+
+def test_a_declaration_under_another_name_is_not_ignored(tmp_path: Path) -> None:
+    root = dataset(tmp_path, ["images/a.png"], ["masks/a.png"])
+    for name in ("Manifest.csv", "manifest.csv.txt", "Dataset.toml", "dataset.toml.txt"):
+        (root / name).write_text("x", encoding="utf-8")
+        with pytest.raises(UserError, match=f"{name} would be ignored: rename it"):
+            open_dataset(config(root))
+        (root / name).unlink()
+    (root / "manifest.xlsx").write_bytes(b"PK")
+    assert any("outside this layout (1): manifest.xlsx" in note for note in find_pairs(root).notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["legs/images/x.png", "legs/masks/x.png"], "The dataset seems to be in legs/"),
+        (["JPEGImages/x.jpg", "SegmentationClass/x.png"], "import-voc"),
+        (["images/x.png", "masks/task-1-annotation-1-by-1-tag-Bone-0.png"], "import-label-studio"),
+        (["images/x.png", "masks/femur/x.png", "masks/tibia/x.png"], "import-masks.*data.multilabel = true"),
+        (["images/x.png", "masks/x_mask.png", "masks/x_mask_1.png"], "import-masks"),
+        (["x.jpg", "_annotations.coco.json"], "import-coco"),
+        (["imagesTr/x_0000.nii.gz", "labelsTr/x.nii.gz"], "import-volumes"),
+    ],
+)
+def test_what_is_no_dataset_folder_is_told_by_its_files(tmp_path: Path, names: list[str], words: str) -> None:
+    for index, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(("png", "jpg")):
+            save(noise(index), tmp_path / name)
+        else:
+            (tmp_path / name).write_text("{}", encoding="utf-8")
+    with pytest.raises(UserError, match=words):
+        open_dataset(config(tmp_path))
+
+
+def test_an_image_is_not_its_own_mask(folder: Callable[..., Path]) -> None:
+    root = folder()
+    (root / "images/x000.png").write_bytes((root / "masks/x000.png").read_bytes())
+    with pytest.raises(DataError, match=r"x000\.png: the image and its mask masks/x000\.png have the same content"):
         open_dataset(config(root))
 
 

@@ -291,9 +291,17 @@ def test_declarations_that_make_no_sense_are_refused() -> None:
         ({"a": 1, "b": 1}, None, "declared 2 times"),
         ({"a": 1}, 1, "declared 2 times"),
         ({"background": 0}, None, "declares only the background"),
+        ({"Background": 0}, None, "declares only the background"),
+        ({" ": 1}, None, "no name of a class"),
     ):
         with pytest.raises(UserError, match=words):
             declare(classes, ignore)
+
+
+def test_the_background_is_none_of_the_classes_however_it_is_spelt() -> None:
+    for name in ("background", "Background", "_background_"):
+        coding = declare({name: 7, "bone": 1})
+        assert (coding.names, coding.background) == (("bone",), (7,))
 
 
 def test_nearest_resizing_makes_no_class_up() -> None:

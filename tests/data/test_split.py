@@ -82,6 +82,16 @@ def test_mura_paths_name_the_patient(tmp_path: Path) -> None:
     assert {sample.patient for sample in dataset.samples} == {"patient00000", "patient00001", "patient00002"}
 
 
+@pytest.mark.parametrize("word", ["Patient{}", "patient_{}", "PATIENT {}", "patient-{}"])
+def test_the_word_patient_may_be_written_in_many_ways(tmp_path: Path, word: str) -> None:
+    for index in range(6):
+        for kind, pixels in (("images", noise(index)), ("masks", (shapes(index) > 0).astype(np.uint8) * 255)):
+            save(pixels, tmp_path / kind / f"{word.format(index // 2)}_view{index % 2}.png")
+    samples = open_dataset(config(tmp_path)).samples
+    assert len({sample.patient for sample in samples}) == 3
+    assert len({(sample.patient, sample.split) for sample in samples}) == 3
+
+
 def test_a_regular_expression_names_the_patient(folder: Folder) -> None:
     dataset = open_dataset(config(folder(6), patient_regex=r"x(00[0-9])"))
     assert dataset.samples[3].patient == "003"

@@ -20,6 +20,11 @@ from pdrunet_jax.runtime.errors import UserError
         ("f\u00e9mur gauche", "f\u00e9mur droit"),
         ("\u5de6\u80a1\u9aa8", "\u53f3\u80a1\u9aa8"),
         ("left1", "right1"),
+        ("Femur li.", "Femur re."),
+        ("ko\u015b\u0107 lewa", "ko\u015b\u0107 prawa"),
+        ("h\u00f8fte venstre", "h\u00f8fte h\u00f8yre"),
+        ("sol femur", "sa\u011f femur"),
+        ("\uc67c\ucabd \ub300\ud1f4\uace8", "\uc624\ub978\ucabd \ub300\ud1f4\uace8"),
     ],
 )
 def test_names_that_differ_in_their_side_alone_are_a_pair(names: tuple[str, str]) -> None:
@@ -28,7 +33,7 @@ def test_names_that_differ_in_their_side_alone_are_a_pair(names: tuple[str, str]
 
 def test_names_with_a_side_and_no_counterpart_are_told() -> None:
     assert find_pairs(["left hip", "right knee"]) == ((), ("left hip", "right knee"))
-    assert find_pairs(["lung", "rib", "cleft", "upright", "L/R", "left and right"]) == ((), ())
+    assert find_pairs(["lung", "rib", "cleft", "upright", "L/R", "left and right", "sol", "re", "leg"]) == ((), ())
 
 
 def test_weights_say_what_mirror_images_do_to_their_classes() -> None:

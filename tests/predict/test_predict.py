@@ -157,13 +157,18 @@ def test_lists_archives_and_standard_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a b.png", "c.png"):
         save_image(tmp_path / name, SQUARE)
-    Path("list.txt").write_text("a b.png\n\nc.png\n")
-    assert [path.name for path in find_images(["@list.txt"], tmp_path / "out").images] == ["a b.png", "c.png"]
+    for text, encoding in (("a b.png\n\nc.png\n", "utf-8"), ('"a b.png"\r\nc.png\r\n', "utf-16")):
+        Path("list.txt").write_text(text, encoding=encoding)
+        assert [path.name for path in find_images(["@list.txt"], tmp_path / "out").images] == ["a b.png", "c.png"]
     for wrong, words in (
         ("-", "standard input"),
         ("x.zip", "unpack"),
         ("list.txt", "@list.txt"),
         ("@gone", "No such file"),
+        ("", "an empty name"),
+        ("https://example.org/x.png", "a web address"),
+        ("x.nii.gz", "a volume"),
+        ("x.tar.gz", "compressed"),
     ):
         with pytest.raises(UserError, match=words):
             find_images([wrong], tmp_path / "out")

@@ -110,8 +110,18 @@ def test_validation_means_the_same_in_every_command(tmp_path, monkeypatch):
         ),
         (0.3, {"outputs": 3}, "3 outputs"),
         (-0.1, {"outputs": 1}, "between 0 and 1"),
+        ("femur=0.4", {"outputs": 3, "class_names": ["femur", "tibia"]}, "the most probable class"),
+        ("half", {"outputs": 1, "class_names": ["bone"]}, "one for each class: bone=0.5"),
+        ("femur=0.4", {"outputs": 2, "multilabel": True, "class_names": ["femur", "tibia"]}, "femur=0.5,tibia=0.5"),
+        ("femur=2,tibia=0.5", {"outputs": 2, "multilabel": True, "class_names": ["femur", "tibia"]}, "between 0 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(given, known, words):
     with pytest.raises(UserError, match=words):
         resolve_threshold(given, known, "w")
+
+
+def test_a_threshold_for_each_class_is_given_by_name():
+    known = {"outputs": 2, "multilabel": True, "class_names": ["femur", "tibia"]}
+    assert resolve_threshold("tibia=0.6,femur=0.4", known, "w") == (0.4, 0.6)
+    assert resolve_threshold("bone=0.4", {"outputs": 1, "class_names": ["bone"]}, "w") == 0.4

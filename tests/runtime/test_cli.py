@@ -42,6 +42,21 @@ def test_no_command_or_an_unknown_one_exits_with_2() -> None:
     assert "choose one of train, evaluate," in pdrunet("xyz").stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--workdir", ""], '--workdir "" is empty'), (["", "x"], "an argument"), (["--data.root", ""], None)],
+)
+def test_an_empty_argument_is_no_folder(
+    arguments: list[str], words: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "configure_malloc", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["pdrunet train", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: 0)
+    assert stopped.value.code == (2 if words else 0)
+    assert (words or "") in capsys.readouterr().err
+
+
 def test_a_command_gets_its_arguments_and_errors_keep_their_exit_code(tmp_path: Path) -> None:
     result = pdrunet("train", "--verify", str(tmp_path / "none"))
     assert result.returncode == 2
