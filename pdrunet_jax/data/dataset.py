@@ -21,7 +21,8 @@ from pdrunet_jax.data.hints import hint
 from pdrunet_jax.data.images import read_bytes, read_spacing
 from pdrunet_jax.data.layers import LAYER, LayersCoding, declared_layers, find_layers, resolve_layers
 from pdrunet_jax.data.layouts import find_pairs
-from pdrunet_jax.data.masks import PADDING, MaskCoding, all_empty, codes_to_classes, resolve
+from pdrunet_jax.data.masks import PADDING, MaskCoding, codes_to_classes
+from pdrunet_jax.data.resolve import all_empty, resolve
 from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share, image_remarks, scan
 from pdrunet_jax.data.split import ALONE, Sample, assign, identical, partition, split_counts, together
 from pdrunet_jax.data.walk import some, walk

@@ -17,8 +17,9 @@ from pdrunet_jax.data.folder import LayoutResult, Pair
 from pdrunet_jax.data.images import read_bytes
 from pdrunet_jax.data.layouts import Files, Finder
 from pdrunet_jax.data.manifest import MANIFEST
-from pdrunet_jax.data.masks import IGNORE, PADDING, MaskCoding, decode_codes, read_mask, resolve, unknown_values
+from pdrunet_jax.data.masks import IGNORE, PADDING, MaskCoding, decode_codes, read_mask, unknown_values
 from pdrunet_jax.data.pairing import layer_keys, layer_mask_keys
+from pdrunet_jax.data.resolve import resolve
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import is_present
 
@@ -81,7 +82,7 @@ def declared_layers(declared: MaskCoding, names: Sequence[str], *, files: bool) 
 
 
 def resolve_layers(coding: LayersCoding, found: Sequence[tuple[str, dict[int, int]]]) -> tuple[LayersCoding, list[str]]:
-    """As `masks.resolve`, each class's own files on their own."""
+    """As `resolve.resolve`, each class's own files on their own."""
     if not coding.files:
         resolved, notes = resolve(coding, found)
         assert isinstance(resolved, LayersCoding)

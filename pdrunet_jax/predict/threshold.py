@@ -52,9 +52,13 @@ def check_threshold(threshold: float | tuple[float, ...], outputs: int = 1, *, m
         )
 
 
-def thresholds_text(threshold: float | tuple[float, ...]) -> str:
-    """One threshold, or one a class, in words."""
-    return " ".join(f"{value:g}" for value in (threshold if isinstance(threshold, tuple) else (threshold,)))
+def thresholds_text(threshold: float | tuple[float, ...], names: Sequence[str] = ()) -> str:
+    """One threshold, or one for each class, as `--threshold` takes it if the `names` of the classes are given."""
+    if not isinstance(threshold, tuple):
+        return f"{threshold:g}"
+    if not names:
+        return " ".join(f"{value:g}" for value in threshold)
+    return ",".join(f"{name}={value:g}" for name, value in zip(names, threshold, strict=True))
 
 
 def store_threshold(path: Path, threshold: float | tuple[float, ...]) -> bool:

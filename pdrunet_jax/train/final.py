@@ -161,7 +161,8 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
     if choice and store_threshold(run.best, choice.threshold):
         about["validation_threshold"] = choice.threshold
         tracker.say(
-            f"best threshold on the validation set: {thresholds_text(choice.threshold)} (Dice {choice.dice:.3f}, "
+            f"best threshold on the validation set: {thresholds_text(choice.threshold, dataset.class_names)} "
+            f"(Dice {choice.dice:.3f}, "
             f"{choice.dice_at_half:.3f} at 0.5); use it with --threshold validation"
         )
     require_inside(run.path, run.evaluation / split)

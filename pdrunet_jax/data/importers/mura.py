@@ -27,7 +27,8 @@ from pdrunet_jax.data.importers.labelme import Boxes, Survey
 from pdrunet_jax.data.labelme.raster import rasterise
 from pdrunet_jax.data.labelme.read import read_annotation
 from pdrunet_jax.data.manifest import write_manifest
-from pdrunet_jax.data.masks import IGNORE, MaskCoding, colour_name, declare, resolve
+from pdrunet_jax.data.masks import IGNORE, MaskCoding, colour_name, declare
+from pdrunet_jax.data.resolve import resolve
 from pdrunet_jax.data.scan import ScanResult, foreground_share, scan
 from pdrunet_jax.data.split import Sample, assign, manifest_rows, overlaps, split_counts, together
 from pdrunet_jax.data.walk import files_below, some
