@@ -91,7 +91,8 @@ def decode_dicom(data: bytes, name: str, remarks: list[str]) -> tuple[np.ndarray
             return pixels, f"DICOM {kind}"
         if pixels.ndim != 2 or kind == "PALETTE COLOR":
             shape = "x".join(map(str, pixels.shape))
-            raise unreadable(name, f"{kind} of shape {shape}; save it as one grey or 8-bit RGB image")
+            frames = f"{pixels.shape[0]} frames, " if int(dataset.get("NumberOfFrames") or 1) > 1 else ""
+            raise unreadable(name, f"{frames}{kind} of shape {shape}; save it as one grey or 8-bit RGB image")
         valid = _not_padding(pixels, dataset)
         values = _modality_values(pixels, dataset)
         if not np.isfinite(values).all():

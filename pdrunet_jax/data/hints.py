@@ -15,6 +15,7 @@ _EXPORTS = (
     (r"(mask|label|seg|gt).*\.(png|jpe?g|tiff?|bmp|gif)$", "import-masks"),
 )
 """Paths that tell an export, the surest first, and the importers that read it."""
+_CLASS_FOLDER = re.compile(r"mask[^/]*/[^/]+/[^/]+$", re.I)
 _PAIR = re.compile(r"(.+?)/(images|imagesTr|(train|training)/images)/[^/]+$", re.I)
 
 
@@ -30,6 +31,7 @@ def hint(names: Sequence[str]) -> str:
         return f"The dataset seems to be in {inner.pop()}/: name that folder."
     if (importer := importer_of(names)) is None:
         return ""
-    overlap = "; data.multilabel = true reads one mask file for each class" if importer == "import-masks" else ""
+    by_class = importer == "import-masks" and any(_CLASS_FOLDER.search(name) for name in names)
+    overlap = "; data.multilabel = true reads one mask file for each class" if by_class else ""
     command = f"python -m pdrunet_jax.data {importer.split(',')[0]} --help"
     return f"This may be an export to read by {importer} ({command}){overlap}."

@@ -54,7 +54,8 @@ def match(images: Sequence[str], masks: Sequence[str], folders: tuple[str, str],
         for key in wanted.keys() & offered.keys():
             owners, found = wanted[key], offered[key]
             if len(owners) > 1:
-                result.problems.append(f"{', '.join(found)}: a mask of several images: {', '.join(owners)}")
+                channels = "; of several channels, only one is read: leave its files" if nnunet else ""
+                result.problems.append(f"{', '.join(found)}: a mask of several images: {', '.join(owners)}{channels}")
             elif len(found) > 1:
                 result.problems.append(f"{owners[0]}: several masks: {', '.join(found)}")
             else:

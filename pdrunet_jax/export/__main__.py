@@ -111,7 +111,7 @@ def _metadata(
     names = class_names(model, labels)
     decision = f"index into class_names; {f'above {threshold}' if single else 'the most probable class'}"
     if overlap:
-        decision = f"1 where a class of class_names is, above {thresholds_text(threshold)}; classes may overlap"
+        decision = f"1 where a class of class_names is, above {thresholds_text(threshold, names)}; classes may overlap"
     return {
         "version": pdrunet_jax.__version__,
         "class_names": names if overlap else ["background", *names],
