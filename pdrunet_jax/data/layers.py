@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pdrunet_jax.data.damage import unreadable
-from pdrunet_jax.data.folder import LayoutResult, Pair
+from pdrunet_jax.data.folder import LayoutResult, Pair, declared_file
 from pdrunet_jax.data.images import read_bytes
 from pdrunet_jax.data.layouts import Files, Finder
 from pdrunet_jax.data.manifest import MANIFEST
@@ -21,7 +21,6 @@ from pdrunet_jax.data.masks import IGNORE, PADDING, MaskCoding, decode_codes, re
 from pdrunet_jax.data.pairing import layer_keys, layer_mask_keys
 from pdrunet_jax.data.resolve import resolve
 from pdrunet_jax.runtime.errors import DataError, UserError
-from pdrunet_jax.runtime.files import is_present
 
 if TYPE_CHECKING:
     from pdrunet_jax.data.split import Sample
@@ -58,7 +57,7 @@ def find_layers(root: Path, names: Sequence[str]) -> tuple[LayoutResult, tuple[s
     folders of a split. Returns the pairs and the classes; None if no mask belongs to one class, or if there is a
     manifest, which lists one mask file an image.
     """
-    if is_present(root / MANIFEST):
+    if declared_file(root, MANIFEST):
         return None
     finder = _LayersFinder(root, names)
     found = finder.find()
