@@ -202,7 +202,7 @@ def pairs_of_manifest(root: Path) -> LayoutResult:
         return found
     columns = manifest.columns
     found.notes += manifest.notes
-    located, seen, owners = _Located(root), dict[str, int](), defaultdict[str, list[str]](list)
+    located, seen, owners = _Located(root), dict[Path, int](), defaultdict[str, list[str]](list)
     outside = 0
     for line, row in zip(manifest.lines, manifest.rows, strict=True):
         where = f"{MANIFEST} line {line}"
@@ -224,10 +224,10 @@ def pairs_of_manifest(root: Path) -> LayoutResult:
         if len(paths) < 2:
             continue
         image, mask = paths["image"], paths["mask"]
-        if image in seen:
-            found.problems.append(f"{where}: image {image} is already listed in line {seen[image]}")
+        if files["image"] in seen:
+            found.problems.append(f"{where}: image {image} is already listed in line {seen[files['image']]}")
             continue
-        seen[image] = line
+        seen[files["image"]] = line
         outside += PurePosixPath(image).is_absolute()
         owners[mask].append(image)
         spacing = None

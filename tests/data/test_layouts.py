@@ -184,6 +184,8 @@ def test_tables_that_say_less_than_they_seem_to_are_told(folder: Callable[..., P
     found = find_pairs(root)
     assert [pair.id for pair in found.pairs] == ["images/x000.png", "images/x001.png"]
     assert any("2 images have the same mask, masks/x000.png" in note for note in found.notes)
+    path.write_text("image,mask\nimages/x000.png,masks/x000.png\nIMAGES/X000.PNG,masks/x000.png\n")
+    assert "line 3: image IMAGES/X000.PNG is already listed in line 2" in find_pairs(root).problems[0]
     path.write_text("\nimage,mask\nimages/gone.png,masks/x000.png\n")
     assert find_pairs(root).problems == ["manifest.csv line 3: image images/gone.png does not exist"]
     for content, words in ((b"image,mask\n", "lists no image"), ("image,mask\n".encode("utf-16-le"), "NUL")):
