@@ -341,8 +341,10 @@ def load(name: str | Path) -> Config:
     none or it is invalid.
     """
     path = Path(name)
-    if path.suffix == ".toml" and not path.is_file():
-        raise UserError(f"--config {name}: no such file")
+    if path.suffix == ".toml":
+        if not path.exists():
+            raise UserError(f"--config {name}: no such file")
+        return read(path)
     for candidate in (path, Path("configs") / f"{name}.toml"):
         if candidate.is_file():
             return read(candidate)
@@ -363,7 +365,7 @@ def read(path: Path) -> Config:
     try:
         text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return parse(text, str(path))
 
 

@@ -213,7 +213,7 @@ def pairs_of_manifest(root: Path) -> LayoutResult:
             if reason:
                 found.problems.append(f"{where}: {kind} {row[kind] or 'path'} {reason}")
             elif (spelled := located.path(path)) is None:
-                found.problems.append(f"{where}: {kind} {row[kind]} does not exist")
+                found.problems.append(f"{where}: {kind} {row[kind]} does not exist, or is no file")
             else:
                 paths[kind], files[kind] = path, root / spelled
         split = split_named(row.get("split", ""))

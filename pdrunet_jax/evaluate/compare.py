@@ -19,7 +19,7 @@ from pdrunet_jax.evaluate.intervals import interval
 from pdrunet_jax.evaluate.scores import METRICS, ImageScores, ScoringOptions, format_score
 from pdrunet_jax.runtime.cli import printable
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write, csv_text, writing
+from pdrunet_jax.runtime.files import atomic_write, csv_text, is_present, writing
 from pdrunet_jax.runtime.opening import read_text
 
 FILES = ("comparison.json", "comparison.csv")
@@ -87,14 +87,14 @@ def read_other(folder: Path) -> Other | None:
     Raises `UserError` with the file's name if it cannot be read.
     """
     path = folder if folder.suffix == ".csv" else folder / "per_image.csv"
-    if not path.is_file():
+    if not is_present(path):
         return None
     summary = path.with_name("summary.json")
     for file in (path, summary):
         if file.is_file() and file.stat().st_size > MOST_BYTES:
             raise UserError(f"{file} is larger than any file of an evaluation; pass the weights instead")
     rows = tuple(scores.read_csv(path))
-    if not summary.is_file():
+    if not is_present(summary):
         return Other(str(folder), rows)
     try:
         values = json.loads(read_text(summary))

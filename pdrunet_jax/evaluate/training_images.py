@@ -12,7 +12,8 @@ from pdrunet_jax.data.split import Sample
 from pdrunet_jax.data.walk import some
 from pdrunet_jax.model.load import find_run
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.files import atomic_write, is_present, writing
+from pdrunet_jax.runtime.opening import read_regular
 from pdrunet_jax.runtime.run_folder import RunFolder
 
 _DIGITS = 16  # of the digest: two of a million images would agree once in 10 million data sets
@@ -28,8 +29,7 @@ def write_training_images(run: RunFolder, dataset: Dataset, earlier: str | None 
     digests |= (_read(earlier) or set()) if earlier else set()
     text = _HEADER + "".join(f"{digest}\n" for digest in sorted(digests))
     with writing(run.training_images):
-        if not run.training_images.is_file() or run.training_images.read_text(encoding="ascii") != text:
-            atomic_write(run.training_images, text)
+        atomic_write(run.training_images, text)
 
 
 def require_unseen(weights: str | Path, samples: Sequence[Sample], dataset: Dataset) -> None:
@@ -54,7 +54,7 @@ def _short(sample: Sample) -> str:
 def _read(weights: str | Path) -> set[str] | None:
     """The digests of the run that `weights` belongs to; None if there is no list."""
     run = find_run(weights)
-    if run is None or not run.training_images.is_file():
+    if run is None or not is_present(run.training_images):
         return None
-    lines = run.training_images.read_text(encoding="ascii", errors="replace").splitlines()
+    lines = read_regular(run.training_images).decode("ascii", errors="replace").splitlines()
     return {line.strip() for line in lines if line.strip() and not line.startswith("#")}

@@ -66,11 +66,11 @@ def read_weights(path: str | Path) -> WeightsFile:
         if head[8:9] == b"{" or (named and not pickled):
             weights = _read_safetensors(path)
             return weights if named else replace(weights, notes=("read as .safetensors, which its content is",))
-        if pickled or path.suffix.lower() in TORCH_SUFFIXES:
+        if pickled:
             return WeightsFile(read_torch(path), notes=("read as a file of PyTorch, which its content is",) * named)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply; refused") from None
-    raise UserError(f"{path} is neither a .safetensors nor a PyTorch file")
+    raise UserError(f"{path} is neither a .safetensors nor a PyTorch file, or damaged: it begins with {head[:8]!r}")
 
 
 def write_safetensors(path: str | Path, arrays: Mapping[str, np.ndarray], options: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Load trained weights from a run folder, one of its checkpoints, a `.safetensors` file, or a PyTorch checkpoint."""
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.devices import start_devices
 from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.files import is_present
 from pdrunet_jax.runtime.run_folder import RunFolder
 
 Which = Literal["best", "latest"]
@@ -158,15 +160,15 @@ def load_weights(
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
     best = path / "best.safetensors"
-    if path.is_file():
+    if not path.is_dir():
         loaded = _from_file(path)
-    elif which == "best" and best.is_file():
+    elif which == "best" and os.path.lexists(best):
         loaded = _from_best(best)
     else:
         loaded = _from_checkpoint(path, which)
     settings = loaded.options.pop(SETTINGS, None)
     if run := find_run(path):
-        _require_own(loaded.options, settings, run, best if which == "best" and best.is_file() else path)
+        _require_own(loaded.options, settings, run, best if which == "best" and os.path.lexists(best) else path)
     return _with_assumptions(loaded, path, {"shortcut": shortcut, "up": up})
 
 
@@ -230,7 +232,7 @@ def find_run(weights: str | Path) -> RunFolder | None:
     places = [path, path.parent if path.name == "best.safetensors" else path]
     if path.absolute().parent.name == "checkpoints":
         places.append(path.absolute().parent.parent)
-    return next((RunFolder(place) for place in places if (place / "config.toml").is_file()), None)
+    return next((RunFolder(place) for place in places if is_present(place / "config.toml")), None)
 
 
 def class_names(model: Network, names: Sequence[str] | None) -> list[str]:
@@ -254,7 +256,7 @@ def restore_weights(path: str | Path, which: Which = "best") -> tuple[dict[str, 
     state, meta = read_state(folder), read_meta(folder)
     options: dict[str, Any] = {}
     run = RunFolder(folder.parent.parent)
-    if run.config_file.is_file():
+    if is_present(run.config_file):
         settings = config.read(run.config_file)
         options = config.to_dict(settings)["model"]
         if "options" not in meta["extra"]:  # before version 0.2

@@ -100,7 +100,8 @@ def misfit(wanted: Set[str], given: Set[str]) -> str:
         return f"it is of another network or a changed one: {len(missing)} arrays are missing, and there are {shown}"
     if missing:
         blocks = dict.fromkeys(name.split(".")[0] for name in missing)
-        return f"{len(missing)} of its {len(wanted)} arrays are missing, in {', '.join(blocks)}"
+        verb = "is" if len(missing) == 1 else "are"
+        return f"{len(missing)} of its {len(wanted)} arrays {verb} missing, in {', '.join(blocks)}"
     return f"it is of a larger network, with {shown}" if others else ""
 
 

@@ -160,7 +160,7 @@ def _refusal(path: Path, error: str) -> str:
         )
     else:
         what, how = f"it holds Python objects other than plain arrays{name}", ""
-        if not found and (reason := re.search(r"WeightsUnpickler error: (.*)", error)):
+        if not found and (reason := re.search(r"WeightsUnpickler error: (.+)", error)):
             how = f" (PyTorch: {reason[1].strip()})"
     return (
         f"{path} is refused: {what}, and loading those could run code. Save `model.state_dict()`, not the model itself."

@@ -25,7 +25,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -361,19 +361,24 @@ def _write(folder: Path, arrays: dict[str, Any], meta: dict[str, Any]) -> None:
 def _require_room(folder: Path, size: int) -> None:
     """Make more files than a checkpoint of `size` bytes has entries, and as large in all. Raises `OSError`.
 
-    If the disk is full, some of Orbax's threads wait for 5 minutes, and TensorStore's print tracebacks.
+    If the disk is full, or no more files may be opened (12 at a time are needed), some of Orbax's threads wait for
+    5 minutes, and TensorStore's print tracebacks.
     """
     folder.mkdir(parents=True)
-    for number in range(40):
-        with (folder / str(number)).open("xb") as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size // 40 + 8192)
+    with ExitStack() as held:
+        for _ in range(16):
+            held.enter_context(open(os.devnull))
+        for number in range(40):
+            with (folder / str(number)).open("xb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size // 40 + 8192)
 
 
 def _reason(error: Exception) -> str:
     """Why a write failed, in a few words: TensorStore's message lists all of its files and settings."""
     text = str(error)
-    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO))
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
+    known = (os.strerror(number) for number in numbers)
     found = next((reason for reason in known if reason in text), "")
     return (
         found

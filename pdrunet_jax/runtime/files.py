@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pdrunet_jax.runtime.errors import RunError, UserError
+from pdrunet_jax.runtime.opening import require_regular
 
 TEMPORARY = ".pdrunet-*.tmp"
 """Pattern of the names that `atomic_write` writes under; only a killed process leaves such a file behind."""
@@ -62,15 +63,16 @@ def open_in_place(path: Path, flags: int) -> int:
 
 
 def is_present(path: Path) -> bool:
-    """Whether the file `path` exists. Raises `UserError` if it is a link to nowhere or no regular file."""
+    """Whether the file `path` exists. Raises `UserError` for a broken link, and for anything but a regular file."""
     try:
-        regular = stat.S_ISREG(path.stat().st_mode)
+        require_regular(path.stat(), path)
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
-            raise UserError(f"{path} is a link to a file that does not exist; restore the file or remove it") from None
+            target = os.readlink(path)
+            raise UserError(f"{path} is a broken link to {target}; restore its target, or remove it") from None
         return False
-    if not regular:
-        raise UserError(f"{path} is not a regular file; remove it")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; restore the file, or remove what has its name") from None
     return True
 
 

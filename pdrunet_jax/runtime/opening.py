@@ -27,14 +27,14 @@ _KINDS = (
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file of any size to read bytes. Raises `OSError`, also for pipes, sockets and devices."""
     try:
-        _require_regular(os.stat(path), path)  # first: to open some devices has an effect
+        require_regular(os.stat(path), path)  # first: to open some devices has an effect
     except FileNotFoundError:
         if os.path.islink(path):
             raise OSError(errno.ENOENT, f"a broken link to {os.readlink(path)}", str(path)) from None
         raise
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _require_regular(os.fstat(descriptor), path)  # again: it may have been replaced
+        require_regular(os.fstat(descriptor), path)  # again: it may have been replaced
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -59,7 +59,8 @@ def read_text(path: Path, encoding: str = "utf-8") -> str:
     return read_regular(path).decode(encoding)
 
 
-def _require_regular(status: os.stat_result, path: Path) -> None:
+def require_regular(status: os.stat_result, path: Path) -> None:
+    """Raise `OSError` that says what `path` is if its `status` is not of a regular file."""
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in _KINDS if test(status.st_mode)), "something else")
         raise OSError(errno.EINVAL, f"{kind}, not a file", str(path))

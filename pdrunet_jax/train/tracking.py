@@ -134,7 +134,9 @@ class ProgressBar:
         self._began = time.monotonic()
         # Drawn at every call: tqdm's least interval would wait for a wall clock that has gone back.
         options: dict[str, Any] = {"unit": "step", "dynamic_ncols": True, "mininterval": 0}
-        self._bar = tqdm(total=total, initial=step, **options) if sys.stderr.isatty() else None
+        # A terminal without a size (`docker run -t`) has no room for the bar.
+        shown = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        self._bar = tqdm(total=total, initial=step, **options) if shown else None
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a log step; `time/data_wait` is a fraction of the time."""

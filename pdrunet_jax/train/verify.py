@@ -33,7 +33,7 @@ def verify(path: Path) -> int:
     if bad:
         listing = "".join(f"\n  - {line}" for line in bad)
         raise RunError(
-            f"{len(bad)} faults in {path}:{listing}\n"
+            f"{len(bad)} fault{'s' if len(bad) > 1 else ''} in {path}:{listing}\n"
             "Resumed training starts from the newest intact checkpoint and sets damaged ones aside."
         )
     print(f"{path} is intact")
@@ -64,5 +64,5 @@ def _file(path: Path, read: Callable[[Path], object]) -> Finding:
     try:
         read(path)
     except UserError as error:
-        return path.name, " ".join(str(error).split())
+        return path.name, " ".join(str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ").split())
     return path.name, ""

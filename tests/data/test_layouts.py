@@ -193,11 +193,17 @@ def test_tables_that_say_less_than_they_seem_to_are_told(folder: Callable[..., P
         assert words in find_pairs(root).problems[0]
 
 
-def test_broken_links_and_unreadable_folders_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_does_not_count_as_absent_nor_do_unreadable_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = dataset(tmp_path, ["images/a.png"], ["masks/a.png"])
     for name in ("manifest.csv", "dataset.toml"):
         os.symlink("gone", root / name)
         with pytest.raises(UserError, match=f"{name} is a link to a file that does not exist"):
+            open_dataset(config(root))
+        (root / name).unlink()
+        os.mkfifo(root / name)
+        with pytest.raises(UserError, match=f"{name}: a pipe, not a file"):
             open_dataset(config(root))
         (root / name).unlink()
     scandir = os.scandir

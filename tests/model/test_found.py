@@ -148,6 +148,7 @@ NOT_WEIGHTS: dict[str, tuple[Callable[[Path, bytes], Any], str]] = {
     "gzip": (lambda path, data: path.write_bytes(gzip.compress(data)), "`gzip -dc a.pth > weights.pth`"),
     "tar": (tar, "a tar archive of files"),
     "HDF5": (lambda path, _: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(90)), "an HDF5 file"),
+    "picture": (lambda path, _: path.write_bytes(b"\x89PNG\r\n" + bytes(90)), "neither .* it begins with b'.x89PNG"),
     "cut off": (lambda path, data: path.write_bytes(data[: len(data) // 2]), "ends too early"),
     ".npz": (npz, "an .npz archive"),
     "TorchScript": (

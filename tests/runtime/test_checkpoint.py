@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -268,6 +269,24 @@ def test_a_failed_write_leaves_the_earlier_checkpoint_and_names_the_path(tmp_pat
     restored = reopened(tmp_path).restore({"a": np.zeros(5)})
     assert restored is not None
     assert restored.position == {"at": 1}
+
+
+def test_too_few_open_files_are_one_message_and_no_traceback_of_orbax(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = filled(tmp_path, (3,))
+    in_use = len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 9, hard))
+    try:
+        with pytest.raises(RunError, match=r"checkpoint .*/6: Too many open files; earlier checkpoints are intact"):
+            checkpoints.save(6, state_of(6), {"at": 6})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["3"]
+    checkpoints.save(6, state_of(6), {"at": 6})
+    assert checkpoints.steps() == [3, 6]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

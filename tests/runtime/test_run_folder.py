@@ -195,12 +195,15 @@ def test_a_folder_of_a_run_that_is_a_link_out_of_it_is_refused(tmp_path: Path) -
 def test_a_link_that_leads_nowhere_does_not_count_as_absent(tmp_path: Path) -> None:
     assert not is_present(tmp_path / "file")
     (tmp_path / "file").symlink_to("nowhere")
-    with pytest.raises(UserError, match="file is a link to a file that does not exist"):
+    with pytest.raises(UserError, match="file is a broken link to nowhere"):
         is_present(tmp_path / "file")
     (tmp_path / "nowhere").touch()
     assert is_present(tmp_path / "file")
-    with pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="a folder, not a file"):
         is_present(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="pipe: a pipe, not a file; restore the file, or remove what has its name"):
+        is_present(tmp_path / "pipe")
 
 
 def test_what_a_killed_process_was_writing_is_removed_once_the_folder_is_locked(tmp_path: Path) -> None:
