@@ -55,6 +55,10 @@ def read_manifest(root: Path) -> Manifest:
     if missing := [column for column in COLUMNS[:2] if column not in columns]:
         known = ", ".join(filter(None, columns)) or "absent"
         raise ValueError(f"no column {' and '.join(missing)}; columns are {known}")
+    if repeated := [column for column in (*COLUMNS, "spacing") if columns.count(column) > 1]:
+        raise ValueError(f"several columns are named {repeated[0]}; remove or rename all but one")
+    first = {name: place for place, name in reversed(list(enumerate(columns)))}
+    columns = [name if first[name] == place else "" for place, name in enumerate(columns)]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     rows, lines = [], []
     try:
@@ -100,10 +104,10 @@ def decode_text(data: bytes) -> tuple[str, str]:
 
 
 def _columns(text: str, separator: str) -> list[str]:
-    """Names in the first line, the known ones in small letters; those of repeated or unnamed columns are empty."""
+    """Names in the first line, the known ones in small letters; those of unnamed columns are empty."""
     try:
         names = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True), [])
     except csv.Error:
         return []
     names = [name.strip().lower() if name.strip().lower() in COLUMNS else name.strip() for name in names]
-    return [name if name not in names[:place] else "" for place, name in enumerate(names)]
+    return names

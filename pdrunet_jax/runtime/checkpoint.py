@@ -132,7 +132,7 @@ class Checkpoints:
                 replaced = self.folder / f"{_REPLACED}{step}"
                 final.rename(replaced)
                 temporary.rename(final)
-                shutil.rmtree(replaced)
+                _remove(replaced)
             else:
                 temporary.rename(final)
             sync(self.folder)
@@ -187,7 +187,7 @@ class Checkpoints:
             if step not in latest and step not in best:
                 doomed = self.folder / f"{_DELETED}{step}"  # renamed first: half a deletion must not look like damage
                 (self.folder / str(step)).rename(doomed)
-                shutil.rmtree(doomed)
+                _remove(doomed)
                 del self._scores[step]
 
     def _clean(self) -> None:

@@ -48,6 +48,8 @@ def explained(error: BaseException) -> UserError | RunError | None:
     first = (text.splitlines() or [type(error).__name__])[0]
     if isinstance(error, UserError | RunError):
         return error
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:
+        return UserError("the current folder has been removed: change to another one")
     if isinstance(error, OSError):
         name = "" if error.filename is None else f"{error.filename}: "
         return (UserError if error.errno in _FIXABLE else RunError)(f"{name}{error.strerror or first}")

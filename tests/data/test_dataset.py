@@ -195,6 +195,7 @@ def test_manifests_that_are_no_table_are_refused(folder: Folder) -> None:
     for content, reason in (
         (b"picture,label\na,b\n", "no column image and mask"),
         (b"", "no column"),
+        (b"image,mask,Mask\nimages/x000.png,masks/x000.png,masks/x001.png\n", "several columns are named mask"),
         (b"\xff\xfe\x00binary", "not valid UTF-16"),
         (b"image,mask\n\x81\n", "neither UTF-8, UTF-16 nor Windows-1252"),
         (b"image,mask,split\nimages/x000.png,masks/x000.png,tset\n", 'split "tset" is not'),

@@ -141,6 +141,15 @@ def test_the_latest_and_the_best_are_kept_also_across_restarts(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "9"]
 
 
+def test_a_checkpoint_that_is_a_link_is_removed_and_what_it_leads_to_is_kept(tmp_path: Path) -> None:
+    Checkpoints(tmp_path / "run", 1, 1).save(1, {"a": np.zeros(1)}, {})
+    (tmp_path / "run" / "1").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "1").symlink_to(tmp_path / "elsewhere")
+    Checkpoints(tmp_path / "run", 1, 1).save(2, {"a": np.zeros(1)}, {})
+    assert os.listdir(tmp_path / "run") == ["2"]
+    assert list((tmp_path / "elsewhere").iterdir())
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     checkpoints = filled(tmp_path)
     checkpoints.save(6, state_of(60), {"at": 60}, val_dice=0.7)

@@ -78,7 +78,9 @@ def test_the_usage_line_says_how_the_command_was_started(monkeypatch: pytest.Mon
     assert cli.program("train") == "python -m pdrunet_jax.train"
 
 
-def test_exceptions_of_python_jax_and_the_system_are_one_message() -> None:
+def test_exceptions_of_python_jax_and_the_system_are_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def raised(action: Callable[[], object]) -> tuple[int, str]:
         with pytest.raises(BaseException) as caught:  # noqa: PT011
             action()
@@ -98,6 +100,10 @@ def test_exceptions_of_python_jax_and_the_system_are_one_message() -> None:
     code, message = raised(lambda: "a\udcffb.png".encode())
     assert (code, message) == (2, r"the name 'a\udcffb.png' is not valid text; rename it in UTF-8")
     assert explained(KeyError("a bug")) is None
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert raised(os.getcwd) == (2, "the current folder has been removed: change to another one")
 
 
 def test_a_backend_that_is_not_there_is_named() -> None:
