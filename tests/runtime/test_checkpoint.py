@@ -19,7 +19,7 @@ import optax
 import pytest
 from flax import nnx
 
-from pdrunet_jax.model.load import restore_weights
+from pdrunet_jax.model.load import load_weights, restore_weights
 from pdrunet_jax.runtime.checkpoint import Checkpoints, is_checkpoint
 from pdrunet_jax.runtime.digest import DIGEST
 from pdrunet_jax.runtime.errors import RunError, UserError
@@ -324,6 +324,14 @@ def test_weights_of_a_damaged_checkpoint_are_not_used(tmp_path: Path) -> None:
     assert int(restore_weights(run)[0]["first"]["kernel"].size) == 12
     with pytest.raises(UserError, match="is damaged"):
         restore_weights(run / "checkpoints" / "6")
+
+
+def test_what_is_no_file_in_the_place_of_the_best_weights_is_said(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "best.safetensors")
+    with pytest.raises(UserError, match=r"best\.safetensors: a pipe, not a file"):
+        load_weights(tmp_path)
+    with pytest.raises(UserError, match=r"best\.safetensors: a pipe, not a file"):
+        load_weights(tmp_path / "best.safetensors")
 
 
 def test_a_run_folder_made_of_weights_alone_gives_them_back(tmp_path: Path) -> None:
