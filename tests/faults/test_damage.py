@@ -228,11 +228,11 @@ def test_verify_names_every_damaged_file_and_changes_nothing(place: Place, capsy
         f"{newest}: ",
         "meta/metadata does not match its digest",
         "_CHECKPOINT_METADATA is missing",
-        "best.safetensors is ",
+        "best.safetensors: is ",
     ):
         assert part in str(caught.value)
     assert f"metrics.jsonl: no JSON object with a step in line {len(lines_of_text(run))}" in str(caught.value)
-    assert "config.toml is not valid TOML" in str(caught.value)
+    assert "config.toml: is not valid TOML" in str(caught.value)
     with pytest.raises(UserError, match="not a run folder"):
         verify(run / "samples")
 
