@@ -187,7 +187,7 @@ def test_tables_that_say_less_than_they_seem_to_are_told(folder: Callable[..., P
     path.write_text("image,mask\nimages/x000.png,masks/x000.png\nIMAGES/X000.PNG,masks/x000.png\n")
     assert "line 3: image IMAGES/X000.PNG is already listed in line 2" in find_pairs(root).problems[0]
     path.write_text("\nimage,mask\nimages/gone.png,masks/x000.png\n")
-    assert find_pairs(root).problems == ["manifest.csv line 3: image images/gone.png does not exist"]
+    assert find_pairs(root).problems == ["manifest.csv line 3: image images/gone.png does not exist, or is no file"]
     for content, words in ((b"image,mask\n", "lists no image"), ("image,mask\n".encode("utf-16-le"), "NUL")):
         path.write_bytes(content)
         assert words in find_pairs(root).problems[0]
@@ -199,7 +199,7 @@ def test_what_is_no_file_does_not_count_as_absent_nor_do_unreadable_folders(
     root = dataset(tmp_path, ["images/a.png"], ["masks/a.png"])
     for name in ("manifest.csv", "dataset.toml"):
         os.symlink("gone", root / name)
-        with pytest.raises(UserError, match=f"{name} is a link to a file that does not exist"):
+        with pytest.raises(UserError, match=f"{name} is a broken link to gone; restore its target"):
             open_dataset(config(root))
         (root / name).unlink()
         os.mkfifo(root / name)
