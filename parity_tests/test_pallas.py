@@ -53,7 +53,8 @@ def test_the_kernels_agree_with_the_plain_path(case: Case, train: bool, budget: 
 def block_outcome(path: str, size: tuple[int, int], *, remat: bool = False, **options: Any) -> Arrays:
     """Gradients, new buffers and, as logits, activations of a block at dilation 4 in training, in float64."""
     config = ModelConfig(**options)
-    block = Block("e2", config.filters, config, dtype=jnp.float64, rngs=nnx.Rngs(0))
+    filters, shortcut = config.filters, config.shortcut
+    block = Block("e2", filters, filters, config, shortcut=shortcut, dilation=4, dtype=jnp.float64, rngs=nnx.Rngs(0))
     graph, params, stats = split_state(block)
     x = jnp.asarray(random((2, *size, config.filters)))
     execution = Execution.of(path, remat=remat)
@@ -66,7 +67,7 @@ def block_outcome(path: str, size: tuple[int, int], *, remat: bool = False, **op
     (_, (out, buffers)), (d_params, d_x) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
     found = {"logits": out, "input": d_x}
     for name, leaf in [*nnx.to_flat_state(d_params), *nnx.to_flat_state(buffers)]:
-        found[".".join(map(str, name)).replace("kernel", "weight")] = leaf[...]
+        found[".".join(("e2", *map(str, name))).replace("kernel", "weight").replace("scale", "weight")] = leaf[...]
     return {name: np.asarray(array) for name, array in found.items()}
 
 
