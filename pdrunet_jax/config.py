@@ -37,6 +37,8 @@ WIRING = ("name", "in_channels", "outputs", "filters", "shortcut", "norm", "dept
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
+FOLD = r"^[1-9][0-9]{0,3}/[1-9][0-9]{0,3}$"
+
 Positive = Annotated[int, Field(gt=0, le=MOST_STEPS)]
 Count = Annotated[int, Field(ge=0, le=MOST_STEPS)]
 Side = Annotated[int, Field(gt=0, le=1 << 16)]
@@ -93,6 +95,9 @@ class DataConfig:
     """Share of patients in the test set, if the dataset declares no split."""
     split_seed: Seed = 0
     """Seed of the random split."""
+    fold: Annotated[str, Field(pattern=FOLD)] | None = None
+    """K/N: cut the patients into N folds and test on the K-th; the others train and validate. Declared test images are
+    held out of all folds. `train --folds N` sets this for every run."""
     cache: Literal["auto", "memory", "none"] = "auto"
     """Cache of decoded images, as uint8. auto caches them in memory if they fit in a quarter of it."""
     threads: Threads = 4
@@ -104,6 +109,14 @@ class DataConfig:
     def height_width(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.size[0], self.size[-1]
+
+    @property
+    def fold_of(self) -> tuple[int, int] | None:
+        """(2, 5) for the fold 2/5; None without folds."""
+        if self.fold is None:
+            return None
+        number, count = map(int, self.fold.split("/"))
+        return number, count
 
     def under(self, arguments: Sequence[str]) -> "DataConfig":
         """These settings as defaults of command-line `arguments`.
@@ -487,6 +500,8 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(f"optim.warmup_steps = {optim.warmup_steps} must be less than train.steps = {train.steps}")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction must be less than 1, to leave patients to train on")
+    if data.fold_of and not (data.fold_of[0] <= data.fold_of[1] >= 2):
+        problems.append(f"data.fold = {data.fold}: give K/N with N of at least 2 and K from 1 to N, such as 2/5")
     if data.spacing is not None and data.fit != "pad":
         problems.append("data.spacing keeps the scale of images, and data.fit = stretch changes it; set data.fit = pad")
     if data.soft_masks and data.fit == "pad":

@@ -49,6 +49,7 @@ class _Folder(DataConfig):
     fit: tyro.conf.Suppress[Literal["stretch", "pad"]] = "stretch"
     spacing: tyro.conf.Suppress[float | None] = None
     cache: tyro.conf.Suppress[Literal["none"]] = "none"
+    fold: tyro.conf.Suppress[str | None] = None
     phantoms: tyro.conf.Suppress[int] = 0
 
     def config(self) -> DataConfig:

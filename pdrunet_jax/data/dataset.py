@@ -85,7 +85,7 @@ class Dataset:
         return isinstance(self.coding, LayersCoding)
 
     def of(self, split: str) -> tuple[Sample, ...]:
-        """The samples of "train", "val", "test" or "all", in the order of their ids."""
+        """The samples of "train", "val", "test" (or another `Sample.split`) or "all", in the order of their ids."""
         return tuple(sample for sample in self.samples if split in (sample.split, "all"))
 
     @property
@@ -133,10 +133,13 @@ class Dataset:
         return replace(self, class_names=coding.names, coding=coding, samples=samples)
 
     def fingerprint(self) -> str:
-        """SHA-256 of files, splits, patients and coding: everything that a run's data depend on."""
+        """SHA-256 of files, splits, patients and coding: everything that a run's data depend on.
+
+        It is the same for all folds: which of them is the test set is a setting.
+        """
         content: list[list[Any]] = [
             # The same file in another class's place is other data.
-            [sample.id, sample.split, sample.patient, sample.digest, *map(bool, sample.layers)]
+            [sample.id, sample.fold or sample.split, sample.patient, sample.digest, *map(bool, sample.layers)]
             for sample in self.samples
         ]
         return hashlib.sha256(json.dumps([content, repr(self.coding)]).encode()).hexdigest()

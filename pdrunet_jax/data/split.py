@@ -11,6 +11,7 @@ from math import floor
 from pathlib import Path, PurePosixPath
 
 from pdrunet_jax.config import DataConfig
+from pdrunet_jax.data import folds
 from pdrunet_jax.data.folder import SPLITS, Pair
 from pdrunet_jax.data.masks import MaskCoding
 from pdrunet_jax.data.scan import ScanResult, foreground_share
@@ -29,7 +30,7 @@ class Sample:
     mask: Path
     patient: str
     split: str
-    """One of "train", "val" and "test"."""
+    """One of "train", "val" and "test", or `HELD_OUT`."""
     digest: str = ""
     """SHA-256 of both files' bytes."""
     pixels: str = ""
@@ -38,6 +39,8 @@ class Sample:
     """(row, column) spacing in mm that the manifest states."""
     layers: tuple[Path | None, ...] = ()
     """As `Pair.layers`."""
+    fold: int = 0
+    """The fold, from 1, that tests on this image; 0 if there are no folds, or for held-out images."""
 
     @property
     def mask_files(self) -> list[Path]:
@@ -63,39 +66,72 @@ def partition(
 
     A declared split is kept and checked: no patient and no image may be in two. An undeclared split, or validation
     split, is drawn by patient with `config.split_seed`.
+
+    With `config.fold_of`, the patients whose images are not declared as test are cut into folds.
     """
     ids = [pair.id for pair in pairs]
     patients, source, notes, problems = patients_of(pairs, config.patient_regex)
     pixels = [item.pixels for item in scanned]
     groups = together(patients, pixels)
-    # Which images need a split: all, or if splits are declared without val, those of train.
     splits = [pair.split or "" for pair in pairs]
-    undecided, test_fraction = list(range(len(ids))), config.test_fraction
+    shares = [foreground_share(item.codes, coding) for item in scanned]
     if any(splits):
         problems += _leaks(ids, patients, pixels, splits)
-        no_val = "val" not in splits and config.val_fraction
-        undecided, test_fraction = [index for index in undecided if no_val and splits[index] == "train"], 0.0
-        if undecided:
-            notes.append(f"no validation split is declared: some of train by patient, seed {config.split_seed}")
     else:
-        notes.append(f"no split is declared: drawn by patient, seed {config.split_seed}")
+        if not config.fold:
+            notes.append(f"no split is declared: drawn by patient, seed {config.split_seed}")
         merged = len(set(patients)) - len(set(groups))
         if len(set(groups)) == 1 and len(ids) > 1:
             notes.append(f"warning: {one_patient(len(ids), groups[0], source)}")
         if merged:
             notes.append(f"{merged} patients have images identical to another patient's and share their split")
-    shares = [foreground_share(scanned[index].codes, coding) for index in undecided]
-    undecided_groups = [groups[index] for index in undecided]
-    drawn = assign(undecided_groups, shares, val=config.val_fraction, test=test_fraction, seed=config.split_seed)
+    # Test images by fold. From then on it is as if train and test were declared.
+    numbers = [0] * len(ids)
+    if config.fold_of:
+        fold, count = config.fold_of
+        numbers = _fold_numbers(groups, shares, splits, count, config.split_seed)
+        parts = len({group for group, number in zip(groups, numbers, strict=True) if number})
+        problems += [f"data.fold = {config.fold}: {reason}"] if (reason := folds.too_few(parts, count)) else []
+        held_out = numbers.count(0)
+        splits = [{0: folds.HELD_OUT, fold: "test"}.get(number, "train") for number in numbers]
+        notes.append(f"fold {fold} of {count} is the test set: folds drawn by patient, seed {config.split_seed}")
+        notes += [f"{held_out} declared test images are held out of all folds"] if held_out else []
+    # Which images need a split: all, or if splits are declared without val, those of train.
+    undecided, test_fraction = list(range(len(ids))), config.test_fraction
+    if any(splits):
+        no_val = "val" not in splits and config.val_fraction
+        undecided, test_fraction = [index for index in undecided if no_val and splits[index] == "train"], 0.0
+        if undecided and not config.fold:
+            notes.append(f"no validation split is declared: some of train by patient, seed {config.split_seed}")
+    drawn = assign(
+        [groups[index] for index in undecided],
+        [shares[index] for index in undecided],
+        val=config.val_fraction,
+        test=test_fraction,
+        seed=config.split_seed,
+    )
     for index in undecided:
         splits[index] = drawn[groups[index]]
     notes += _twins(identical(ids, pixels))
     samples = tuple(
-        Sample(pair.id, pair.image, pair.mask, patient, split, item.digest, item.pixels, pair.spacing, pair.layers)
-        for pair, item, patient, split in zip(pairs, scanned, patients, splits, strict=True)
+        Sample(
+            pair.id, pair.image, pair.mask, patient, split, item.digest, item.pixels, pair.spacing, pair.layers, fold
+        )
+        for pair, item, patient, split, fold in zip(pairs, scanned, patients, splits, numbers, strict=True)
     )
     notes.append(split_counts(samples))
     return Partition(samples, source, notes, problems)
+
+
+def _fold_numbers(
+    groups: Sequence[str], shares: Sequence[float], splits: Sequence[str], count: int, seed: int
+) -> list[int]:
+    """The fold of each image, from 1 to `count`; 0 for declared test images."""
+    inside = [index for index, split in enumerate(splits) if split != "test"]
+    drawn = folds.assign_folds(
+        [groups[index] for index in inside], [shares[index] for index in inside], count=count, seed=seed
+    )
+    return [0 if split == "test" else drawn[group] for group, split in zip(groups, splits, strict=True)]
 
 
 def patients_of(pairs: Sequence[Pair], regex: str | None) -> tuple[list[str], str, list[str], list[str]]:

@@ -122,6 +122,11 @@ class Network(nnx.Module):
         raise NotImplementedError
 
     @property
+    def members(self) -> "tuple[Network, ...]":
+        """The networks whose probabilities are averaged: this one alone, unless it is an ensemble."""
+        return (self,)
+
+    @property
     def multiple(self) -> int:
         """Side of the square that becomes one pixel at the lowest resolution, a power of 2."""
         return 1

@@ -17,7 +17,9 @@ from pdrunet_jax import config
 from pdrunet_jax.config import WIRING, Depth, Down, ModelConfig, Side, Up
 from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.build import build
+from pdrunet_jax.model.ensemble import Ensemble
 from pdrunet_jax.model.files import read_weights
+from pdrunet_jax.model.folds import find_folds, started_folds
 from pdrunet_jax.model.sides import mirror_of
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.devices import start_devices
@@ -43,6 +45,9 @@ _FORMS: dict[str, TypeAdapter[Any]] = {
 MODEL_OPTIONS = (*WIRING, "dropout")
 """Options of the network that are stored with its weights."""
 
+_OF_A_FOLD = ("step", "val_dice", "threshold")
+"""Options in which the weights of folds may differ."""
+
 PUBLIC_DEFAULTS: dict[str, Any] = {"name": "pdrunet", "shortcut": "input", "dropout": 0.3}
 """Options of the public code, which its files do not state."""
 
@@ -58,6 +63,8 @@ class Loaded(NamedTuple):
     """Sentences on anything unwrapped, dropped, widened or assumed."""
     source: str = ""
     """The file of a PyTorch checkpoint, which others have written; empty for what this package writes."""
+    members: tuple["Loaded", ...] = ()
+    """The weights of each fold, if this is an ensemble; the arrays here are those of the first."""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -95,7 +102,8 @@ def load_model(
 
     Args:
         weights: a run folder, a checkpoint in it, a `.safetensors` file, or a PyTorch checkpoint of the public network,
-            as training scripts save it: what is taken of it and what is left is printed on standard error.
+            as training scripts save it: what is taken of it and what is left is printed on standard error. A folder
+            with all folds of a cross-validation gives an `Ensemble`, which averages their probabilities.
         shortcut: "conv1" for a `.pth` with the paper's wiring, which such files cannot state; other sources state it.
         up: likewise "bilinear_corners" for a `.pth` of a network with bilinear resizing that aligns the corners.
         dtype: arithmetic of the convolutions; the parameters' dtype when None.
@@ -104,9 +112,10 @@ def load_model(
         which: "best" or "latest" checkpoint of a run folder. A damaged one gives way to an intact one, with a warning.
 
     Raises:
-        UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named.
+        UserError: the source does not exist, is damaged, or does not hold a PDR-UNet; every wrong array is named. Or
+            folds are missing, or not of one training.
     """
-    loaded = load_weights(weights, shortcut=shortcut, up=up, which=which)
+    loaded = load_any(weights, shortcut=shortcut, up=up, which=which)
     return build_loaded(loaded, dtype=dtype, param_dtype=param_dtype, conv=conv)
 
 
@@ -114,6 +123,9 @@ def build_loaded(
     loaded: Loaded, *, dtype: DTypeLike | None = None, param_dtype: DTypeLike | None = None, conv: str = "auto"
 ) -> Network:
     """Build the network of `load_weights`. Arguments and errors as for `load_model`."""
+    if loaded.members:
+        options = {"dtype": dtype, "param_dtype": param_dtype, "conv": conv}
+        return Ensemble([build_loaded(member, **options) for member in loaded.members])  # type: ignore[arg-type]
     report(loaded)
     start_devices()
     chosen = _param_dtype(loaded.params, param_dtype)
@@ -147,18 +159,43 @@ def report(loaded: Loaded) -> None:
         print(f"{loaded.source}: {note}", file=sys.stderr)
 
 
+def load_any(
+    weights: str | Path, *, shortcut: str | None = None, up: str | None = None, which: Which = "best"
+) -> Loaded:
+    """Read `weights` as `load_weights` does, or those of all folds in a folder of folds, for an ensemble.
+
+    The options are those of the first fold, with the mean of the thresholds that the folds found. Arguments and errors
+    as for `load_model`.
+    """
+    runs = find_folds(weights)
+    if not runs:
+        return load_weights(weights, shortcut=shortcut, up=up, which=which)
+    members = tuple(load_weights(run.path, shortcut=shortcut, up=up, which=which) for run in runs)
+    first, *_ = (own := [{**each.options, **dict.fromkeys(_OF_A_FOLD)} for each in members])
+    if unlike := [str(run.path) for run, options in zip(runs, own, strict=True) if options != first]:
+        raise UserError(f"{', '.join(unlike)}: other classes or another network than in {runs[0].path}")
+    options = {key: value for key, value in members[0].options.items() if key not in _OF_A_FOLD}
+    if all("threshold" in each.options for each in members):
+        mean = np.mean([each.options["threshold"] for each in members], axis=0).round(6)
+        options["threshold"] = mean.tolist()
+    return members[0]._replace(options=options, members=members)
+
+
 def load_weights(
     weights: str | Path, *, shortcut: str | None = None, up: str | None = None, which: Which = "best"
 ) -> Loaded:
-    """Read the arrays of `weights` into host memory, in the dtype that they are stored in.
+    """Read the arrays of one network into host memory, in the dtype that they are stored in.
 
-    Arguments and errors as for `load_model`.
+    Arguments and errors as for `load_model`, and `UserError` for a folder of folds.
     """
     path = Path(weights)
     if which not in ("best", "latest"):
         raise ValueError(f"which = {which!r}; it is best or latest")
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
+    if runs := started_folds(path):
+        example = next(iter(runs.values())).path
+        raise UserError(f"{path} holds {len(runs)} folds, and this takes one network: name a fold, as in {example}")
     best = path / "best.safetensors"
     if not path.is_dir():
         loaded = _from_file(path)

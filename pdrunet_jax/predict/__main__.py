@@ -14,10 +14,9 @@ from tqdm import tqdm
 
 from pdrunet_jax.data.walk import some
 from pdrunet_jax.model.base import Network
-from pdrunet_jax.model.layers import split_state
-from pdrunet_jax.model.load import build_loaded, class_names, load_weights
+from pdrunet_jax.model.ensemble import weights_digest
+from pdrunet_jax.model.load import build_loaded, class_names, load_any
 from pdrunet_jax.model.sides import SWAP, find_pairs
-from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.predict.inference import (
     Augmentation,
     check_augmentation,
@@ -34,7 +33,6 @@ from pdrunet_jax.predict.resume import Recipe, survey
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.devices import over_devices
-from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
 from pdrunet_jax.runtime.files import require_inside
 from pdrunet_jax.runtime.stop import StopFlag
@@ -53,7 +51,7 @@ class PredictOptions:
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
     """Image files, folders (searched recursively), glob patterns, and @FILE for a list of them, one a line."""
     weights: str
-    """Run folder, checkpoint, .safetensors or public .pth."""
+    """Run folder, checkpoint, .safetensors or public .pth. A folder of folds averages their probabilities."""
     output: Path
     """Output folder; created if needed."""
     size: tuple[int, ...] | Literal["own"] = ()
@@ -109,9 +107,10 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     require_inside(options.output, *{target.parent for target in targets.values()})
 
     # Find out which images are finished.
-    loaded = load_weights(options.weights)
+    loaded = load_any(options.weights)
     if options.swap_on_flip is not None:
-        loaded.options[SWAP] = options.swap_on_flip
+        for each in (loaded, *loaded.members):
+            each.options[SWAP] = options.swap_on_flip
     model = build_loaded(loaded)
     check_augmentation(options.augmentation, model.mirror)
     options.files.check(overlap=model.multilabel)
@@ -203,7 +202,7 @@ def _settings(
     if model.config.up == "bilinear_corners":  # the arrays show everything else
         wiring["up"] = model.config.up
     return {
-        "weights": content_digest(to_public(*split_state(model)[1:], dead_block=False), wiring),
+        "weights": weights_digest(model, wiring),
         "classes": labels,
         "size": list(size) if isinstance(size, tuple | list) else size,
         # None where earlier versions, which did not record this, would have computed the same.

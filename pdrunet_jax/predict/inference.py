@@ -15,6 +15,7 @@ from pdrunet_jax.data.fit import Fit, Spacing
 from pdrunet_jax.data.greys import low_contrast
 from pdrunet_jax.data.images import read_image, read_spacing
 from pdrunet_jax.model.base import Network
+from pdrunet_jax.model.ensemble import average_logits
 from pdrunet_jax.model.pixels import probabilities, unit_range
 from pdrunet_jax.model.sides import Mirror
 from pdrunet_jax.predict.postprocess import Cleaning, clean
@@ -132,19 +133,19 @@ def predict_batches(
 
     A batch holds "image", uint8 (N, H, W, C): this process's share.
     """
-    graphdef, state = nnx.split(model)
-    state = place.replicate(state)
+    members = [nnx.split(member) for member in model.members]
+    placed = [(graphdef, place.replicate(state)) for graphdef, state in members]
     for batch in batches:
-        yield batch, compiled_forward()(graphdef, state, place.shard_batch({"image": batch["image"]})["image"])
+        images = place.shard_batch({"image": batch["image"]})["image"]
+        yield batch, _logits(placed, images, model)
 
 
 def forward(model: Network, images: np.ndarray) -> jax.Array:
     """Logits (N, H, W, K) of uint8 images (N, H, W, C), in evaluation mode.
 
-    Compiled once for each architecture and shape, not for each set of weights.
+    Compiled once for each architecture and shape, not for each set of weights, nor for each member of an ensemble.
     """
-    graphdef, state = nnx.split(model)
-    return compiled_forward()(graphdef, state, jax.device_put(images))
+    return _logits([nnx.split(member) for member in model.members], jax.device_put(images), model)
 
 
 def forward_in_tiles(model: Network, images: np.ndarray, tile: int, halo: int | None = None) -> np.ndarray:
@@ -225,6 +226,12 @@ def compiled_forward() -> Any:
         return model(unit_range(images))
 
     return compiling.jit(run, static_argnums=0)
+
+
+def _logits(members: Iterable[tuple[Any, Any]], images: jax.Array, model: Network) -> jax.Array:
+    """Logits of the split `members` of `model`, averaged."""
+    logits = [compiled_forward()(graphdef, state, images) for graphdef, state in members]
+    return average_logits(logits, multilabel=model.multilabel)
 
 
 def _read(image: str | Path | np.ndarray, channels: int, remarks: list[str]) -> tuple[np.ndarray, Spacing | None]:
