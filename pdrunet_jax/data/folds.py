@@ -1,6 +1,7 @@
 """Cross-validation: every patient is in the test images of exactly one fold."""
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -35,6 +36,16 @@ def too_few(groups: int, count: int) -> str:
     return (
         f"{groups} patients (those with identical images count as one) are too few for {count} folds: it takes {least}"
     )
+
+
+def note(number: int, count: int, text: str) -> str:
+    """A remark on one fold; `of_all` leaves it out."""
+    return f"fold {number} of {count}: {text}"
+
+
+def of_all(notes: Sequence[str]) -> tuple[str, ...]:
+    """The remarks on a dataset that are not on one fold."""
+    return tuple(each for each in notes if not re.match(r"fold \d+ of \d+: ", each))
 
 
 def _hash(text: str) -> bytes:

@@ -94,7 +94,7 @@ def partition(
         problems += [f"data.fold = {config.fold}: {reason}"] if (reason := folds.too_few(parts, count)) else []
         held_out = numbers.count(0)
         splits = [{0: folds.HELD_OUT, fold: "test"}.get(number, "train") for number in numbers]
-        notes.append(f"fold {fold} of {count} is the test set: folds drawn by patient, seed {config.split_seed}")
+        notes.append(f"{count} folds are drawn by patient, seed {config.split_seed}")
         notes += [f"{held_out} declared test images are held out of all folds"] if held_out else []
     # Which images need a split: all, or if splits are declared without val, those of train.
     undecided, test_fraction = list(range(len(ids))), config.test_fraction
@@ -119,7 +119,7 @@ def partition(
         )
         for pair, item, patient, split, fold in zip(pairs, scanned, patients, splits, numbers, strict=True)
     )
-    notes.append(split_counts(samples))
+    notes.append(folds.note(*config.fold_of, split_counts(samples)) if config.fold_of else split_counts(samples))
     return Partition(samples, source, notes, problems)
 
 

@@ -30,15 +30,16 @@ from pdrunet_jax.evaluate.evaluation import (
     read_spacings,
     write_evaluation,
 )
+from pdrunet_jax.evaluate.folds import OUT_OF_FOLD, evaluate_out_of_fold, fold_table, out_of_fold
 from pdrunet_jax.evaluate.predictions import evaluate_predictions
 from pdrunet_jax.evaluate.report.page import write_evaluation_report
 from pdrunet_jax.evaluate.scores import ScoringOptions
 from pdrunet_jax.evaluate.training_images import require_unseen
-from pdrunet_jax.model.load import Loaded, build_loaded, find_run, load_weights
-from pdrunet_jax.model.weights import to_public
+from pdrunet_jax.model.ensemble import weights_digest
+from pdrunet_jax.model.folds import find_folds
+from pdrunet_jax.model.load import Loaded, build_loaded, find_run, load_any, load_weights
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.digest import content_digest
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import require_inside
 from pdrunet_jax.runtime.processes import DetectCluster, Distributed, Group, join
@@ -54,7 +55,7 @@ class EvaluateOptions:
     """
 
     weights: str = ""
-    """Run folder, checkpoint, .safetensors or public .pth."""
+    """Run folder, checkpoint, .safetensors or public .pth. A folder of folds averages their probabilities."""
     predictions: Path | None = None
     """Score the masks in this folder, made elsewhere, instead of a model: NAME.png or NAME_mask.png for each image."""
     prediction_classes: dict[str, MaskValue] = field(default_factory=dict)
@@ -62,11 +63,13 @@ class EvaluateOptions:
     (1,2). By default as in the masks of the dataset."""
     data: DataConfig = field(default_factory=DataConfig)
     """Dataset. Defaults come from the run folder's config.toml."""
-    split: Literal["train", "val", "test", "all"] = "test"
-    """Split to score; all takes every image, for a dataset unseen in training."""
+    split: Literal["train", "val", "test", "all", "out-of-fold"] = "test"
+    """Split to score; all takes every image, for a dataset unseen in training. out-of-fold scores every image with the
+    fold that was not trained on it; it is the default for a folder of folds on its own data."""
     output: Path | None = None
-    """Output folder. Default: evaluation/SPLIT in the run folder if --data.root is the run's own, else
-    evaluation/WEIGHTS_DATASET/SPLIT, both with the names of their folders or files."""
+    """Output folder. Default: the folder of folds for out-of-fold scores; otherwise evaluation/SPLIT in the run folder
+    if --data.root is the run's own, else evaluation/WEIGHTS_DATASET/SPLIT, both with the names of their folders or
+    files."""
     threshold: Threshold = 0.5
     """Probability above which a pixel is foreground, or validation for the best one on the validation set. Models with
     one output or overlapping classes only; for
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _score_predictions(options, options.predictions)
         return
     with join(options.distributed, options.detect) as group:
-        _run(options, loaded or load_weights(options.weights), group)
+        _run(options, loaded or load_any(options.weights), group)
 
 
 def _parse(arguments: list[str]) -> tuple[EvaluateOptions, Loaded | None]:
@@ -104,28 +107,38 @@ def _parse(arguments: list[str]) -> tuple[EvaluateOptions, Loaded | None]:
     weights = cli.first_value(arguments, "--weights")
     if weights and cli.first_value(arguments, "--predictions"):
         raise UserError("give either --weights, to score a model, or --predictions, to score masks made elsewhere")
+    folds = find_folds(weights) if weights else ()
     run = find_run(weights) if weights else None
-    loaded = load_weights(weights) if weights and not run else None
+    loaded = load_weights(weights) if weights and not (run or folds) else None
     defaults = DataConfig()
     if run:
         defaults = configuration.read(run.config_file).data
+    elif folds:
+        defaults = replace(configuration.read(folds[0].config_file).data, fold=None)
     elif loaded:
         defaults = _data_of(loaded)
     own_root = defaults.root
     root = cli.first_value(arguments, "--data.root")
-    if root is not None and Path(root).resolve() != Path(own_root).resolve():
+    own = root is None or Path(root).resolve() == Path(own_root).resolve()
+    if root is not None and not own:
         declared = read_description(Path(root)).declares_coding
         # Never the threshold of one with the classes of the other.
         defaults = defaults.without_coding() if declared else replace(defaults, swap_on_flip=None)
+        defaults = replace(defaults, fold=None)
     defaults = defaults.under(arguments)
-    default = EvaluateOptions(weights=weights or "", data=defaults)
+    default = EvaluateOptions(weights=weights or "", data=defaults, split="out-of-fold" if folds and own else "test")
     options = tyro.cli(EvaluateOptions, args=arguments, default=default, prog=cli.program("evaluate"))
     if not options.weights and options.predictions is None:
         raise UserError("give --weights, to score a model, or --predictions, to score masks made elsewhere")
     if options.predictions is None and options.prediction_classes:
         raise UserError("--prediction-classes says what the values in --predictions mean; give that folder too")
     data = configuration.check(Config(data=options.data), "the command line").data
-    output = options.output or _default_output(options, run if data.root == own_root else None)
+    if options.split == OUT_OF_FOLD:
+        if not folds:
+            raise UserError("--split out-of-fold scores a folder of folds: name it with --weights (train --folds)")
+        data = replace(data, fold=configuration.read(folds[0].config_file).data.fold)
+    place = RunFolder(options.weights) if folds else run
+    output = options.output or _default_output(options, place if data.root == own_root else None)
     return replace(options, data=data, output=output), loaded
 
 
@@ -133,6 +146,8 @@ def _default_output(options: EvaluateOptions, run: RunFolder | None) -> Path:
     """A folder of its own for each weights, dataset and split; in the run folder `run` if the data is the run's own."""
     path = Path(options.weights or options.predictions or "").absolute()
     step = f"step_{path.name}" if path.parent.name == "checkpoints" else ""
+    if options.split == OUT_OF_FOLD:
+        return path
     if run is not None:
         return run.evaluation / step / options.split
     place = path.parent.parent if step else path
@@ -165,11 +180,14 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
     threshold = resolve_threshold(options.threshold, loaded.options, options.weights)
     candidate = _Candidate(options.weights, loaded, threshold)
     dataset = open_dataset(options.data)
+    if options.split == OUT_OF_FOLD:
+        dataset = out_of_fold(dataset)
     require_same_data(group, dataset)
     other, rival = _opponent(options, dataset)
     judged = {each: _matched(each, dataset) for each in (candidate, rival) if each}
     if options.split != "train" and not options.allow_training_images:
-        for each in judged:
+        # In out-of-fold scores each fold is checked by itself.
+        for each in judged if options.split != OUT_OF_FOLD else [each for each in judged if not each.loaded.members]:
             require_unseen(each.weights, dataset.of(options.split), dataset)
     for note in dataset.notes:
         group.log(note)
@@ -184,7 +202,7 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
     if not group.is_main:
         return
 
-    about = {
+    about: dict[str, Any] = {
         "weights": options.weights,
         "data": options.data.root,
         "size": list(options.data.height_width),
@@ -195,6 +213,8 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
         "cleaning": asdict(options.scoring.cleaning),
         "seconds": round(seconds, 3),
     }
+    if options.split == OUT_OF_FOLD:
+        about["folds"] = fold_table(evaluation)
     _finish(options, evaluation, other, about, environment(jax.devices()[0].device_kind))
 
 
@@ -248,13 +268,15 @@ def _opponent(options: EvaluateOptions, dataset: Dataset) -> tuple[compare.Other
         return None, None
     if not Path(against).exists():
         raise UserError(f"--against {against}: there is no such file or folder")
-    if other := compare.read_other(Path(against)):
+    # A folder of folds holds the scores out of fold; on other images it is weights.
+    known = options.split == OUT_OF_FOLD or not find_folds(against)
+    if known and (other := compare.read_other(Path(against))):
         unit = read_spacings(dataset, samples)[1]
         if samples:
             compare.check_rules(ScoringOptions(unit, options.scoring.tolerance, options.scoring.empty_dice), other)
             compare.check_pairs(((sample.id, name) for sample in samples for name in dataset.class_names), other)
         return other, None
-    loaded = load_weights(against)
+    loaded = load_any(against)
     return None, _Candidate(against, loaded, resolve_threshold(options.threshold, loaded.options, against))
 
 
@@ -281,10 +303,17 @@ def _evaluate(
 ) -> Evaluation:
     loaded, threshold = candidate.loaded, candidate.threshold
     wiring = {name: loaded.options.get(name) for name in ("shortcut", "up")}
-    weights = content_digest(to_public(loaded.params, loaded.stats, dead_block=False), wiring)
     rules = threshold, Fit.of(config), options.split, options.scoring
-    group.require_same(f"{weights} {rules}", "start all processes with the same weights and options")
     model = build_loaded(loaded)
+    group.require_same(
+        f"{weights_digest(model, wiring)} {rules}", "start all processes with the same weights and options"
+    )
+    if loaded.members and options.split == OUT_OF_FOLD:
+        at = [resolve_threshold(options.threshold, each.options, candidate.weights) for each in loaded.members]
+        runs, members = find_folds(candidate.weights), list(zip(model.members, at, strict=True))
+        evaluation = evaluate_out_of_fold(runs, members, dataset, config, options.scoring, group=group)
+        assert evaluation is not None  # nothing asks to stop
+        return evaluation
     return evaluate_split(model, dataset, options.split, config, options.scoring, threshold=threshold, group=group)
 
 

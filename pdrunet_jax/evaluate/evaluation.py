@@ -7,7 +7,7 @@ faster; the scores differ slightly.) Ignored pixels are excluded.
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -62,6 +62,14 @@ class Case(NamedTuple):
     rank: int
     sample: Sample
     dice: float
+
+
+class Scored(NamedTuple):
+    """A model, the images that it is scored on, and its threshold."""
+
+    model: Network
+    dataset: Dataset
+    threshold: float | tuple[float, ...] = 0.5
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,19 @@ def evaluate_split(
 
     Raises `UserError` if the split is empty, model and dataset have different classes, or the threshold is invalid.
     """
-    check_threshold(threshold, model.outputs, multilabel=model.multilabel)
+    return evaluate_parts(dataset, split, [Scored(model, dataset, threshold)], config, options, group=group)
+
+
+def evaluate_parts(
+    dataset: Dataset,
+    split: str,
+    parts: Iterable[Scored],
+    config: DataConfig,
+    options: EvaluationOptions | None = None,
+    *,
+    group: Group | None = None,
+) -> Evaluation:
+    """Score the `split` of `dataset` in `parts`, datasets with some of its images each; else as `evaluate_split`."""
     options, group = options or EvaluationOptions(), group or Group()
     samples = dataset.of(split)
     spacings, unit, unit_note = read_spacings(dataset, samples)
@@ -143,14 +163,16 @@ def evaluate_split(
     rows: list[ImageScores] = []
     masks = {}
     histograms = Histograms(dataset.class_names, options.empty_dice)
-    for sample, probability, truth in predicted_probabilities(
-        model, dataset, split, config, batch_size=options.batch_size, stride=(group.index, group.count)
-    ):
-        histograms.add(probability, truth)
-        predicted = clean(apply_threshold(probability, threshold, multilabel=model.multilabel), options.cleaning)
-        spacing = spacings.get(sample.id)
-        rows += scores.score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
-        masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
+    for model, part, threshold in parts:
+        check_threshold(threshold, model.outputs, multilabel=model.multilabel)
+        for sample, probability, truth in predicted_probabilities(
+            model, part, split, config, batch_size=options.batch_size, stride=(group.index, group.count)
+        ):
+            histograms.add(probability, truth)
+            predicted = clean(apply_threshold(probability, threshold, multilabel=model.multilabel), options.cleaning)
+            spacing = spacings.get(sample.id)
+            rows += scores.score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
+            masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
 
     # Merge the processes: first scores and histograms, which select the cases, then only the masks of those cases.
     rows = _gather_scores(group, samples, rows, histograms)
@@ -275,7 +297,8 @@ def _gather_masks(group: Group, masks: Mapping[str, bytes], evaluation: Evaluati
 def _describe(dataset: Dataset) -> dict[str, Any]:
     """Name, classes, notes, and images and patients per split, as JSON values."""
     splits = {}
-    for name in ("train", "val", "test"):
+    others = {sample.split for sample in dataset.samples} - {"train", "val", "test"}  # of a dataset in folds
+    for name in ("train", "val", "test", *sorted(others)):
         samples = dataset.of(name)
         splits[name] = {"images": len(samples), "patients": len({sample.patient for sample in samples})}
     return {

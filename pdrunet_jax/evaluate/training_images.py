@@ -10,6 +10,7 @@ from pathlib import Path
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.split import Sample
 from pdrunet_jax.data.walk import some
+from pdrunet_jax.model.folds import find_folds
 from pdrunet_jax.model.load import find_run
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, is_present, writing
@@ -35,16 +36,23 @@ def write_training_images(run: RunFolder, dataset: Dataset, earlier: str | None 
 def require_unseen(weights: str | Path, samples: Sequence[Sample], dataset: Dataset) -> None:
     """Raise `UserError` if the run of `weights` was trained on some of the `samples`; nothing is known of other files.
 
-    The split of a dataset is no protection: the same images may be in another one there.
+    The split of a dataset is no protection: the same images may be in another one there. In a folder of folds, every
+    fold counts.
     """
-    known = _read(weights)
-    seen = [sample.id for sample in samples if known and _short(sample) in known]
-    if seen:
+    runs = find_folds(weights)
+    if seen := seen_in_training(weights, samples):
+        folds = "--split out-of-fold to score each with the fold that has not seen it, " if runs else ""
         raise UserError(
             f"{weights} was trained on {len(seen)} of the {len(samples)} images of {dataset.root} to score: "
-            f"{some(seen)}. Scores on them say nothing about new images. Choose other images, --split train if you "
-            "mean to score the training images, or --allow-training-images"
+            f"{some(seen)}. Scores on them say nothing about new images. Choose {folds}other images, --split train if "
+            "you mean to score the training images, or --allow-training-images"
         )
+
+
+def seen_in_training(weights: str | Path, samples: Sequence[Sample]) -> list[str] | None:
+    """Ids of the `samples` that the run of `weights`, or any fold, was trained on; None if there is no list."""
+    known = _read(weights)
+    return None if known is None else [sample.id for sample in samples if _short(sample) in known]
 
 
 def _short(sample: Sample) -> str:
@@ -52,9 +60,10 @@ def _short(sample: Sample) -> str:
 
 
 def _read(weights: str | Path) -> set[str] | None:
-    """The digests of the run that `weights` belongs to; None if there is no list."""
-    run = find_run(weights)
-    if run is None or not is_present(run.training_images):
+    """The digests of the run that `weights` belongs to, or of all folds; None if there is no list."""
+    listed = [run for run in find_folds(weights) or [find_run(weights)] if run and is_present(run.training_images)]
+    if not listed:
         return None
-    lines = read_regular(run.training_images).decode("ascii", errors="replace").splitlines()
+    texts = [read_regular(run.training_images).decode("ascii", errors="replace") for run in listed]
+    lines = [line for text in texts for line in text.splitlines()]
     return {line.strip() for line in lines if line.strip() and not line.startswith("#")}

@@ -27,12 +27,13 @@ def main() -> int:
         if not distributed:  # before JAX is loaded: a quick answer for a folder that is in use
             RunFolder(arguments.run_folder).require_free()
         from pdrunet_jax.runtime.devices import configure_jax
+        from pdrunet_jax.train.folds import train_folds
         from pdrunet_jax.train.run import run
 
         # Before the processes meet, which starts the devices.
         configure_jax(arguments.settings.train.precision, arguments.settings.train.deterministic)
         with join(arguments.distributed, arguments.detect, stop) as group:
-            code = run(arguments, group, stop)
+            code = (train_folds if arguments.fold_numbers[1] else run)(arguments, group, stop)
         if output.lost and code == 0:
             missing = f"lines are missing on standard output ({output.lost})"
             raise RunError(f"training is done and everything is saved in {arguments.run_folder}, but {missing}")

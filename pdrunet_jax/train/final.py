@@ -146,7 +146,7 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
         The line with the test Dice, to be printed last; None if asked to stop, in which case the next start does it.
     """
     model, batch_size = load_model(run.path), config.train.batch_size
-    about: dict[str, Any] = {"weights": str(run.best), "threshold": 0.5}
+    about: dict[str, Any] = {"weights": str(run.best), "threshold": 0.5, "steps": config.train.steps}
     choice = None
     if model.outputs == 1 or model.multilabel:
         choice = choose_threshold(model, dataset, config.data, batch_size=batch_size, stop=stop)

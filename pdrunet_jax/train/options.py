@@ -1,13 +1,14 @@
 """Options of the command `train`: a configuration by name, and each of its settings as an option."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from pdrunet_jax.config import Config, check, load
+from pdrunet_jax.config import FOLD, Config, check, load
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.processes import DetectCluster, Distributed
@@ -28,6 +29,11 @@ class TrainOptions:
     """Name of a configuration (mura, mura_baseline, paper, phantom) or a TOML file."""
     workdir: Path | None = None
     """Run folder; by default runs/ and the configuration's name."""
+    folds: int | None = None
+    """Cross-validation: train N runs, fold_1 to fold_N in the run folder, each of which tests on another part of the
+    patients; then score every image. Started again, the command goes on, and finished folds are not repeated."""
+    fold: str | None = None
+    """K/N: train only the K-th of N folds, as in 2/5: one on each of several machines."""
     verify: Path | None = None
     """Check the digests, weights, metrics and configuration of this run folder, and change nothing."""
     finish: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -41,6 +47,23 @@ class TrainOptions:
     def run_folder(self) -> Path:
         """The run folder, given or derived."""
         return self.workdir or Path("runs") / Path(self.config).stem
+
+    @property
+    def fold_numbers(self) -> tuple[tuple[int, ...], int]:
+        """The folds to train, and how many there are; none and 0 for a run without folds. Raises `UserError`."""
+        if self.folds is None and self.fold is None:
+            return (), 0
+        if self.finish or (self.folds and self.fold):
+            raise UserError(
+                "--folds, --fold and --finish exclude one another; to end all folds sooner, lower --train.steps"
+            )
+        text = self.fold or f"1/{self.folds}"
+        found = re.fullmatch(FOLD, text)
+        number, count = map(int, text.split("/")) if found else (0, 0)
+        if not 1 <= number <= count >= 2:
+            given = f"--fold {self.fold}: give K/N, as in 2/5" if self.fold else f"--folds {self.folds}: give 2 or more"
+            raise UserError(f"{given}; N from 2 to 9999 and K from 1 to N")
+        return (number,) if self.fold else tuple(range(1, count + 1)), count
 
 
 def parse(arguments: Sequence[str]) -> TrainOptions:
@@ -58,4 +81,6 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
     default = TrainOptions(config=name or "mura", settings=settings)
     prog = cli.program("train")
     options = tyro.cli(TrainOptions, prog=prog, args=list(arguments), default=default, use_underscores=False)
-    return dataclasses.replace(options, settings=check(options.settings, "the command line"))
+    options = dataclasses.replace(options, settings=check(options.settings, "the command line"))
+    _ = options.fold_numbers  # checked before anything is loaded
+    return options

@@ -3,6 +3,7 @@
 import dataclasses
 import tomllib
 from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pdrunet_jax.data.split import one_patient
 from pdrunet_jax.evaluate.training_images import write_training_images
 from pdrunet_jax.model.base import foreground_classes
 from pdrunet_jax.model.execution import Execution
+from pdrunet_jax.model.folds import started_folds
 from pdrunet_jax.model.load import load_same, load_weights, start_from
 from pdrunet_jax.model.sides import swapped
 from pdrunet_jax.runtime import cli
@@ -40,8 +42,16 @@ from pdrunet_jax.train.step import build_model, create_state, make_eval_step, ma
 from pdrunet_jax.train.tracking import Tracker
 
 
-def run(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
-    """Check everything, then train and score. Returns the exit code."""
+def run(
+    arguments: TrainOptions,
+    group: Group,
+    stop: StopFlag,
+    check: Callable[[Config, Dataset], None] = lambda config, dataset: None,
+) -> int:
+    """Check everything, then train and score. Returns the exit code.
+
+    The main process calls `check` with the settings and the data before anything is written.
+    """
     config, folder = arguments.settings, RunFolder(arguments.run_folder)
     if arguments.finish:
         config = end_here(config, folder, group)
@@ -61,6 +71,8 @@ def run(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
     outputs = choose_outputs(config, dataset)
     require_validation(dataset)
     config = settle_flips(config, dataset)
+    if group.is_main:
+        check(config, dataset)
     if group.is_main and config.train.weights is not None and not folder.config_file.exists():
         # Before the folder is made: it would record settings that cannot be used.
         network = {**dataclasses.asdict(config.model), "outputs": outputs, "multilabel": dataset.multilabel}
@@ -278,6 +290,10 @@ def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
     run = RunFolder(path)
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--workdir {run.path} is a file; give a folder")
+    if folds := started_folds(run.path):
+        raise UserError(
+            f"{run.path} holds {len(folds)} folds: give --folds to go on with them, or another --workdir for this run"
+        )
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():

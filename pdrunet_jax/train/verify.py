@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pdrunet_jax import config
+from pdrunet_jax.model.folds import started_folds
 from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.runtime.checkpoint import checkpoint_faults, checkpoint_steps
 from pdrunet_jax.runtime.errors import RunError, UserError
@@ -16,20 +17,23 @@ Finding = tuple[str, str]
 def verify(path: Path) -> int:
     """Print one line for each checkpoint and file of the run folder `path`; return 0 if all are intact.
 
-    The folder is not changed.
+    In a folder of folds, every fold is checked. Nothing is changed.
 
     Raises:
         UserError: `path` is not a run folder.
         RunError: something is damaged; the message lists every fault.
     """
     run = RunFolder(path)
-    if not (run.config_file.exists() or run.checkpoints.is_dir()):
+    folds = started_folds(path).values()
+    if not folds and not (run.config_file.exists() or run.checkpoints.is_dir()):
         raise UserError(f"--verify {path}: not a run folder; it has neither config.toml nor checkpoints/")
     bad = []
-    for name, fault in findings(run):
+    every = ((each.path / name, fault) for each in folds or [run] for name, fault in findings(each))
+    for file, fault in every:
+        name = file.relative_to(path).as_posix()
         print(f"{name}: {f'DAMAGED, {fault}' if fault else 'intact'}", flush=True)
         if fault:
-            bad.append(f"{path / name}: {fault}")
+            bad.append(f"{file}: {fault}")
     if bad:
         listing = "".join(f"\n  - {line}" for line in bad)
         raise RunError(

@@ -2,7 +2,7 @@
 
 import statistics
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from pdrunet_jax.evaluate.report.charts import Points, curve, read_metrics
 from pdrunet_jax.evaluate.report.html import Cell, Section, html_table, note, render_page, settings
 from pdrunet_jax.evaluate.report.sections import EvaluationFolder, key_numbers, score_sections
 from pdrunet_jax.evaluate.scores import format_score
+from pdrunet_jax.model.folds import fold_folder
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.opening import read_text
@@ -53,7 +54,8 @@ def write_evaluation_report(folder: str | Path) -> Path:
     scored = EvaluationFolder.read(folder)
     if not scored:
         raise UserError(f"{folder} is not an evaluation: summary.json is missing")
-    about, environment = scored.summary["about"], scored.summary.get("environment", {})
+    about, environment = dict(scored.summary["about"]), scored.summary.get("environment", {})
+    folds = about.pop("folds", [])
     speed = note("Not measured.")
     if seconds := about.get("seconds"):
         rate = f"{scored.summary['images'] / seconds:.3g}"
@@ -61,12 +63,31 @@ def write_evaluation_report(folder: str | Path) -> Path:
         speed = html_table([], rows, words=1)
     sections = [
         *score_sections(scored),
+        *([("folds", "Folds", _folds(folds, Path(str(about.get("weights", folder)))))] if folds else []),
         ("speed", "Speed", speed),
         ("configuration", "Settings", settings({"": about})),
     ]
     title = f"{scored.summary['dataset']['name']}, {scored.split} images"
     subtitle = str(about.get("weights", about.get("predictions", "")))
     return _write(folder / "report.html", title, subtitle, environment, key_numbers(scored), sections)
+
+
+def _folds(folds: Sequence[Mapping[str, Any]], parent: Path) -> str:
+    """Test scores and best validation score of each fold in the folder `parent`."""
+    rows: list[list[Cell]] = []
+    for each in folds:
+        run = fold_folder(parent, each["fold"])
+        points = read_metrics(run.metrics).get("val/dice", [])
+        step, best = max(points, key=lambda point: point[1]) if points else (None, None)
+        bounds = f"{format_score(each['low'])} to {format_score(each['high'])}"
+        counts = str(each["fold"]), str(each["images"]), str(each["patients"])
+        rows.append([*counts, each["dice"], bounds, best, "" if step is None else f"{step:,.0f}"])
+    head = ["fold", "images", "patients", "Dice", "95% interval", "best validation Dice", "at step"]
+    words = (
+        "Each image was scored by the fold that tests on it and was trained on none of its patient's images. Every "
+        "fold has a report of its own: fold_1/report.html and so on."
+    )
+    return html_table(head, rows, words=1) + note(words)
 
 
 def _write(

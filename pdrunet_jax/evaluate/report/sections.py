@@ -196,7 +196,7 @@ def _threshold_notes(scored: EvaluationFolder) -> list[str]:
             f"Best threshold on the validation images: {chosen:g} (--threshold validation). On these {scored.split} "
             f"images it scores Dice {format_score(dice.get(chosen))}, and 0.5 scores {format_score(dice[0.5])}."
         )
-    if scored.summary["split"] == "test":
+    if scored.summary["split"] in ("test", "out-of-fold"):
         notes.append("Do not choose a threshold from this curve: on the images it was chosen on, its score is biased.")
     return notes
 
