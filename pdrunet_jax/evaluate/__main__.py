@@ -147,7 +147,7 @@ def _default_output(options: EvaluateOptions, run: RunFolder | None) -> Path:
     path = Path(options.weights or options.predictions or "").absolute()
     step = f"step_{path.name}" if path.parent.name == "checkpoints" else ""
     if options.split == OUT_OF_FOLD:
-        return path
+        return Path(options.weights)
     if run is not None:
         return run.evaluation / step / options.split
     place = path.parent.parent if step else path

@@ -297,8 +297,9 @@ def _gather_masks(group: Group, masks: Mapping[str, bytes], evaluation: Evaluati
 def _describe(dataset: Dataset) -> dict[str, Any]:
     """Name, classes, notes, and images and patients per split, as JSON values."""
     splits = {}
-    others = {sample.split for sample in dataset.samples} - {"train", "val", "test"}  # of a dataset in folds
-    for name in ("train", "val", "test", *sorted(others)):
+    usual = ("train", "val", "test")
+    others = sorted({sample.split for sample in dataset.samples} - {*usual})  # of a dataset in folds
+    for name in (*(usual if any(map(dataset.of, usual)) else ()), *others):
         samples = dataset.of(name)
         splits[name] = {"images": len(samples), "patients": len({sample.patient for sample in samples})}
     return {

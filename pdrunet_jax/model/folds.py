@@ -45,18 +45,17 @@ def find_folds(folder: str | Path) -> tuple[RunFolder, ...]:
     return tuple(runs.values())
 
 
-def require_alike(runs: dict[int, RunFolder], settings: Config, count: int, *, steps: bool = True) -> None:
+def require_alike(runs: dict[int, RunFolder], settings: Config, count: int, ignore: tuple[str, ...] = ()) -> None:
     """Raise `DataError` that names the runs that are not one of `count` folds, or were trained with other settings.
 
-    Without `steps`, their numbers of steps may differ.
+    Settings to `ignore` may differ, besides `MAY_DIFFER`.
     """
-    ignore = MAY_DIFFER if steps else (*MAY_DIFFER, "train.steps")
     problems: list[str] = []
     for number, run in runs.items():
         other = config.read(run.config_file)
         if other.data.fold != f"{number}/{count}":
             problems.append(f"{run.path}: data.fold is {other.data.fold}, not {number}/{count}")
-        problems += [f"{run.path}: {line}" for line in config.diff(other, settings, ignore=ignore)]
+        problems += [f"{run.path}: {line}" for line in config.diff(other, settings, ignore=(*MAY_DIFFER, *ignore))]
     if problems:
         parent = next(iter(runs.values())).path.parent
         remedy = "train those folds again in another folder, or give the settings that all had"

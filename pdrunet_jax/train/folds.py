@@ -28,6 +28,9 @@ from pdrunet_jax.runtime.stop import StopFlag
 from pdrunet_jax.train.options import TrainOptions
 from pdrunet_jax.train.run import run, settle_flips
 
+SETTLED = ("augment.flip_horizontal", "augment.flip_vertical", "data.swap_on_flip")
+"""Settings that depend on the data too (`settle_flips`)."""
+
 
 def train_folds(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
     """Train the folds that `arguments` name, one after the other; once all are there, score them.
@@ -42,6 +45,8 @@ def train_folds(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
     parent, steps = arguments.run_folder, arguments.settings.train.steps
     if RunFolder(parent).config_file.exists():
         raise UserError(f"{parent} holds a run of its own; choose another --workdir for folds")
+    if group.is_main:
+        require_alike(started_folds(parent), arguments.settings, count, ("train.steps", *SETTLED))
     for number in numbers:
         fold = fold_folder(parent, number)
         if group.broadcast("finished" if group.is_main and is_finished(fold, steps) else ""):
@@ -69,14 +74,16 @@ def is_finished(fold: RunFolder, steps: int) -> bool:
         return False
 
 
-def require_one_training(parent: Path, config: Config, dataset: Dataset, *, steps: bool = False) -> None:
+def require_one_training(
+    parent: Path, config: Config, dataset: Dataset, ignore: tuple[str, ...] = ("train.steps",)
+) -> None:
     """Raise `DataError` that names the folds in `parent` that were trained with other settings or data.
 
-    With `steps`, the number of steps counts too; while training goes on, a part of the folds may have been prolonged.
+    Settings to `ignore` may differ: while training goes on, some folds may have been prolonged.
     """
     runs = started_folds(parent)
     _, count = config.data.fold_of or (1, 1)
-    require_alike(runs, config, count, steps=steps)
+    require_alike(runs, config, count, ignore)
     data = dataset.fingerprint()
     problems = [f"{run.path} was trained on other data" for run in runs.values() if _data_of(run) not in ("", data)]
     if problems:
@@ -113,7 +120,7 @@ def _score(parent: Path, config: Config, count: int, stop: StopFlag) -> bool:
     """Print and write the scores of all images in the folder of folds; False if asked to stop."""
     config = replace(config, data=replace(config.data, fold=f"1/{count}"))
     began, dataset = time.monotonic(), open_dataset(config.data)
-    require_one_training(parent, settle_flips(config, dataset), dataset, steps=True)
+    require_one_training(parent, settle_flips(config, dataset), dataset, ignore=())
     loaded = load_any(parent)
     members = [(member, 0.5) for member in build_loaded(loaded).members]
     options = EvaluationOptions(batch_size=config.train.batch_size)
