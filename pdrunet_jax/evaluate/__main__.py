@@ -186,9 +186,9 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
     other, rival = _opponent(options, dataset)
     judged = {each: _matched(each, dataset) for each in (candidate, rival) if each}
     if options.split != "train" and not options.allow_training_images:
-        # In out-of-fold scores each fold is checked by itself.
-        for each in judged if options.split != OUT_OF_FOLD else [each for each in judged if not each.loaded.members]:
-            require_unseen(each.weights, dataset.of(options.split), dataset)
+        for each in judged:
+            if not (each.loaded.members and options.split == OUT_OF_FOLD):  # there each fold is checked by itself
+                require_unseen(each.weights, dataset.of(options.split), dataset)
     for note in dataset.notes:
         group.log(note)
 
@@ -215,6 +215,8 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
     }
     if options.split == OUT_OF_FOLD:
         about["folds"] = fold_table(evaluation)
+        if options.threshold == "validation":
+            about["threshold_from"] = "validation: each fold has its own, and this is their mean"
     _finish(options, evaluation, other, about, environment(jax.devices()[0].device_kind))
 
 
