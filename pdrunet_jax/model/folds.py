@@ -39,8 +39,8 @@ def find_folds(folder: str | Path) -> tuple[RunFolder, ...]:
     require_alike(runs, first, count)
     if missing := [str(number) for number in range(1, count + 1) if number not in runs]:
         raise UserError(
-            f"{folder} lacks fold {' and '.join(missing)} of {count}: train {'it' if len(missing) == 1 else 'them'} "
-            f"with `train --folds {count}`, or name the weights of one fold, as in {next(iter(runs.values())).path}"
+            f"{folder} has {len(runs)} of {count} folds; missing: {', '.join(missing)}. Go on with `train --folds "
+            f"{count}`, or name the weights of one fold, as in {next(iter(runs.values())).path}"
         )
     return tuple(runs.values())
 

@@ -59,7 +59,7 @@ def train_folds(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
     if not group.is_main:
         return 0
     if missing := [str(each) for each in range(1, count + 1) if not is_finished(fold_folder(parent, each), steps)]:
-        print(f"{parent}: scores of all images once fold {' and '.join(missing)} of {count} is finished", flush=True)
+        print(f"{parent}: no scores of all images yet; of {count} folds, to train: {', '.join(missing)}", flush=True)
         return 0
     return 0 if _score(parent, arguments.settings, count, stop) else cli.STOPPED
 
