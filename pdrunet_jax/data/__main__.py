@@ -15,6 +15,7 @@ from pdrunet_jax.data.dataset import continue_split, inspect_dataset, report_lin
 from pdrunet_jax.data.importers import coco, cvat, label_studio, labelme, masks, mura, supervisely, voc, volumes
 from pdrunet_jax.data.manifest import MANIFEST, normal_path, read_manifest, write_manifest
 from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
+from pdrunet_jax.data.selection import HELP, Next, choose_next
 from pdrunet_jax.data.split import manifest_rows, split_counts
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
@@ -137,13 +138,15 @@ def phantom(options: Phantom) -> None:
 def main() -> None:
     """Run the subcommand on the command line."""
     importers = [_described(options, name, text) for name, (options, text, _) in IMPORTERS.items()]
-    commands: Any = Union[(Check, Split, *importers, Phantom)]
-    description = "Import, check and split datasets, or draw synthetic X-rays."
+    commands: Any = Union[(Check, Split, *importers, _described(Next, "next", HELP), Phantom)]
+    description = "Import, check and split datasets, choose what to annotate next, or draw synthetic X-rays."
     options = tyro.cli(commands, prog=cli.program("data"), description=description)
     if isinstance(options, Check):
         check(options)
     elif isinstance(options, Split):
         split(options)
+    elif isinstance(options, Next):
+        choose_next(options)
     elif isinstance(options, Phantom):
         phantom(options)
     else:

@@ -64,6 +64,17 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.round(picture).astype(np.uint8)
 
 
+def write_lines(picture: Image.Image, lines: Sequence[tuple[str, tuple[int, int, int]]]) -> None:
+    """Write lines of text, each with its colour, on a dark ground into the upper left corner of an RGB picture."""
+    draw, size = ImageDraw.Draw(picture), max(9, min(picture.size) // 24)
+    for number, (text, colour) in enumerate(lines):
+        top = round(1.4 * size * number)
+        draw.rectangle(
+            (0, top, min(picture.width, round(0.62 * size * len(text)) + size), top + round(1.4 * size)), GROUND
+        )
+        write(draw, (size // 3, top + size // 8), text, size, picture.width - size // 3, colour)
+
+
 def difference(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """Draw errors over the dimmed image: missed orange, extra blue, wrong class pink, ignored grey.
 

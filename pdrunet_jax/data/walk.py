@@ -5,6 +5,7 @@ their own names.
 """
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from pdrunet_jax.runtime.errors import DataError
 SYSTEM = "hidden files, system files and thumbnails"
 SEEN = "links to folders that are read already, or to a folder above"
 OTHER = "files that are not images by their extension or content"
+
+RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")
+"""Names of the pictures that the predict command writes."""
 
 _LITTER = frozenset(
     {"__macosx", "thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r", "lost+found"}

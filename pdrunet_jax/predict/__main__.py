@@ -30,6 +30,7 @@ from pdrunet_jax.predict.inputs import find_images, name_results, parse_shard, t
 from pdrunet_jax.predict.outputs import Areas, WrittenFiles
 from pdrunet_jax.predict.postprocess import Cleaning
 from pdrunet_jax.predict.resume import Recipe, survey
+from pdrunet_jax.predict.review import report_review
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.devices import over_devices
@@ -76,6 +77,11 @@ class PredictOptions:
     are exact; smaller values are faster and approximate."""
     cleaning: Annotated[Cleaning, tyro.conf.arg(name="")] = field(default_factory=Cleaning)
     files: Annotated[WrittenFiles, tyro.conf.arg(name="")] = field(default_factory=WrittenFiles)
+    confidence: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """State the confidence in each class, from 0 to 1, in areas.csv and on the overlay: about the Dice to expect."""
+    review: int | None = None
+    """Print the N images that a person should look at first, the least confident ones, and write them to review.csv.
+    Implies --confidence."""
     shard: str | None = None
     """K/N: process only the K-th of N shards of the images; several machines can write to one folder."""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -93,11 +99,14 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
 def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     # Check everything that can be checked before the weights are loaded.
     shard = parse_shard(options.shard) if options.shard else (1, 1)
-    table = f"areas_{shard[0]}of{shard[1]}.csv" if options.shard else "areas.csv"
+    part = f"_{shard[0]}of{shard[1]}" if options.shard else ""
+    confidence = options.confidence or options.review is not None
     size: tuple[int, int] | Literal["own"] | None = "own" if options.size == "own" else height_width(options.size)
     spacing = row_column(options.spacing)
     if (options.tile is not None and options.tile < 1) or (options.halo is not None and options.halo < 0):
         raise UserError(f"--tile {options.tile} --halo {options.halo}: give at least 1 and 0 pixels")
+    if options.review is not None and options.review < 1:
+        raise UserError(f"--review {options.review}: give at least 1 image")
     options.files.require_packages()
     found = find_images(options.inputs, options.output)
     if found.remarks:
@@ -126,7 +135,7 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
         if SWAP not in loaded.options:
             pairs = ", ".join(map(" and ".join, find_pairs(labels)[0]))
             print(cli.printable(f"found by their names: {pairs} change places in mirror images"))
-    recipe = Recipe(settings, tuple(labels), model.outputs, options.files, overlap=model.multilabel)
+    recipe = Recipe(settings, tuple(labels), model.outputs, options.files, model.multilabel, confidence)
     works = survey(recipe, targets, overwrite=options.overwrite)
     pending = [path for path, work in works.items() if not work.done]
     if _approximate(options, model):
@@ -153,7 +162,9 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     records = {in_table[path]: work.record for path, work in works.items() if work.record is not None}
     finished = {in_table[path] for path, work in works.items() if work.done}
     with (
-        Areas(options.output / table, records, finished, overwrite=options.overwrite) as areas,
+        Areas(
+            options.output / f"areas{part}.csv", records, finished, confidence=confidence, overwrite=options.overwrite
+        ) as areas,
         # On a terminal; otherwise (disable=None) a line for each image.
         tqdm(total=len(names), initial=done, unit="image", dynamic_ncols=True, disable=None) as progress,
     ):
@@ -168,6 +179,8 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
                 progress.update()
                 continue
             areas.add(in_table[path], record)
+            records[in_table[path]] = record
+            finished.add(in_table[path])
             for remark in result.remarks:
                 remarks[remark].append(str(path))
             done += 1
@@ -182,6 +195,13 @@ def _run(options: PredictOptions, stop: StopFlag) -> int | None:
     for remark, images in remarks.items():
         print(cli.printable(f"warning: {len(images)} images: {remark}: {some(images)}"))
     print(f"{done} of {len(names)} images segmented; results in {options.output}")
+    if options.review and not stop:
+        report_review(
+            {name: record for name, record in records.items() if name in finished},
+            options.review,
+            options.output / f"review{part}.csv",
+            overwrite=options.overwrite,
+        )
     inputs = len(names) + len(found.problems)
     unreadable = DataError(f"{len(failed)} of {inputs} images could not be read or written", failed)
     if stop and done + len(failed) < inputs:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from pdrunet_jax.data.images import FORMATS, stem
 from pdrunet_jax.data.manifest import decode_text
-from pdrunet_jax.data.walk import Found, is_litter, passed_over, walk_images
+from pdrunet_jax.data.walk import RESULT, Found, is_litter, passed_over, walk_images
 from pdrunet_jax.predict.outputs import MASK, with_suffix
 from pdrunet_jax.predict.resume import read_record
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.opening import read_regular
 
-_RESULT = re.compile(r"_(mask|overlay|labelme|probability(_[^.]*)?)\.png$")  # pictures that the command itself writes
 _EARLIER = "results of earlier predictions"
 _HINTS = {
     "-": "images are not read from standard input; name files",
@@ -172,7 +171,7 @@ def _images_in(place: Path, output: Path, found: Found) -> list[Path]:
     for kind, paths in here.passed.items():
         found.passed[kind] += paths
     found.problems += here.problems
-    written = {path for path in here.files if _RESULT.search(path.name) and path.resolve().is_relative_to(output)}
+    written = {path for path in here.files if RESULT.search(path.name) and path.resolve().is_relative_to(output)}
     found.passed[_EARLIER] += sorted(written)
     return [path for path in here.files if path not in written]
 

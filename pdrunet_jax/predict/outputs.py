@@ -45,12 +45,14 @@ LABELME_PICTURE = "_labelme.png"
 MAX_NAME = 255 - len("..tmp")  # bytes of a file name, temporary file included
 
 AREA_COLUMNS = ("image", "class", "pixels", "area_mm2")
+CONFIDENCE = "confidence"  # last column of the table if it was asked for, and key of a record
 
 RECORD_KEY = "pdrunet_jax.predict"  # of the PNG text chunk in a mask that holds its record as JSON
 
 Record = dict[str, Any]
 """How a mask was made: "settings", "input" (the image's digest), "files" (suffix to digest of each other file), "mask"
-(digest of the pixels), "pixels" of each class by name, and "spacing" in mm or null."""
+(digest of the pixels), "pixels" of each class by name, "spacing" in mm or null, and "confidence" in each class by name
+if it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +115,19 @@ class WrittenFiles:
 class Areas:
     """`areas.csv`: one row per image and class, with the area if the file states its pixel spacing.
 
+    It has a column of confidences if they are asked for, or known of some image.
+
     It is rebuilt from the masks' records on opening, so that no row is lost or repeated, and then grows image by image.
     """
 
     def __init__(
-        self, path: Path, records: Mapping[str, Record], finished: Container[str], *, overwrite: bool = False
+        self,
+        path: Path,
+        records: Mapping[str, Record],
+        finished: Container[str],
+        *,
+        confidence: bool = False,
+        overwrite: bool = False,
     ) -> None:
         """Open `path` with the rows of the `finished` images, by name.
 
@@ -126,16 +136,17 @@ class Areas:
         if it cannot be written.
         """
         self._path = path
-        rows = {name: csv_text(_area_rows(name, record)) for name, record in records.items()}
-        head = csv_text([AREA_COLUMNS])
-        text = "".join([head, *(lines for name, lines in rows.items() if name in finished)]).encode()
+        self._confidence = confidence or any(record.get(CONFIDENCE) for record in records.values())
+        text = self._text({name: record for name, record in records.items() if name in finished}, self._confidence)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.fdopen(open_in_place(path, os.O_RDWR), "r+b")
             self._lock()
             if (earlier := self._file.read()) != text:
                 if not overwrite:
-                    self._keep(earlier, "".join([head, *rows.values()]).encode().splitlines())
+                    self._keep(
+                        earlier, [line for each in (True, False) for line in self._text(records, each).splitlines()]
+                    )
                 # Overwritten in place: most bytes are the same, so a kill halfway leaves the rows as they were.
                 self._file.seek(0)
                 self._write(text)
@@ -144,13 +155,19 @@ class Areas:
     def add(self, name: str, record: Record) -> None:
         """Append the rows of an image. Raises `RunError` if the table cannot be written."""
         with writing(self._path):
-            self._write(csv_text(_area_rows(name, record)).encode())
+            self._write(csv_text(_area_rows(name, record, self._confidence)).encode())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    @staticmethod
+    def _text(records: Mapping[str, Record], confidence: bool) -> bytes:
+        """The whole table of these images."""
+        rows = (row for name, record in records.items() for row in _area_rows(name, record, confidence))
+        return csv_text([(*AREA_COLUMNS, CONFIDENCE) if confidence else AREA_COLUMNS, *rows]).encode()
 
     def _keep(self, earlier: bytes, known: Sequence[bytes]) -> None:
         """Keep a copy of a table with lines that are not `known`; the last one may be torn."""
@@ -159,9 +176,7 @@ class Areas:
             self._file.close()
             raise UserError(f"{self._path} was not written by this command; move it away, or give --overwrite")
         if not set(lines) <= set(known) or not any(line.startswith(last) for line in known):
-            free = (self._path.with_name(f"{self._path.stem}_earlier{number}.csv") for number in count(1))
-            copy = next(path for path in free if not os.path.lexists(path))
-            atomic_write(copy, earlier)
+            copy = keep_copy(self._path, earlier)
             print(f"{self._path} has rows of other images, or modified ones; a copy is kept as {copy}")
 
     def _lock(self) -> None:
@@ -182,17 +197,33 @@ class Areas:
         os.fsync(self._file.fileno())
 
 
+def keep_copy(path: Path, content: bytes) -> Path:
+    """Write `content`, that of the table at `path`, next to it under a free name, which is returned."""
+    free = (path.with_name(f"{path.stem}_earlier{number}.csv") for number in count(1))
+    copy = next(each for each in free if not os.path.lexists(each))
+    atomic_write(copy, content)
+    return copy
+
+
 def render(
-    result: Prediction, path: Path, target: Path, labels: Sequence[str], files: WrittenFiles, suffixes: Sequence[str]
+    result: Prediction,
+    path: Path,
+    target: Path,
+    labels: Sequence[str],
+    files: WrittenFiles,
+    suffixes: Sequence[str],
+    confidence: Mapping[str, float] | None = None,
 ) -> dict[str, bytes]:
     """Contents of the files `suffixes` (those of `WrittenFiles.suffixes`) of the image at `path`.
+
+    The overlay states the `confidence` in each class, if given.
 
     Raises `UserError` if the image cannot be read, `OSError`.
     """
     mask, single, overlap = result.mask, result.probability.ndim == 2, result.mask.ndim == 3
     pixels = read_image(path, 1) if {OVERLAY, LABELME_PICTURE} & set(suffixes) else np.empty(0)
     makers: dict[str, Callable[[], bytes | str]] = {
-        OVERLAY: lambda: overlay.png(Image.fromarray(overlay.overlay(pixels, mask))),
+        OVERLAY: lambda: _overlay(pixels, mask, labels, confidence),
         NPZ: lambda: _npz(result.probability, labels if overlap else ["background", *labels]),
         CONTOURS: lambda: _contours(mask, labels, files.tolerance),
         NRRD: lambda: nrrd_file(mask, labels, read_geometry(path)),
@@ -243,6 +274,16 @@ def _by_class(form: str, labels: Sequence[str]) -> list[str]:
     return [form.format(label) for label in safe]
 
 
+def _overlay(
+    pixels: np.ndarray, mask: np.ndarray, labels: Sequence[str], confidence: Mapping[str, float] | None
+) -> bytes:
+    picture = Image.fromarray(overlay.overlay(pixels, mask))
+    if confidence:
+        lines = [(f"{label} {confidence[label]:.2f}", overlay.colour_of(i)) for i, label in enumerate(labels, 1)]
+        overlay.write_lines(picture, lines)
+    return overlay.png(picture)
+
+
 def _sixteen_bits(probability: np.ndarray) -> bytes:
     return overlay.png(Image.fromarray(np.rint(probability * 65535).astype(np.uint16)))
 
@@ -270,9 +311,12 @@ def _contours(mask: np.ndarray, labels: Sequence[str], tolerance: float) -> str:
     return csv_text([("class", "contour", "x", "y"), *points])
 
 
-def _area_rows(name: str, record: Record) -> list[Sequence[Any]]:
-    spacing = record["spacing"]
-    return [
+def _area_rows(name: str, record: Record, confidence: bool) -> list[Sequence[Any]]:
+    spacing, known = record["spacing"], record.get(CONFIDENCE) or {}
+    rows: list[Sequence[Any]] = [
         (name, label, pixels, f"{pixels * spacing[0] * spacing[1]:.4f}" if spacing else "")
         for label, pixels in record["pixels"].items()
     ]
+    if not confidence:
+        return rows
+    return [(*row, f"{known[row[1]]:.4f}" if row[1] in known else "") for row in rows]

@@ -18,9 +18,12 @@ from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pdrunet_jax.data.layers import region, to_bits
+from pdrunet_jax.model.confidence import confidences
 from pdrunet_jax.predict.inference import Prediction
 from pdrunet_jax.predict.outputs import (
+    CONFIDENCE,
     MASK,
+    OVERLAY,
     RECORD_KEY,
     Record,
     WrittenFiles,
@@ -47,6 +50,7 @@ class _Record:
     pixels: dict[str, Annotated[int, Field(ge=0, lt=1 << 63)]]
     mask: str | None = None
     spacing: tuple[float, float] | None = None
+    confidence: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = None
 
     def __post_init__(self) -> None:
         if "sha256" not in self.input or any("/" in suffix for suffix in self.files):
@@ -85,6 +89,8 @@ class Recipe:
     files: WrittenFiles
     overlap: bool = False
     """Whether classes overlap."""
+    confidence: bool = False
+    """Whether the confidence in each class is recorded. A result without it is completed; its mask does not change."""
 
     def inspect(self, path: Path, target: Path) -> Work:
         """Compare the image at `path` and the files at `target` with the record. Raises `OSError` for the image."""
@@ -106,8 +112,15 @@ class Recipe:
         missing = [suffix for suffix in wanted if suffix not in present or suffix in foreign] if fits else wanted
         conflicts += [(suffix, "not written by this command, or modified since") for suffix in foreign]
 
-        # New digests go into the mask's record, so the mask itself is written again.
-        if record is not None and fits and missing:
+        # New digests and confidences go into the mask's record, so the mask itself is written again.
+        incomplete = record is not None and fits and self.confidence and not record[CONFIDENCE]
+        if record is not None and fits and (missing or incomplete):
+            if (
+                incomplete
+                and OVERLAY in present
+                and sha256(with_suffix(target, OVERLAY)) == record["files"].get(OVERLAY)
+            ):
+                missing = [OVERLAY, *missing]
             if _mask_digest(target) != record["mask"]:
                 conflicts.append((MASK, "modified since, or written by an earlier version"))
             missing = [MASK, *(suffix for suffix in missing if suffix != MASK)]
@@ -124,8 +137,13 @@ class Recipe:
             _require_free({target: work}, overwrite=overwrite)
             require_short_names(target, work.missing)
             suffixes = [suffix for suffix in work.missing if suffix != MASK]
-            contents = render(result, path, target, self.labels, self.files, suffixes)
             earlier: dict[str, str | None] = {} if work.record is None else work.record["files"]
+            known = work.record is not None and work.fits and work.record[CONFIDENCE]
+            confidence = None
+            if self.confidence or known:
+                values = confidences(result.probability, result.mask)
+                confidence = dict(zip(self.labels, values, strict=True))
+            contents = render(result, path, target, self.labels, self.files, suffixes, confidence)
             digests = {suffix: hashlib.sha256(data).hexdigest() for suffix, data in contents.items()}
             record: Record = {
                 "settings": self.settings,
@@ -135,6 +153,8 @@ class Recipe:
                 "pixels": {label: int(region(result.mask, i).sum()) for i, label in enumerate(self.labels, 1)},
                 "spacing": None if result.spacing is None else list(result.spacing),
             }
+            if confidence is not None:  # otherwise the record is what it was before there were confidences
+                record[CONFIDENCE] = confidence
             target.parent.mkdir(parents=True, exist_ok=True)
             # Deleted first: next to the new record, an old file would pass for one that a person has modified.
             for suffix in suffixes:
