@@ -1,0 +1,274 @@
+"""python -m benchmarks.review: does confidence tell good masks from bad ones, and does `data next` beat random choice?
+
+Both on a folder of chest X-rays with lungs, split by patient:
+
+- confidence: five networks, one for each fold, and every image scored by the network that has not seen its patient.
+- next: from some images, drawn by a seed, train; add as many chosen by `data next`, or the least confident, or drawn at
+  random; train again from the beginning. All networks are scored on the same test images.
+
+Runs that are finished are not repeated.
+"""
+
+import csv
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from scipy import ndimage, stats
+
+from benchmarks import machine, output
+from pdrunet_jax.config import DataConfig
+from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.data.images import read_image
+from pdrunet_jax.data.layers import read_truth
+from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.data.selection import look
+from pdrunet_jax.evaluate import scores
+from pdrunet_jax.model.confidence import confidences
+from pdrunet_jax.model.load import load_model
+from pdrunet_jax.predict.inference import segment
+
+FOLDS = 5
+TEST_FOLDS = 2  # of the five, whose patients test the networks of "next"
+CHOICES = ("random", "least confident", "data next")
+
+Rows = list[dict[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure confidence and the choice of images."""
+
+    lungs: Path
+    """Dataset folder with images/, masks/, a manifest with patients, and dataset.toml."""
+    work: Path = Path("runs/review")
+    """Folder for splits and runs."""
+    seeds: int = 5
+    """Draws of the first images for `next`."""
+    first: int = 10
+    """Images in the first round of `next`, and added in the second."""
+    only: tuple[str, ...] = ("confidence", "next")
+    """What to measure."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+
+def write_split(options: Options, name: str, splits: Mapping[str, str]) -> Path:
+    """Write a dataset folder with the images in `splits`, which gives the split of each."""
+    root = options.work / name
+    root.mkdir(parents=True, exist_ok=True)
+    for part in ("images", "masks"):
+        if not (root / part).exists():
+            os.symlink((options.lungs / part).resolve(), root / part)
+    (root / "dataset.toml").write_bytes((options.lungs / "dataset.toml").read_bytes())
+    with (root / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = (
+            (row["image"], row["mask"], row["patient"], splits[row["image"]])
+            for row in manifest(options)
+            if row["image"] in splits
+        )
+        csv.writer(file).writerows([("image", "mask", "patient", "split"), *rows])
+    return root
+
+
+def manifest(options: Options) -> Rows:
+    """Rows of the manifest."""
+    with (options.lungs / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def folds(options: Options) -> dict[str, int]:
+    """The fold of each patient, at random."""
+    patients = sorted({row["patient"] for row in manifest(options)})
+    random.Random(0).shuffle(patients)
+    return {patient: number % FOLDS for number, patient in enumerate(patients)}
+
+
+def train(options: Options, data: Path, name: str, *, size: int, steps: int, seed: int) -> Path:
+    """Train a network of 16 filters, unless that is done; returns its run folder."""
+    folder = options.work / f"runs_{name}"
+    if not (folder / "evaluation" / "test" / "per_image.csv").exists():
+        settings = {
+            "data.root": data,
+            "data.size": size,
+            "model.filters": 16,
+            "train.batch-size": 4,
+            "train.steps": steps,
+            "train.eval-every": steps // 2,
+            "train.save-every": steps,
+            "train.keep-latest": 1,
+            "tracking.wandb": "disabled",
+            "seed": seed,
+            "workdir": folder,
+        }
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        subprocess.run(
+            [sys.executable, "-m", "pdrunet_jax.train", "--config", "mura", *words], check=True, stdout=sys.stderr
+        )
+    return folder
+
+
+def dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Dice of two boolean masks (H, W); 1 if both are empty."""
+    total = int(one.sum() + other.sum())
+    return 2 * int((one & other).sum()) / total if total else 1.0
+
+
+def candidates(model: Any, path: Path) -> tuple[dict[str, float], np.ndarray]:
+    """Numbers that might tell a good mask from a bad one, larger for better ones, and the mask (H, W)."""
+    pixels = read_image(path, 1)
+    whole = pixels.astype(np.uint8) if pixels.dtype == np.uint8 else (pixels / 255).astype(np.float32)
+    plain = segment(model, whole).probability
+    mirrored = segment(model, whole[:, ::-1].copy()).probability[:, ::-1]
+    mask, mean = plain > 0.5, (plain + mirrored) / 2
+    edge = mask & ~ndimage.binary_erosion(mask)
+    near = ndimage.distance_transform_edt(~edge) <= max(mask.shape) / 64
+    clipped = np.clip(plain, 1e-7, 1 - 1e-7)
+    entropy = -(clipped * np.log2(clipped) + (1 - clipped) * np.log2(1 - clipped))
+    soft, agreement = confidences(plain, mask)[0], dice(mask, mirrored > 0.5)
+    return {
+        "expected Dice": soft,
+        "expected Dice, mean of two mirror images": confidences(mean, mask)[0],
+        "Dice of the masks of two mirror images": agreement,
+        "product of the first and the third": soft * agreement,
+        "entropy near the outline": 1 - float(entropy[near].mean()) if edge.any() else 0.0,
+        "entropy per pixel of outline": -float(entropy.sum()) / max(int(edge.sum()), 1),
+        "entropy of the image": 1 - float(entropy.mean()),
+    }, mask
+
+
+def measure_confidence(options: Options) -> dict[str, Any]:
+    """Correlation of each candidate with the Dice of images that the network has not seen."""
+    found: dict[str, list[float]] = defaultdict(list)
+    true: list[float] = []
+    of = {row["image"]: folds(options)[row["patient"]] for row in manifest(options)}
+    for fold in range(FOLDS):
+        splits = {image: "test" if number == fold else "train" for image, number in of.items()}
+        data = write_split(options, f"fold{fold}", splits)
+        model = load_model(train(options, data, f"fold{fold}", size=128, steps=300, seed=0))
+        dataset = open_dataset(DataConfig(root=str(data)))
+        for sample in dataset.of("test"):
+            values, mask = candidates(model, sample.image)
+            truth = read_truth(sample, dataset.coding)
+            valid = truth != IGNORE
+            true.append(dice(mask & valid, (truth == 1) & valid))
+            for name, value in values.items():
+                found[name].append(value)
+    scored = np.array(true)
+    worst = set(np.argsort(scored)[: round(len(scored) / 10)].tolist())
+    rows = {name: judge(np.array(values), scored, worst) for name, values in found.items()}
+    lowest = {"images": len(true), "dice": float(scored.mean()), "worst tenth": sorted(scored[list(worst)].tolist())}
+    return {**lowest, "candidates": rows}
+
+
+def judge(values: np.ndarray, scored: np.ndarray, worst: set[int]) -> dict[str, float]:
+    """How well `values` (N,) order images by their Dice `scored` (N,)."""
+    first = set(np.argsort(values)[: round(len(values) / 5)].tolist())
+    drawn = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
+    again = [float(stats.spearmanr(values[rows], scored[rows]).statistic) for rows in drawn]
+    return {
+        "spearman": float(stats.spearmanr(values, scored).statistic),
+        "low": float(np.quantile(again, 0.025)),
+        "high": float(np.quantile(again, 0.975)),
+        "pearson": float(stats.pearsonr(values, scored).statistic),
+        "worst tenth in first fifth": len(worst & first) / len(worst),
+        "mean difference from dice": float(np.abs(values - scored).mean()),
+    }
+
+
+def measure_next(options: Options) -> dict[str, Any]:
+    """Test Dice after the first round, and after the second with each way of choosing."""
+    of = folds(options)
+    test = {patient for patient, fold in of.items() if fold < TEST_FOLDS}
+    val: set[str] = set()
+    for patient in (patient for patient in of if patient not in test):
+        if sum(row["patient"] in val for row in manifest(options)) < 6:
+            val.add(patient)
+    pool = [row["image"] for row in manifest(options) if row["patient"] not in test | val]
+    (options.work / "pool").mkdir(exist_ok=True)
+    for image in pool:
+        link = options.work / "pool" / Path(image).name
+        if not link.exists():
+            os.symlink((options.lungs / image).resolve(), link)
+
+    def run(name: str, images: Iterable[str], seed: int) -> Path:
+        splits = {row["image"]: "test" for row in manifest(options) if row["patient"] in test}
+        splits |= {row["image"]: "val" for row in manifest(options) if row["patient"] in val}
+        splits |= dict.fromkeys(images, "train")
+        return train(options, write_split(options, name, splits), name, size=96, steps=120, seed=seed)
+
+    rounds: list[dict[str, float]] = []
+    for seed in range(options.seeds):
+        first = random.Random(seed).sample(pool, options.first)
+        folder = run(f"next{seed}_first", first, seed)
+        row = {"first": test_dice(folder)}
+        for choice in CHOICES:
+            more = pick(options, choice, folder, [image for image in pool if image not in first], seed)
+            row[choice] = test_dice(run(f"next{seed}_{choice.replace(' ', '_')}", [*first, *more], seed))
+        rounds.append(row)
+        print(row, flush=True)
+    return {"pool": len(pool), "added": options.first, "rounds": rounds, "gain over random": gains(rounds)}
+
+
+def pick(options: Options, choice: str, folder: Path, left: Sequence[str], seed: int) -> list[str]:
+    """The images of the second round."""
+    if choice == "random":
+        return random.Random(1000 + seed).sample(list(left), options.first)
+    if choice == "least confident":
+        model = load_model(folder)
+        return sorted(left, key=lambda image: look(model, read_image(options.lungs / image, 1)).confidence)[
+            : options.first
+        ]
+    chosen = options.work / f"next{seed}.txt"
+    words = ["--weights", folder, "--pool", options.work / "pool", "--count", options.first, "--output", chosen]
+    command = [sys.executable, "-m", "pdrunet_jax.data", "next", *map(str, words), "--overwrite"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+    return [f"images/{Path(line).name}" for line in chosen.read_text(encoding="utf-8").splitlines()]
+
+
+def test_dice(folder: Path) -> float:
+    """Mean test Dice of a run."""
+    rows = scores.read_csv(folder / "evaluation" / "test" / "per_image.csv")
+    return float(np.mean([row.dice for row in rows]))
+
+
+def gains(rounds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean difference of each choice from random, and its 95 % interval (Student's t, over the seeds)."""
+    found = {}
+    for choice in CHOICES[1:]:
+        each = np.array([row[choice] - row["random"] for row in rounds])
+        half = stats.t.ppf(0.975, len(each) - 1) * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else np.nan
+        found[choice] = {
+            "mean": float(each.mean()),
+            "low": float(each.mean() - half),
+            "high": float(each.mean() + half),
+        }
+    return found
+
+
+def main() -> None:
+    """Run the command."""
+    options = tyro.cli(Options, prog="python -m benchmarks.review")
+    measures = {"confidence": measure_confidence, "next": measure_next}
+    found = {name: measures[name](options) for name in options.only}
+    if "confidence" in found:
+        print("| candidate | Spearman with Dice (95 %) | worst tenth among the first fifth |\n|---|---|---|")
+        for name, row in found["confidence"]["candidates"].items():
+            interval = f"{row['spearman']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+            print(f"| {name} | {interval} | {row['worst tenth in first fifth']:.0%} |")
+    if "next" in found:
+        for choice, row in found["next"]["gain over random"].items():
+            print(f"{choice} - random: {row['mean']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})")
+    output.write({"machine": machine.facts(), **found}, options.output)
+
+
+if __name__ == "__main__":
+    main()
