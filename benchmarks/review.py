@@ -30,7 +30,7 @@ from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.layers import read_truth
 from pdrunet_jax.data.masks import IGNORE
-from pdrunet_jax.data.selection import look
+from pdrunet_jax.data.views import Viewer
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.model.confidence import confidences
 from pdrunet_jax.model.load import load_model
@@ -38,7 +38,6 @@ from pdrunet_jax.predict.inference import segment
 
 FOLDS = 5
 TEST_FOLDS = 2  # of the five, whose patients test the networks of "next"
-CHOICES = ("random", "least confident", "data next")
 
 Rows = list[dict[str, str]]
 
@@ -51,8 +50,16 @@ class Options:
     """Dataset folder with images/, masks/, a manifest with patients, and dataset.toml."""
     work: Path = Path("runs/review")
     """Folder for splits and runs."""
-    seeds: int = 5
+    folds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Folds to measure confidence on."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Draws of the first images for `next`."""
+    choices: tuple[str, ...] = ("random", "data next", "least confident")
+    """Ways to choose the images of the second round of `next`; the first is compared with the others."""
+    size: int = 96
+    """Height and width that the networks of `next` work at."""
+    steps: int = 120
+    """Training steps of the networks of `next`."""
     first: int = 10
     """Images in the first round of `next`, and added in the second."""
     only: tuple[str, ...] = ("confidence", "next")
@@ -150,7 +157,7 @@ def measure_confidence(options: Options) -> dict[str, Any]:
     found: dict[str, list[float]] = defaultdict(list)
     true: list[float] = []
     of = {row["image"]: folds(options)[row["patient"]] for row in manifest(options)}
-    for fold in range(FOLDS):
+    for fold in options.folds:
         splits = {image: "test" if number == fold else "train" for image, number in of.items()}
         data = write_split(options, f"fold{fold}", splits)
         model = load_model(train(options, data, f"fold{fold}", size=128, steps=300, seed=0))
@@ -203,19 +210,21 @@ def measure_next(options: Options) -> dict[str, Any]:
         splits = {row["image"]: "test" for row in manifest(options) if row["patient"] in test}
         splits |= {row["image"]: "val" for row in manifest(options) if row["patient"] in val}
         splits |= dict.fromkeys(images, "train")
-        return train(options, write_split(options, name, splits), name, size=96, steps=120, seed=seed)
+        return train(
+            options, write_split(options, name, splits), name, size=options.size, steps=options.steps, seed=seed
+        )
 
     rounds: list[dict[str, float]] = []
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         first = random.Random(seed).sample(pool, options.first)
         folder = run(f"next{seed}_first", first, seed)
         row = {"first": test_dice(folder)}
-        for choice in CHOICES:
+        for choice in options.choices:
             more = pick(options, choice, folder, [image for image in pool if image not in first], seed)
             row[choice] = test_dice(run(f"next{seed}_{choice.replace(' ', '_')}", [*first, *more], seed))
         rounds.append(row)
         print(row, flush=True)
-    return {"pool": len(pool), "added": options.first, "rounds": rounds, "gain over random": gains(rounds)}
+    return {"pool": len(pool), "added": options.first, "rounds": rounds, "gain over random": gains(options, rounds)}
 
 
 def pick(options: Options, choice: str, folder: Path, left: Sequence[str], seed: int) -> list[str]:
@@ -223,8 +232,8 @@ def pick(options: Options, choice: str, folder: Path, left: Sequence[str], seed:
     if choice == "random":
         return random.Random(1000 + seed).sample(list(left), options.first)
     if choice == "least confident":
-        model = load_model(folder)
-        return sorted(left, key=lambda image: look(model, read_image(options.lungs / image, 1)).confidence)[
+        viewer = Viewer(folder)
+        return sorted(left, key=lambda image: viewer.look(read_image(options.lungs / image, 1)).confidence)[
             : options.first
         ]
     chosen = options.work / f"next{seed}.txt"
@@ -240,11 +249,11 @@ def test_dice(folder: Path) -> float:
     return float(np.mean([row.dice for row in rows]))
 
 
-def gains(rounds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean difference of each choice from random, and its 95 % interval (Student's t, over the seeds)."""
+def gains(options: Options, rounds: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean difference of each choice from the first, and its 95 % interval (Student's t, over the seeds)."""
     found = {}
-    for choice in CHOICES[1:]:
-        each = np.array([row[choice] - row["random"] for row in rounds])
+    for choice in options.choices[1:]:
+        each = np.array([row[choice] - row[options.choices[0]] for row in rounds])
         half = stats.t.ppf(0.975, len(each) - 1) * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else np.nan
         found[choice] = {
             "mean": float(each.mean()),
@@ -267,7 +276,8 @@ def main() -> None:
     if "next" in found:
         for choice, row in found["next"]["gain over random"].items():
             print(f"{choice} - random: {row['mean']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})")
-    output.write({"machine": machine.facts(), **found}, options.output)
+    settings = {name: value for name, value in vars(options).items() if name not in ("lungs", "work", "output", "only")}
+    output.write({"machine": machine.facts(), "settings": settings, **found}, options.output)
 
 
 if __name__ == "__main__":

@@ -67,12 +67,12 @@ def overlay(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def write_lines(picture: Image.Image, lines: Sequence[tuple[str, tuple[int, int, int]]]) -> None:
     """Write lines of text, each with its colour, on a dark ground into the upper left corner of an RGB picture."""
     draw, size = ImageDraw.Draw(picture), max(9, min(picture.size) // 24)
+    edge, line = size // 3, round(1.4 * size)
     for number, (text, colour) in enumerate(lines):
-        top = round(1.4 * size * number)
-        draw.rectangle(
-            (0, top, min(picture.width, round(0.62 * size * len(text)) + size), top + round(1.4 * size)), GROUND
-        )
-        write(draw, (size // 3, top + size // 8), text, size, picture.width - size // 3, colour)
+        place, most = (edge, number * line + edge // 2), picture.width - 2 * edge
+        wide = write(draw, place, text, size, most, colour)
+        draw.rectangle((0, number * line, wide + 2 * edge, (number + 1) * line), GROUND)
+        write(draw, place, text, size, most, colour)
 
 
 def difference(pixels: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:

@@ -6,34 +6,26 @@ the one farthest from all training images and all images chosen so far is chosen
 algorithm of Sener and Savarese, "Active Learning for Convolutional Neural Networks: A Core-Set Approach", ICLR 2018.
 """
 
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 from tqdm import tqdm
 
-from pdrunet_jax import config
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
-from pdrunet_jax.data.fit import Fit, Spacing
 from pdrunet_jax.data.images import FORMATS, decode_image, read_bytes, read_spacing
 from pdrunet_jax.data.scan import digest_of
-from pdrunet_jax.data.walk import RESULT, passed_over, walk_images
-from pdrunet_jax.model.base import Network
-from pdrunet_jax.model.confidence import confidences
-from pdrunet_jax.model.execution import Execution
-from pdrunet_jax.model.load import find_run, load_model
-from pdrunet_jax.model.pixels import predict_classes, probabilities, unit_range
+from pdrunet_jax.data.walk import RESULT, passed_over, some, walk_images
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime import compile as compiling
 from pdrunet_jax.runtime.errors import DataError, RunError, UserError
 from pdrunet_jax.runtime.files import atomic_write, is_present, writing
+
+if TYPE_CHECKING:  # the other subcommands of `data` start without JAX
+    from pdrunet_jax.data.views import View, Viewer
 
 CANDIDATES = 2
 """Candidates for each image to choose."""
@@ -63,13 +55,15 @@ class Next:
     """Replace an existing --output."""
 
 
-class View(NamedTuple):
-    """What a network makes of one image."""
+@dataclass
+class _Pool:
+    """The images to choose from, with what the network makes of them."""
 
-    confidence: float
-    """The least of its classes' `confidences`, from 0 to 1."""
-    features: np.ndarray
-    """(D,) float32: means over the image of every channel of every layer's output."""
+    views: dict[Path, "View"] = field(default_factory=dict)
+    annotated: int = 0
+    """Images left out because they are annotated already."""
+    failed: list[str] = field(default_factory=list)
+    """Why others cannot be used."""
 
 
 def choose_next(options: Next) -> None:
@@ -78,70 +72,37 @@ def choose_next(options: Next) -> None:
     Raises `UserError` for an option, an empty pool or an unusable dataset, `RunError` at the end if images of the pool
     could not be read.
     """
+    from pdrunet_jax.data.views import Viewer
+
     if options.count < 1:
         raise UserError(f"--count {options.count}: give at least 1")
     if options.output is not None and is_present(options.output) and not options.overwrite:
         raise UserError(f"{options.output} exists; name another --output, or give --overwrite to replace it")
-    found = walk_images(options.pool)
-    paths = [path for path in found.files if not RESULT.search(path.name)]
-    found.passed["masks and results of predictions, by their names"] += sorted({*found.files} - {*paths})
-    remarks, failed = passed_over(found.passed), [f"{path}: {reason}" for path, reason in found.problems]
-    if not paths:
-        raise DataError(f"--pool {options.pool}: contains no image; images are {FORMATS} files", [*remarks, *failed])
-    model = load_model(options.weights)
-    dataset, note = _annotated(options)
+    paths, unreadable, remarks = _find(options.pool)
+    viewer = Viewer(options.weights)
+    dataset, note = _annotated(options, viewer.settings)
     print(cli.printable("\n".join([*remarks, note])))
-
-    # Look at the images of the pool that are not annotated, and at the training images.
-    known = {sample.pixels for sample in dataset.samples} if dataset else set()
     samples = dataset.of("train") if dataset else ()
-    pool: dict[Path, View] = {}
-    trained: list[np.ndarray] = []
-    already = 0
     with tqdm(total=len(paths) + len(samples), unit="image", dynamic_ncols=True, disable=None) as progress:
-        for path in paths:
-            try:
-                data = read_bytes(path, str(path))
-                if digest_of(decode_image(data, str(path))[0]) in known:
-                    already += 1
-                else:
-                    pixels, _ = decode_image(data, str(path), model.config.in_channels)
-                    pool[path] = look(model, pixels, read_spacing(path), name=str(path))
-            except DataError as error:
-                failed += error.problems
-            except UserError as error:
-                failed.append(f"{path}: {error}")
-            progress.update()
-        for sample in samples:
-            pixels, _ = decode_image(read_bytes(sample.image, sample.id), sample.id, model.config.in_channels)
-            spacing = dataset.spacing_of(sample) if dataset else None
-            trained.append(look(model, pixels, spacing, name=sample.id).features)
-            progress.update()
-    if already:
-        print(f"left out: {already} images that are annotated already")
-    if not pool:
-        raise DataError(f"--pool {options.pool}: holds no image that could be annotated next", failed or ["none left"])
-
-    # Choose.
-    views = list(pool.values())
-    picked = choose(
-        np.array([view.confidence for view in views]),
-        np.stack([view.features for view in views]),
+        pool = _view(viewer, paths, {sample.pixels for sample in dataset.samples} if dataset else set(), progress)
+        trained = list(_training_features(viewer, dataset, progress)) if dataset else []
+    pool.failed[:0] = unreadable
+    if pool.annotated:
+        print(f"left out: {pool.annotated} images that are annotated already")
+    if not pool.views:
+        raise DataError(
+            f"--pool {options.pool}: holds no image that could be annotated next", pool.failed or ["none left"]
+        )
+    places = choose(
+        np.array([view.confidence for view in pool.views.values()]),
+        np.stack([view.features for view in pool.views.values()]),
         np.stack(trained) if trained else None,
         options.count,
     )
-    chosen = [list(pool)[place] for place in picked]
-    print("confidence  image")
-    for path in chosen:
-        print(cli.printable(f"{pool[path].confidence:10.3f}  {path}"))
-    if len(chosen) < options.count:
-        print(f"the pool has no more than these {len(chosen)}")
-    if options.output is not None:
-        with writing(options.output):
-            atomic_write(options.output, "".join(f"{path}\n" for path in chosen))
-        print(f"written to {options.output}")
-    if failed:
-        raise RunError(str(DataError(f"{len(failed)} images of the pool could not be used", failed)))
+    chosen = [list(pool.views)[place] for place in places]
+    _report(options, pool, chosen)
+    if pool.failed:
+        raise RunError(str(DataError(f"{len(pool.failed)} images of the pool could not be used", pool.failed)))
 
 
 def choose(confidence: np.ndarray, features: np.ndarray, trained: np.ndarray | None, count: int) -> list[int]:
@@ -173,49 +134,73 @@ def choose(confidence: np.ndarray, features: np.ndarray, trained: np.ndarray | N
     return candidates[chosen].tolist()
 
 
-def look(model: Network, pixels: np.ndarray, spacing: Spacing | None = None, *, name: str = "the image") -> View:
-    """Run `model` on an image (H, W, C) in [0, 255], called `name`, at the training size.
+def _find(pool: Path) -> tuple[list[Path], list[str], list[str]]:
+    """The images below `pool`, what could not be read, and remarks on what was passed over."""
+    if not pool.is_dir():
+        raise UserError(f"--pool {pool}: no such folder")
+    found = walk_images(pool)
+    paths = [path for path in found.files if not RESULT.search(path.name)]
+    found.passed["masks and results of predictions, by their names"] += sorted({*found.files} - {*paths})
+    remarks, unreadable = passed_over(found.passed), [f"{path}: {reason}" for path, reason in found.problems]
+    if not paths:
+        raise DataError(f"--pool {pool}: contains no image; images are {FORMATS} files", [*remarks, *unreadable])
+    return paths, unreadable, remarks
 
-    Raises `UserError` if the image cannot be fitted to the network, `RunError` for logits that are not finite.
+
+def _annotated(options: Next, settings: DataConfig | None) -> tuple[Dataset | None, str]:
+    """The dataset annotated so far, and a line that names it, or says that it is unknown.
+
+    `settings` are those of the data that the run was trained on, if the weights are of a run.
     """
-    shape = pixels.shape[0], pixels.shape[1]
-    fit = Fit(model.size or shape, model.fit, model.spacing)
-    graphdef, state = nnx.split(model)
-    logits, features = _compiled()(graphdef, state, fit.image(pixels, spacing)[None])
-    values = fit.box(shape, spacing).crop(np.asarray(logits)[0])[None]
-    if not np.isfinite(values).all():
-        raise RunError(f"{name}: the network computes NaN or infinity: the weights are not usable; use others")
-    probability = np.asarray(probabilities(values, multilabel=model.multilabel))[0]
-    mask = np.asarray(predict_classes(values, multilabel=model.multilabel))[0]
-    found = confidences(probability[..., 0] if model.outputs == 1 else probability, mask)
-    return View(min(found), np.asarray(features)[0])
-
-
-@cache
-def _compiled() -> Any:
-    """Compile the network with what its layers put out, at the first call."""
-
-    def run(
-        graphdef: nnx.GraphDef[Network], state: nnx.State[Any, Any], images: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        model, means = nnx.merge(graphdef, state), []
-        tap = lambda name, values: means.append(values.astype(jnp.float32).mean(axis=(1, 2)))  # noqa: E731
-        logits = model(unit_range(images), execution=replace(Execution.of(model.config.conv), tap=tap))
-        return logits, jnp.concatenate(means, axis=-1)
-
-    return compiling.jit(run, static_argnums=0)
-
-
-def _annotated(options: Next) -> tuple[Dataset | None, str]:
-    """The dataset annotated so far, and a line that names it, or says that it is unknown."""
-    run = find_run(options.weights)
-    settings = DataConfig() if run is None else config.read(run.config_file).data
-    root = options.annotated or (Path(settings.root) if run is not None else None)
-    if root is None or (options.annotated is None and not root.is_dir()):
-        where = f"{root} is not there" if root else f"{options.weights} does not name them"
+    if options.annotated is None and (settings is None or not Path(settings.root).is_dir()):
+        where = f"{options.weights} does not name them" if settings is None else f"{settings.root} is not there"
         return None, f"training images: unknown ({where}); give --annotated FOLDER to choose images unlike them"
-    dataset = open_dataset(replace(settings, root=str(root)))
-    return dataset, f"training images: {len(dataset.of('train'))} of {len(dataset.samples)} annotated images in {root}"
+    settings = settings or DataConfig()
+    dataset = open_dataset(settings if options.annotated is None else replace(settings, root=str(options.annotated)))
+    images = f"{len(dataset.of('train'))} of {len(dataset.samples)} annotated images"
+    return dataset, f"training images: {images} in {dataset.root}"
+
+
+def _view(viewer: "Viewer", paths: Sequence[Path], annotated: set[str], progress: "tqdm[NoReturn]") -> _Pool:
+    """Look at the images whose pixels are not `annotated`, a set of digests."""
+    pool = _Pool()
+    for path in paths:
+        try:
+            data = read_bytes(path, str(path))
+            if digest_of(decode_image(data, str(path))[0]) in annotated:
+                pool.annotated += 1
+            else:
+                pixels, _ = decode_image(data, str(path), viewer.channels)
+                pool.views[path] = viewer.look(pixels, read_spacing(path), name=str(path))
+        except DataError as error:
+            pool.failed += error.problems
+        except UserError as error:
+            pool.failed.append(f"{path}: {error}")
+        progress.update()
+    return pool
+
+
+def _training_features(viewer: "Viewer", dataset: Dataset, progress: "tqdm[NoReturn]") -> Iterator[np.ndarray]:
+    """The features of each training image."""
+    for sample in dataset.of("train"):
+        pixels, _ = decode_image(read_bytes(sample.image, sample.id), sample.id, viewer.channels)
+        yield viewer.look(pixels, dataset.spacing_of(sample), name=sample.id).features
+        progress.update()
+
+
+def _report(options: Next, pool: _Pool, chosen: Sequence[Path]) -> None:
+    """Print the chosen images, and write their paths to `options.output`."""
+    print("confidence  image")
+    for path in chosen:
+        print(cli.printable(f"{pool.views[path].confidence:10.3f}  {path}"))
+    if len(chosen) < options.count:
+        print(f"the pool has no more than these {len(chosen)}")
+    if empty := [str(path) for path, view in pool.views.items() if view.empty and path not in chosen]:
+        print(cli.printable(f"nothing was found in {len(empty)} images; look at them too: {some(empty)}"))
+    if options.output is not None:
+        with writing(options.output):
+            atomic_write(options.output, "".join(f"{path}\n" for path in chosen))
+        print(f"written to {options.output}")
 
 
 def _distances(points: np.ndarray, point: np.ndarray) -> np.ndarray:

@@ -279,8 +279,8 @@ def _overlay(
 ) -> bytes:
     picture = Image.fromarray(overlay.overlay(pixels, mask))
     if confidence:
-        lines = [(f"{label} {confidence[label]:.2f}", overlay.colour_of(i)) for i, label in enumerate(labels, 1)]
-        overlay.write_lines(picture, lines)
+        texts = [f"{label}: confidence {confidence[label]:.2f}" for label in labels]
+        overlay.write_lines(picture, [(text, overlay.colour_of(index)) for index, text in enumerate(texts, 1)])
     return overlay.png(picture)
 
 
