@@ -16,7 +16,8 @@ import random
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ import tyro
 from scipy import ndimage, stats
 
 from benchmarks import machine, output
+from pdrunet_jax import config
 from pdrunet_jax.config import DataConfig
-from pdrunet_jax.data.dataset import open_dataset
+from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.layers import read_truth
 from pdrunet_jax.data.masks import IGNORE
+from pdrunet_jax.data.split import Sample
 from pdrunet_jax.data.views import Viewer
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.model.confidence import confidences
@@ -62,8 +65,10 @@ class Options:
     """Training steps of the networks of `next`."""
     first: int = 10
     """Images in the first round of `next`, and added in the second."""
-    only: tuple[str, ...] = ("confidence", "next")
-    """What to measure."""
+    run: Path | None = None
+    """A run on the same folder, to measure confidence on its validation and test images, too."""
+    only: tuple[str, ...] = ("confidence", "next", "ensemble")
+    """What to measure: confidence, run, next, ensemble."""
     output: Path | None = None
     """JSON file for the results."""
 
@@ -129,18 +134,17 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
     return 2 * int((one & other).sum()) / total if total else 1.0
 
 
-def candidates(model: Any, path: Path) -> tuple[dict[str, float], np.ndarray]:
-    """Numbers that might tell a good mask from a bad one, larger for better ones, and the mask (H, W)."""
-    pixels = read_image(path, 1)
-    whole = pixels.astype(np.uint8) if pixels.dtype == np.uint8 else (pixels / 255).astype(np.float32)
-    plain = segment(model, whole).probability
-    mirrored = segment(model, whole[:, ::-1].copy()).probability[:, ::-1]
-    mask, mean = plain > 0.5, (plain + mirrored) / 2
+def candidates(probability: np.ndarray, mirrored: np.ndarray) -> dict[str, float]:
+    """Numbers that might tell a good mask from a bad one, larger for better ones.
+
+    The arguments are probabilities (H, W) from the image and from its mirror image, turned back.
+    """
+    mask, mean = probability > 0.5, (probability + mirrored) / 2
     edge = mask & ~ndimage.binary_erosion(mask)
     near = ndimage.distance_transform_edt(~edge) <= max(mask.shape) / 64
-    clipped = np.clip(plain, 1e-7, 1 - 1e-7)
+    clipped = np.clip(probability, 1e-7, 1 - 1e-7)
     entropy = -(clipped * np.log2(clipped) + (1 - clipped) * np.log2(1 - clipped))
-    soft, agreement = confidences(plain, mask)[0], dice(mask, mirrored > 0.5)
+    soft, agreement = confidences(probability, mask)[0], dice(mask, mirrored > 0.5)
     return {
         "expected Dice": soft,
         "expected Dice, mean of two mirror images": confidences(mean, mask)[0],
@@ -149,31 +153,93 @@ def candidates(model: Any, path: Path) -> tuple[dict[str, float], np.ndarray]:
         "entropy near the outline": 1 - float(entropy[near].mean()) if edge.any() else 0.0,
         "entropy per pixel of outline": -float(entropy.sum()) / max(int(edge.sum()), 1),
         "entropy of the image": 1 - float(entropy.mean()),
-    }, mask
+    }
 
 
-def measure_confidence(options: Options) -> dict[str, Any]:
-    """Correlation of each candidate with the Dice of images that the network has not seen."""
-    found: dict[str, list[float]] = defaultdict(list)
-    true: list[float] = []
+def unseen(options: Options) -> Iterator[tuple[Any, Dataset, Sample]]:
+    """Each image of the folds, with a network that has not seen its patient."""
     of = {row["image"]: folds(options)[row["patient"]] for row in manifest(options)}
     for fold in options.folds:
         splits = {image: "test" if number == fold else "train" for image, number in of.items()}
         data = write_split(options, f"fold{fold}", splits)
         model = load_model(train(options, data, f"fold{fold}", size=128, steps=300, seed=0))
         dataset = open_dataset(DataConfig(root=str(data)))
-        for sample in dataset.of("test"):
-            values, mask = candidates(model, sample.image)
-            truth = read_truth(sample, dataset.coding)
-            valid = truth != IGNORE
-            true.append(dice(mask & valid, (truth == 1) & valid))
-            for name, value in values.items():
-                found[name].append(value)
+        yield from ((model, dataset, sample) for sample in dataset.of("test"))
+
+
+def of_run(options: Options) -> Iterator[tuple[Any, Dataset, Sample]]:
+    """The validation and test images of a run on the same folder, with its network."""
+    assert options.run is not None
+    settings = config.read(options.run / "config.toml").data
+    dataset = open_dataset(dataclasses.replace(settings, root=str(options.lungs)))
+    model = load_model(options.run)
+    yield from ((model, dataset, sample) for split in ("val", "test") for sample in dataset.of(split))
+
+
+def measure_confidence(cases: Iterable[tuple[Any, Dataset, Sample]]) -> dict[str, Any]:
+    """Correlation of each candidate with Dice, and the confidence in images unlike the training images."""
+    found: dict[str, list[float]] = defaultdict(list)
+    true: list[float] = []
+    odd: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for model, dataset, sample in cases:
+        truth = read_truth(sample, dataset.coding)
+        pixels = np.clip(np.rint(read_image(sample.image, 1)), 0, 255).astype(np.uint8)
+        probability = segment(model, pixels).probability
+        mirrored = segment(model, pixels[:, ::-1].copy()).probability[:, ::-1]
+        true.append(score(probability, truth))
+        for name, value in candidates(probability, mirrored).items():
+            found[name].append(value)
+        for name, (other, turned) in disturbed(pixels, truth).items():
+            probability = segment(model, other).probability
+            odd[name].append((score(probability, turned), confidences(probability, probability > 0.5)[0]))
+    scored = np.array(true)
+    worst = set(np.argsort(scored)[: round(len(scored) / 10)].tolist())
+    return {
+        "images": len(true),
+        "dice": float(scored.mean()),
+        "worst tenth": sorted(scored[list(worst)].tolist()),
+        "candidates": {name: judge(np.array(values), scored, worst) for name, values in found.items()},
+        "unlike the training images": {
+            name: dict(zip(("dice", "confidence"), np.mean(values, axis=0).tolist(), strict=True))
+            for name, values in {"as it is": list(zip(true, found["expected Dice"], strict=True)), **odd}.items()
+        },
+    }
+
+
+def disturbed(pixels: np.ndarray, truth: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images, with their truth, of kinds that training does not contain."""
+    return {
+        "on its side": (np.rot90(pixels).copy(), np.rot90(truth).copy()),
+        "upside down": (pixels[::-1].copy(), truth[::-1].copy()),
+        "black and white exchanged": (255 - pixels, truth),
+        "very dark": (pixels // 4, truth),
+    }
+
+
+def score(probability: np.ndarray, truth: np.ndarray) -> float:
+    """Dice of the lungs, without ignored pixels."""
+    valid = truth != IGNORE
+    return dice((probability > 0.5) & valid, (truth == 1) & valid)
+
+
+def measure_ensemble(options: Options) -> dict[str, Any]:
+    """Whether the disagreement of the networks of the first rounds of `next` tells more than the confidence of one."""
+    models = [load_model(options.work / f"runs_next{seed}_first") for seed in options.seeds]
+    dataset = open_dataset(DataConfig(root=str(options.work / f"next{options.seeds[0]}_first")))
+    found: dict[str, list[float]] = defaultdict(list)
+    true = []
+    for sample in dataset.of("test"):
+        maps = [segment(model, read_image(sample.image, 1).astype(np.uint8)).probability for model in models]
+        mean = np.mean(maps, axis=0)
+        true.append(score(mean, read_truth(sample, dataset.coding)))
+        found["expected Dice, mean of the networks"].append(confidences(mean, mean > 0.5)[0])
+        found["mean of the networks' expected Dice"].append(float(np.mean([confidences(p, p > 0.5)[0] for p in maps])))
+        pairs = [dice(one > 0.5, other > 0.5) for one, other in combinations(maps, 2)]
+        found["Dice of the networks' masks, mean of all pairs"].append(float(np.mean(pairs)))
     scored = np.array(true)
     worst = set(np.argsort(scored)[: round(len(scored) / 10)].tolist())
     rows = {name: judge(np.array(values), scored, worst) for name, values in found.items()}
-    lowest = {"images": len(true), "dice": float(scored.mean()), "worst tenth": sorted(scored[list(worst)].tolist())}
-    return {**lowest, "candidates": rows}
+    return {"networks": len(models), "images": len(true), "dice": float(scored.mean()), "candidates": rows}
 
 
 def judge(values: np.ndarray, scored: np.ndarray, worst: set[int]) -> dict[str, float]:
@@ -266,17 +332,28 @@ def gains(options: Options, rounds: Sequence[dict[str, float]]) -> dict[str, dic
 def main() -> None:
     """Run the command."""
     options = tyro.cli(Options, prog="python -m benchmarks.review")
-    measures = {"confidence": measure_confidence, "next": measure_next}
-    found = {name: measures[name](options) for name in options.only}
-    if "confidence" in found:
-        print("| candidate | Spearman with Dice (95 %) | worst tenth among the first fifth |\n|---|---|---|")
-        for name, row in found["confidence"]["candidates"].items():
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "confidence": lambda: measure_confidence(unseen(options)),
+        "run": lambda: measure_confidence(of_run(options)),
+        "next": lambda: measure_next(options),
+        "ensemble": lambda: measure_ensemble(options),
+    }
+    found = {name: measures[name]() for name in options.only}
+    for result in (result for result in found.values() if "candidates" in result):
+        title = f"{result['images']} images, Dice {result['dice']:.3f}"
+        print(f"| {title} | Spearman with Dice (95 %) | worst tenth among the first fifth |")
+        print("|---|---|---|")
+        for name, row in result["candidates"].items():
             interval = f"{row['spearman']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
             print(f"| {name} | {interval} | {row['worst tenth in first fifth']:.0%} |")
+        for name, row in result.get("unlike the training images", {}).items():
+            print(f"{name}: dice {row['dice']:.3f}, confidence {row['confidence']:.3f}")
     if "next" in found:
         for choice, row in found["next"]["gain over random"].items():
             print(f"{choice} - random: {row['mean']:+.4f} ({row['low']:+.4f} to {row['high']:+.4f})")
-    settings = {name: value for name, value in vars(options).items() if name not in ("lungs", "work", "output", "only")}
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("lungs", "work", "run", "output", "only")
+    }
     output.write({"machine": machine.facts(), "settings": settings, **found}, options.output)
 
 
