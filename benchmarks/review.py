@@ -303,9 +303,10 @@ def pick(options: Options, choice: str, folder: Path, left: Sequence[str], seed:
             : options.first
         ]
     chosen = options.work / f"next{seed}.txt"
-    words = ["--weights", folder, "--pool", options.work / "pool", "--count", options.first, "--output", chosen]
-    command = [sys.executable, "-m", "pdrunet_jax.data", "next", *map(str, words), "--overwrite"]
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    if not chosen.exists():
+        words = ["--weights", folder, "--pool", options.work / "pool", "--count", options.first, "--output", chosen]
+        command = [sys.executable, "-m", "pdrunet_jax.data", "next", *map(str, words)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
     return [f"images/{Path(line).name}" for line in chosen.read_text(encoding="utf-8").splitlines()]
 
 
