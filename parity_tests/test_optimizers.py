@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import optax
 import pytest
 import torch
 
-from parity_tests.support import torch_training
+from parity_tests.support import jax_training, torch_training
 from parity_tests.support.budget import Budget
 from parity_tests.support.case import Arrays, Case
 from parity_tests.support.cases import DTYPES, state_of
@@ -56,26 +55,12 @@ def parameters(dtype: str) -> Arrays:
 
 
 def updates_in_jax(optimizer: optax.GradientTransformation, dtype: str, others: Sequence[Arrays] = ()) -> list[Arrays]:
-    """Return the parameters after each update; with `others`, each update starts from the parameters there."""
-
-    @jax.jit
-    def update(gradient: Any, state: Any, current: Any) -> Any:
-        changes, state = optimizer.update(gradient, state, current)
-        return optax.apply_updates(current, changes), state
-
-    current: Any = jax.tree.map(jnp.asarray, parameters(dtype))
-    state, result = optimizer.init(current), []
-    for number, gradient in enumerate(gradients(dtype)):
-        if others and number:
-            current = jax.tree.map(jnp.asarray, others[number - 1])
-        current, state = update(gradient, state, current)
-        result.append(jax.tree.map(np.asarray, current))
-    return result
+    return jax_training.updates(optimizer, parameters(dtype), gradients(dtype), others)
 
 
 def updates_in_torch(config: OptimConfig, dtype: str) -> list[Arrays]:
-    settings = dataclasses.asdict(config)
-    return on_torch(torch_training.updates, settings, parameters(dtype), gradients(dtype), config.clip_norm)
+    make = partial(make_torch_optimizer, settings=dataclasses.asdict(config))
+    return on_torch(torch_training.updates, make, parameters(dtype), gradients(dtype), config.clip_norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,7 @@ Training in float32 is chaotic: each step doubles the rounding error, so only th
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -19,9 +19,10 @@ from parity_tests.support.case import Case, Trajectory
 from parity_tests.support.cases import state_of
 from parity_tests.support.compare import compare_trajectories, largest
 from parity_tests.support.jax_training import Training
-from parity_tests.support.torch_side import on_torch
+from parity_tests.support.torch_side import TorchHalf, on_torch, our_torch
 from pdrunet_jax.config import OptimConfig, to_dict
 from pdrunet_jax.convert import __main__ as convert
+from pdrunet_torch_ref.training_state import make_optimizer
 
 SMALL = Case(shape=(2, 16, 16))
 SGD = OptimConfig(name="sgd", learning_rate=0.01, weight_decay=1e-3)
@@ -43,10 +44,14 @@ ROUGH = Training(SMALL.replace(dtype="float32"))
 FEW, HALF, ALL = 5, 25, 50
 
 
+def torch_half(training: Training) -> TorchHalf:
+    return our_torch(training.case, partial(make_optimizer, settings=vars(training.optim)))
+
+
 @cache
 def in_torch(training: Training, steps: int = ALL) -> Trajectory:
-    arrays, inputs = state_of(training.case), jax_training.as_steps(training)[:steps]
-    return on_torch(torch_training.train, training.case, arrays, vars(training.optim), training.loss, inputs)
+    batches = jax_training.as_steps(training, slice(0, steps))
+    return on_torch(torch_training.train, torch_half(training), state_of(training.case), batches)
 
 
 @cache
@@ -80,16 +85,9 @@ RESUMED = [training for training in TRAININGS if training.case.path == "plain"]
 
 def torch_then_jax(training: Training, folder: Path) -> Trajectory:
     """Train the first half in PyTorch, convert its .pth to a run folder, and train the second half in JAX."""
-    steps, file, run = jax_training.as_steps(training)[:HALF], folder / "half.pth", folder / "run"
-    first = on_torch(
-        torch_training.train_and_save,
-        training.case,
-        state_of(training.case),
-        to_dict(training.config),
-        training.loss,
-        steps,
-        file,
-    )
+    batches, file, run = jax_training.as_steps(training, slice(0, HALF)), folder / "half.pth", folder / "run"
+    half, header = torch_half(training), {"config": to_dict(training.config)}
+    first = on_torch(torch_training.train_and_save, half, state_of(training.case), batches, file, header)
     convert.main([str(file), str(run)])
     state = jax_training.restore(training, run)
     rest = jax_training.train(training, state, slice(HALF, ALL))[1]
@@ -98,12 +96,12 @@ def torch_then_jax(training: Training, folder: Path) -> Trajectory:
 
 def jax_then_torch(training: Training, folder: Path) -> Trajectory:
     """Train the first half in JAX, convert its run folder to a .pth, and train the second half in PyTorch."""
-    steps, file, run = jax_training.as_steps(training)[HALF:], folder / "half.pth", folder / "run"
+    batches, file, run = jax_training.as_steps(training, slice(HALF, ALL)), folder / "half.pth", folder / "run"
     state = jax_training.start(training, state_of(training.case))
     state, first = jax_training.train(training, state, slice(0, HALF))
     jax_training.save(training, state, run)
     convert.main([str(run), str(file), "--to-torch-training-state"])
-    rest = on_torch(torch_training.load_and_train, file, training.loss, steps)
+    rest = on_torch(torch_training.load_and_train, torch_half(training), file, batches)
     return Trajectory(first.losses + rest.losses, rest.arrays, rest.logits)
 
 

@@ -114,6 +114,23 @@ TOLERANCES: dict[tuple[int, str], tuple[float, float]] = {
 }
 """Level and comparison: tolerance in float64 and in float32, about twice the error measured on CPUs."""
 
+
+class Differs(AssertionError):
+    """Errors above their tolerance, by name in the order of computation.
+
+    Attributes:
+        order: how many comparisons of the budget came before, and how many errors of this one were within tolerance
+            before the first that was not: the larger, the later in the computation.
+        first: name of the first error above the tolerance.
+        worst: the largest error.
+    """
+
+    def __init__(self, message: str, order: tuple[int, int], errors: Mapping[str, float], first: str) -> None:
+        super().__init__(message)
+        self.order, self.first = order, first
+        self.worst = max((error for error in errors.values() if error == error), default=float("inf"))
+
+
 PICTURED = {(3, "activations, eval"), (3, "activations, train"), (5, "gradients")}
 """Comparisons whose errors are kept by name, for the report's chart of error by layer."""
 
@@ -132,11 +149,11 @@ class Row:
     cases: int = 0
 
 
-def tolerance_of(level: int, comparison: str, dtype: str) -> float:
-    """Return the tolerance of a comparison on the present device."""
-    both = TOLERANCES[level, comparison] if Budget.measured_here else standard(level, comparison)
-    if TOLERANCES[level, comparison] == BIT_EQUAL:
-        both = BIT_EQUAL
+def tolerance_of(level: int, comparison: str, dtype: str, measured: bool = True) -> float:
+    """Return the tolerance of a comparison: measured on this project's networks and CPUs, or the standard's."""
+    both = TOLERANCES[level, comparison]
+    if both != BIT_EQUAL and not measured:
+        both = standard(level, comparison)
     return both[0 if dtype == "float64" else 1]
 
 
@@ -145,11 +162,14 @@ class Budget:
 
     Attributes:
         measured_here: use the tolerances measured on CPUs; False on other devices, where the standard's apply.
+        ours: the networks are this project's, whose errors were measured; for any other the standard applies.
     """
 
     measured_here: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, ours: bool = True) -> None:
+        self.ours = ours
+        self.held = 0
         self.rows: dict[tuple[int, str, str], Row] = {}
         self.layers: dict[tuple[int, str, str], dict[str, float]] = {}
         self.controls: dict[str, str] = {}
@@ -159,7 +179,8 @@ class Budget:
 
         The message names the first error above it, which is where the two networks begin to differ.
         """
-        tolerance = tolerance_of(level, comparison, dtype)
+        tolerance = tolerance_of(level, comparison, dtype, self.ours and Budget.measured_here)
+        self.held += 1
         errors = {name: float(error) for name, error in errors.items()}  # NumPy's cannot be sent between processes
         row = self.rows.setdefault((level, comparison, dtype), Row(level, comparison, dtype, tolerance))
         row.cases += 1
@@ -171,11 +192,15 @@ class Budget:
             if not error <= row.measured:  # NaN counts as worse than anything
                 row.measured, row.worst = error, f"{name} ({where})" if where else name
         wrong = [name for name, error in errors.items() if not error <= tolerance]
-        place = f"level {level}, {comparison}, {dtype}{f', {where}' if where else ''}"
-        assert not wrong, (
-            f"{place}: {len(wrong)} of {len(errors)} differ, "
-            f"first {wrong[0]} by {errors[wrong[0]]:.2e} where {tolerance:.0e} is allowed"
-        )
+        if wrong:
+            place = f"level {level}, {comparison}, {dtype}{f', {where}' if where else ''}"
+            raise Differs(
+                f"{place}: {len(wrong)} of {len(errors)} differ, "
+                f"first {wrong[0]} by {errors[wrong[0]]:.2e} where {tolerance:.0e} is allowed",
+                (self.held, list(errors).index(wrong[0])),
+                errors,
+                wrong[0],
+            )
 
     def note(self, level: int, comparison: str, dtype: str, measured: float) -> None:
         """Record a figure without a tolerance."""

@@ -2,11 +2,31 @@
 without the other."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Container, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 Arrays = dict[str, np.ndarray]
+S = TypeVar("S")
+
+
+class Compared(Protocol):
+    """What a comparison has to know of the two networks."""
+
+    @property
+    def dtype(self) -> str:
+        """float64 or float32."""
+        ...
+
+    @property
+    def partial(self) -> bool:
+        """Whether the Flax module lacks some of the named activations, by design."""
+        ...
+
+    def silent(self, name: str, names: Container[str]) -> bool:
+        """Whether `name` is a bias without effect, because a normalisation removes it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +77,24 @@ class Case:
             height, width = (side // 2 if self.down == "max" else -(-side // 2) for side in (height, width))
         return shapes[-2:]
 
+    @property
+    def partial(self) -> bool:
+        """The fused path has no values between convolution and normalisation."""
+        return self.path == "fused"
+
+    def silent(self, name: str, names: Container[str]) -> bool:
+        """Whether `name` is the bias of a convolution that a normalisation follows, where it has no effect."""
+        return before_norm(name, names)
+
     def replace(self, **changes: Any) -> "Case":
         return dataclasses.replace(self, **changes)
+
+
+def before_norm(name: str, names: Container[str]) -> bool:
+    """Whether `name` is the bias of a convolution that a normalisation follows, by the names of our networks."""
+    part, _, layer = name.removesuffix(".bias").rpartition(".")
+    norm = {"first": "bnorm1", "second": "bnorm2"}.get(layer, layer.replace("conv", "bnorm"))
+    return name.endswith(".bias") and norm.startswith("bnorm") and layer != norm and f"{part}.{norm}.weight" in names
 
 
 @dataclasses.dataclass
@@ -84,16 +120,37 @@ class Trajectory:
     """Logits of the last images in evaluation mode, NHWC."""
 
 
+class Trainer(Protocol[S]):
+    """A training in one framework: a network, its optimizer, its loss and its batches."""
+
+    def step(self, state: S, number: int) -> tuple[S, float]:
+        """Update once with the batch of this number; returns the loss before the update."""
+        ...
+
+    def finish(self, state: S, number: int) -> tuple[Arrays, np.ndarray]:
+        """All arrays by public name, and the output for the batch of this number in evaluation mode."""
+        ...
+
+
+def follow(trainer: Trainer[S], state: S, numbers: Sequence[int]) -> tuple[S, Trajectory]:
+    """Train with the batches of these numbers."""
+    losses = []
+    for number in numbers:
+        state, loss = trainer.step(state, number)
+        losses.append(float(loss))
+    return state, Trajectory(losses, *trainer.finish(state, numbers[-1]))
+
+
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """Input of one training step."""
+class Batch:
+    """Input of one pass or one training step."""
 
     images: np.ndarray
-    """(N, H, W, C), in [0, 1]."""
-    target: np.ndarray
-    valid: np.ndarray
-    masks: list[np.ndarray]
-    """Keep masks of the dropouts, (N, H, W, channels), bool."""
+    """(N, H, W, C)."""
+    target: Any
+    """What the loss takes beside the network's output: an array, or an `Objective`."""
+    masks: list[np.ndarray] | None = None
+    """Keep masks of the dropouts, (N, H, W, channels), bool; None for a network without dropout."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import itertools
 from functools import cache
 
-from parity_tests.support import jax_side, torch_side
-from parity_tests.support.case import Arrays, Case, Pass, make_images, make_masks, make_objective
-from parity_tests.support.torch_side import on_torch
+from parity_tests.support import harness, jax_side, torch_side
+from parity_tests.support.case import Arrays, Case, Pass
+from parity_tests.support.pair import our_pair
 
 DTYPES = ("float64", "float32")
 
@@ -63,19 +63,15 @@ def state_of(case: Case) -> Arrays:
 @cache
 def eval_passes(case: Case) -> tuple[Pass, Pass]:
     """A pass in evaluation mode, in JAX and in PyTorch."""
-    arrays, images = state_of(case), make_images(case)
-    got = jax_side.jax_pass(jax_side.make_flax(arrays, case), images, train=False, how=_how(case))
-    return got, on_torch(torch_side.network_pass, case, arrays, [(images, None)], False)
+    pair = our_pair(case)
+    return harness.forward(pair, False, how=_how(case)), harness.original(pair, False)
 
 
 @cache
 def train_passes(case: Case) -> tuple[Pass, Pass]:
     """A pass in training mode with injected dropout masks, the default loss and all gradients, in both frameworks."""
-    arrays, images, masks, objective = state_of(case), make_images(case), make_masks(case), make_objective(case)
-    model = jax_side.make_flax(arrays, case)
-    loss = jax_side.loss_of(objective)
-    got = jax_side.jax_pass(model, images, train=True, masks=masks, loss=loss, how=_how(case))
-    return got, on_torch(torch_side.network_pass, case, arrays, [(images, masks)], True, objective)
+    pair = our_pair(case)
+    return harness.forward(pair, True, how=_how(case), loss=True), harness.original(pair, True, loss=True)
 
 
 def _how(case: Case) -> jax_side.How:

@@ -1,17 +1,19 @@
-"""Training in JAX with the package's own training step; arrays go in and out by public name."""
+"""Training in JAX; arrays go in and out by public name. Our networks train with the package's own training step."""
 
 import dataclasses
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
-from parity_tests.support.case import Arrays, Case, Step, Trajectory
-from parity_tests.support.jax_side import compiled
+from parity_tests.support.case import Arrays, Batch, Case, Objective, Trajectory, follow
+from parity_tests.support.jax_side import FlaxHalf, compiled
 from pdrunet_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from pdrunet_jax.data.pipeline import position_after
 from pdrunet_jax.model.layers import keep_masks
@@ -48,7 +50,92 @@ class Training:
             train=TrainConfig(steps=self.steps, batch_size=self.case.shape[0], precision=precision),
         )
 
+    def step(self, state: TrainState, number: int) -> tuple[TrainState, float]:
+        """See `case.Trainer`."""
+        batch = {name: jnp.asarray(array) for name, array in batches(self)[number].items()}
+        state, values = _programs(self)[0](state, batch)
+        return state, values["loss"]
 
+    def finish(self, state: TrainState, number: int) -> tuple[Arrays, np.ndarray]:
+        """See `case.Trainer`."""
+        assert int(state.step) == number + 1
+        images = unit_range(jnp.asarray(batches(self)[number]["image"]), jnp.dtype(self.case.dtype))
+        logits = np.asarray(_programs(self)[1](state.params, state.stats, images))
+        return to_public(state.params, state.stats, dead_block=False), logits
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PortTrainer:
+    """Training of any Flax module with an optax optimizer; see `case.Trainer`. The state is a tuple of three trees."""
+
+    half: FlaxHalf
+    batch: Callable[[int], Batch]
+    loss: Callable[[jax.Array, Any], jax.Array]
+    optimizer: optax.GradientTransformation
+
+    def start(self, arrays: Arrays) -> Any:
+        """Return parameters, other state, and the optimizer's state before the first step."""
+        _, params, *parts = nnx.split(self.half.build(arrays), nnx.Param, nnx.BatchStat, ...)
+        return params, parts, self.optimizer.init(params)
+
+    def step(self, state: Any, number: int) -> tuple[Any, float]:
+        """See `case.Trainer`."""
+        batch = self.batch(number)
+        return self._programs[0](state, jnp.asarray(batch.images), jnp.asarray(batch.target))
+
+    def finish(self, state: Any, number: int) -> tuple[Arrays, np.ndarray]:
+        """See `case.Trainer`."""
+        params, parts, _ = state
+        output = self._programs[1](params, parts, jnp.asarray(self.batch(number).images))
+        return self.half.named(params, parts[0]), np.asarray(output)
+
+    @cached_property
+    def _programs(self) -> tuple[Any, Any]:
+        graph = nnx.graphdef(self.half.build(self.half.blank()))
+
+        def forward(params: Any, parts: Any, images: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graph, params, *parts, copy=True)
+            output = self.half.call(model, images, train=train, masks=None, tap=lambda name, value: None)
+            return output, nnx.state(model, (nnx.BatchStat, ...))
+
+        def step(state: Any, images: jax.Array, target: Any) -> Any:
+            params, parts, moments = state
+
+            def objective(params: Any) -> Any:
+                output, after = forward(params, parts, images, True)
+                return self.loss(output, target), after
+
+            (value, after), gradients = jax.value_and_grad(objective, has_aux=True)(params)
+            changes, moments = self.optimizer.update(gradients, moments, params)
+            return (optax.apply_updates(params, changes), after, moments), value
+
+        return compiled(step), compiled(lambda params, parts, images: forward(params, parts, images, False)[0])
+
+
+def updates(
+    optimizer: optax.GradientTransformation,
+    parameters: Arrays,
+    gradients: Sequence[Arrays],
+    others: Sequence[Arrays] = (),
+) -> list[Arrays]:
+    """Return the parameters after each update; with `others`, each update starts from the parameters there."""
+
+    @jax.jit
+    def update(gradient: Any, state: Any, current: Any) -> Any:
+        changes, state = optimizer.update(gradient, state, current)
+        return optax.apply_updates(current, changes), state
+
+    current: Any = jax.tree.map(jnp.asarray, parameters)
+    state, result = optimizer.init(current), []
+    for number, gradient in enumerate(gradients):
+        if others and number:
+            current = jax.tree.map(jnp.asarray, others[number - 1])
+        current, state = update(gradient, state, current)
+        result.append(jax.tree.map(np.asarray, current))
+    return result
+
+
+@cache
 def batches(training: Training) -> list[dict[str, np.ndarray]]:
     """Return random batches in the form of the data pipeline, one a step."""
     case, rng = training.case, np.random.default_rng(5)
@@ -64,15 +151,16 @@ def batches(training: Training) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def as_steps(training: Training) -> list[Step]:
-    """Return the same batches for PyTorch, with the dropout masks that JAX draws."""
+def as_steps(training: Training, chosen: slice = slice(None)) -> dict[int, Batch]:
+    """Return the same batches for PyTorch by number, with the dropout masks that JAX draws."""
     case, dtype = training.case, jnp.dtype(training.case.dtype)
-    result = []
-    for number, batch in enumerate(batches(training)):
+    result = {}
+    for number, batch in list(enumerate(batches(training)))[chosen]:
         target, valid = targets(jnp.asarray(batch["mask"]), outputs=case.outputs, soft=False, dtype=dtype)
         masks = keep_masks(dropout_key(0, number), case.dropout, case.mask_shapes)
         images = unit_range(jnp.asarray(batch["image"]), dtype)
-        result.append(Step(*map(np.asarray, (images, target, valid)), [np.asarray(mask) for mask in masks]))
+        objective = Objective(training.loss, case.outputs, np.asarray(target), np.asarray(valid))
+        result[number] = Batch(np.asarray(images), objective, [np.asarray(mask) for mask in masks])
     return result
 
 
@@ -98,16 +186,7 @@ def start(training: Training, arrays: Arrays) -> TrainState:
 
 def train(training: Training, state: TrainState, chosen: slice) -> tuple[TrainState, Trajectory]:
     """Run the `chosen` steps of the training from `state`."""
-    step, evaluate = _programs(training)
-    losses = []
-    some = batches(training)[chosen]
-    for batch in some:
-        state, values = step(state, {name: jnp.asarray(array) for name, array in batch.items()})
-        losses.append(float(values["loss"]))
-    assert int(state.step) == chosen.stop
-    images = unit_range(jnp.asarray(some[-1]["image"]), jnp.dtype(training.case.dtype))
-    logits = np.asarray(evaluate(state.params, state.stats, images))
-    return state, Trajectory(losses, to_public(state.params, state.stats, dead_block=False), logits)
+    return follow(training, state, range(training.steps)[chosen])
 
 
 def save(training: Training, state: TrainState, folder: Path) -> None:

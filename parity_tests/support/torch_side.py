@@ -4,10 +4,13 @@ On a GPU each framework reserves most of the memory and loads its own CUDA libra
 process. `on_torch(function, ...)` calls a function of this file there, or in this process on a CPU.
 """
 
+import dataclasses
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from parity_tests.support.case import Arrays, Case, Objective, Pass
+from parity_tests.support.case import Arrays, Batch, Case, Objective, Pass
+from parity_tests.support.imitate import Change, imitated
 from pdrunet_torch_ref import TWINS, training
 from pdrunet_torch_ref.model import Dropout, dropout_masks, tapped
 
@@ -70,25 +74,77 @@ def _device_name() -> str:
     return torch.cuda.get_device_name() if _device.type == "cuda" else "CPU"
 
 
+@dataclasses.dataclass(frozen=True)
+class TorchHalf:
+    """The PyTorch original of a pair. Its functions are found by name in the process where PyTorch runs."""
+
+    build: Callable[[], torch.nn.Module]
+    loss: Callable[[Tensor, Any], Tensor]
+    """loss(output, target) of a batch."""
+    dtype: str = "float64"
+    optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer] | None = None
+    observed: tuple[str, ...] | None = None
+    """Names of the modules whose outputs are compared; None for every block, convolution and normalisation of ours."""
+    left_out: tuple[str, ...] = ()
+    """Names, or beginnings of names ending in a dot, in the state dict that the Flax module lacks by design."""
+
+    def drawn(self, seed: int = 0) -> torch.nn.Module:
+        """Build the module with random weights, affine parameters and statistics, none at its initial value."""
+        torch.manual_seed(seed)
+        module = self.build().double()  # float64 for every dtype, so that all draw the same weights
+        for layer in module.modules():
+            if isinstance(layer, NORMS) and layer.weight is not None:
+                torch.nn.init.uniform_(layer.weight, 0.5, 1.5)
+                torch.nn.init.normal_(layer.bias, 0, 0.3)
+            if getattr(layer, "running_mean", None) is not None:
+                layer.running_mean.normal_(0, 0.3)
+                layer.running_var.uniform_(0.5, 2)
+                layer.num_batches_tracked.fill_(3)
+        return module.to(getattr(torch, self.dtype))
+
+    def holding(self, arrays: Arrays) -> torch.nn.Module:
+        """Build the module with these arrays, on the device; what is left out may be missing."""
+        module = self.build().to(getattr(torch, self.dtype))
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        initial = {name: value for name, value in module.state_dict().items() if self.lacking(name)}
+        module.load_state_dict({**initial, **tensors}, strict=True)
+        return module.to(_device)
+
+    def lacking(self, name: str) -> bool:
+        """Whether the Flax module lacks `name` by design."""
+        return any(name == each or (each.endswith(".") and name.startswith(each)) for each in self.left_out)
+
+
+NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
+
+
+def our_torch(case: Case, optimizer: Any = None) -> TorchHalf:
+    """The PyTorch half of this project's networks."""
+    build, left_out = partial(_build, case), (("e5.",) if case.network == "pdrunet" else ())
+    return TorchHalf(build, _our_loss, case.dtype, optimizer, left_out=left_out)
+
+
+def _build(case: Case) -> torch.nn.Module:
+    return TWINS[case.network](**case.options)
+
+
+def _our_loss(logits: Tensor, objective: Objective) -> Tensor:
+    return loss_of(objective)(logits)
+
+
 def make_twin(case: Case, seed: int = 0) -> torch.nn.Module:
     """Build the twin with random weights, affine parameters and statistics, none at its initial value."""
-    torch.manual_seed(seed)
-    twin = TWINS[case.network](**case.options).double()  # float64 for every dtype, so that all draw the same weights
-    for module in twin.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.normal_(module.bias, 0, 0.3)
-            module.running_mean.normal_(0, 0.3)
-            module.running_var.uniform_(0.5, 2)
-            module.num_batches_tracked.fill_(3)
-    return twin.to(getattr(torch, case.dtype))
+    return our_torch(case).drawn(seed)
 
 
 def twin_of(case: Case, arrays: Arrays) -> torch.nn.Module:
     """Build the twin with these arrays, on the device."""
-    twin = TWINS[case.network](**case.options).to(getattr(torch, case.dtype))
-    twin.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, strict=True)
-    return twin.to(_device)
+    return our_torch(case).holding(arrays)
+
+
+def initial_arrays(half: TorchHalf, seed: int = 0) -> Arrays:
+    """Arrays of `half.drawn`, by public name."""
+    return state_arrays(half.drawn(seed))
 
 
 def state_arrays(twin: torch.nn.Module) -> Arrays:
@@ -102,13 +158,14 @@ def numpy(tensor: Tensor) -> np.ndarray:
 
 
 def nchw(array: np.ndarray) -> Tensor:
-    """Convert an array (N, H, W, C) to a tensor (N, C, H, W)."""
-    return torch.from_numpy(np.array(np.moveaxis(array, -1, 1), order="C")).to(_device)
+    """Convert an array (N, H, W, C) to a tensor (N, C, H, W); one of fewer axes stays as it is."""
+    moved = np.moveaxis(array, -1, 1) if array.ndim > 3 else array
+    return torch.from_numpy(np.array(moved, order="C")).to(_device)
 
 
 def nhwc(tensor: Tensor) -> np.ndarray:
-    """Convert a tensor (N, C, H, W) to an array (N, H, W, C)."""
-    return np.moveaxis(numpy(tensor), 1, -1).copy()
+    """Convert a tensor (N, C, H, W) to an array (N, H, W, C); one of fewer axes stays as it is."""
+    return np.moveaxis(numpy(tensor), 1, -1).copy() if tensor.ndim > 3 else numpy(tensor)
 
 
 def place(array: np.ndarray) -> Tensor:
@@ -135,13 +192,34 @@ def twin_pass(
     train: bool,
     masks: Sequence[np.ndarray] | None = None,
     loss: Callable[[Tensor], Tensor] | None = None,
+    half: TorchHalf | None = None,
+    changes: Sequence[Change] = (),
+    calls: list[Any] | None = None,
 ) -> Pass:
-    """Run one pass of the twin; with `loss`, also compute its value and the gradient of every parameter."""
+    """Run one pass of the twin; with `loss`, also compute its value and the gradient of every parameter.
+
+    Args:
+        twin: any module.
+        images: (N, H, W, C).
+        train: training mode.
+        masks: keep masks of the dropouts of this project's networks.
+        loss: of the output.
+        half: what the twin was built from; None for this project's networks.
+        changes: mistakes that PyTorch imitates.
+        calls: receives PyTorch's functions and the activations as they are computed; see `imitated`.
+    """
     activations: Arrays = {}
+    half = half or TorchHalf(lambda: twin, _our_loss, left_out=("e5.",))
     twin.train(train)
     twin.zero_grad(set_to_none=True)
     keep = None if masks is None else [nchw(mask) for mask in masks]
-    with dropout_masks(twin, keep), tapped(twin, lambda name, value: activations.__setitem__(name, nhwc(value))):
+
+    def tap(name: str, value: Tensor) -> None:
+        activations[name] = nhwc(value)
+        if calls is not None:
+            calls.append(name)
+
+    with dropout_masks(twin, keep), _observed(twin, half.observed, tap), imitated(twin, changes, calls):
         logits = twin(nchw(images))
     result = Pass(activations, nhwc(logits), {})
     if loss is not None:
@@ -149,21 +227,67 @@ def twin_pass(
         value.backward()
         result.loss = float(value.detach())
         result.gradients = {name: numpy(p.grad) for name, p in twin.named_parameters() if p.grad is not None}
-    result.buffers = {name: numpy(value) for name, value in twin.named_buffers() if not name.startswith("e5.")}
+    result.buffers = {name: numpy(value) for name, value in twin.named_buffers() if not half.lacking(name)}
     return result
 
 
+@contextmanager
+def _observed(twin: torch.nn.Module, names: Sequence[str] | None, tap: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Context in which forward passes call `tap(name, output)` for the modules of these names."""
+    if names is None:
+        with tapped(twin, tap):
+            yield
+        return
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: tap(name, output)
+
+    handles = [twin.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def network_pass(
-    case: Case,
+    half: TorchHalf,
     arrays: Arrays,
-    inputs: Sequence[tuple[np.ndarray, Sequence[np.ndarray] | None]],
+    batches: Sequence[Batch],
     train: bool,
-    objective: Objective | None = None,
+    with_loss: bool = False,
+    changes: Sequence[Change] = (),
 ) -> Pass:
-    """Run passes of the twin with `arrays` on images and dropout masks, one after the other; return the last."""
-    twin = twin_of(case, arrays)
-    loss = None if objective is None else loss_of(objective)
-    return [twin_pass(twin, images, train=train, masks=masks, loss=loss) for images, masks in inputs][-1]
+    """Run passes of the original with `arrays`, one after the other; return the last."""
+    twin = half.holding(arrays)
+    return [_batch_pass(half, twin, batch, train, with_loss, changes) for batch in batches][-1]
+
+
+def calls_of(half: TorchHalf, arrays: Arrays, batch: Batch, train: bool, changes: Sequence[Change] = ()) -> list[Any]:
+    """PyTorch's functions and the activations of a pass in the order of computation; see `imitated`."""
+    calls: list[Any] = []
+    _batch_pass(half, half.holding(arrays), batch, train, False, changes, calls)
+    return calls
+
+
+def _batch_pass(
+    half: TorchHalf,
+    twin: torch.nn.Module,
+    batch: Batch,
+    train: bool,
+    with_loss: bool,
+    changes: Sequence[Change],
+    calls: list[Any] | None = None,
+) -> Pass:
+    target = place(batch.target) if isinstance(batch.target, np.ndarray) else batch.target
+    loss = partial(_of_target, half.loss, target) if with_loss else None
+    return twin_pass(
+        twin, batch.images, train=train, masks=batch.masks, loss=loss, half=half, changes=changes, calls=calls
+    )
+
+
+def _of_target(loss: Callable[[Tensor, Any], Tensor], target: Any, output: Tensor) -> Tensor:
+    return loss(output, target)
 
 
 def convolutions(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, dilations: Sequence[int]) -> dict[int, Any]:

@@ -1,6 +1,7 @@
 """Training in PyTorch: optimizer updates, scheduler learning rates, training steps of the twin."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,25 @@ import numpy as np
 import torch
 
 from parity_tests.support import torch_side
-from parity_tests.support.case import Arrays, Case, Step, Trajectory
-from parity_tests.support.torch_side import nchw, nhwc, numpy, place, state_arrays
+from parity_tests.support.case import Arrays, Batch, Trajectory, follow
+from parity_tests.support.imitate import Change, imitated
+from parity_tests.support.torch_side import TorchHalf, nchw, nhwc, numpy, place, state_arrays
 from pdrunet_torch_ref import training, training_state
+from pdrunet_torch_ref.training_state import TrainingState
 
-Settings = Mapping[str, Any]
 
-
-def updates(settings: Settings, parameters: Arrays, gradients: Sequence[Arrays], clip: float = 0.0) -> list[Arrays]:
+def updates(
+    make_optimizer: Callable[[Any], torch.optim.Optimizer],
+    parameters: Arrays,
+    gradients: Sequence[Arrays],
+    clip: float = 0.0,
+    changes: Sequence[Change] = (),
+) -> list[Arrays]:
     """Return the parameters after each update with the given gradients."""
     tensors = {name: torch.nn.Parameter(place(array)) for name, array in parameters.items()}
-    optimizer = training_state.make_optimizer(_Holder(tensors), settings)  # type: ignore[arg-type]
+    optimizer = make_optimizer(_Holder(tensors))
+    for change in changes:
+        change.apply_to(optimizer)
     result = []
     for step in gradients:
         for name, tensor in tensors.items():
@@ -28,6 +37,13 @@ def updates(settings: Settings, parameters: Arrays, gradients: Sequence[Arrays],
         optimizer.step()
         result.append({name: numpy(tensor) for name, tensor in tensors.items()})
     return result
+
+
+def settings(half: TorchHalf) -> dict[str, Any]:
+    """Settings of the original's optimizer."""
+    assert half.optimizer is not None
+    group = half.optimizer(half.build()).param_groups[0]
+    return {name: value for name, value in group.items() if name != "params"}
 
 
 def learning_rates(schedule: str, steps: int, warmup: int, final: float, power: float) -> list[float]:
@@ -53,46 +69,101 @@ def learning_rates(schedule: str, steps: int, warmup: int, final: float, power: 
     return rates
 
 
-def train(case: Case, arrays: Arrays, settings: Settings, loss: str, steps: Sequence[Step]) -> Trajectory:
-    """Train the twin from `arrays` with the optimizer of `settings`."""
-    twin = torch_side.twin_of(case, arrays)
-    state = training_state.TrainingState(twin, training_state.make_optimizer(twin, settings))
-    return _run(state, loss, steps)
+@dataclasses.dataclass
+class TorchTrainer:
+    """Training of a PyTorch original; see `case.Trainer`."""
+
+    half: TorchHalf
+    batches: Mapping[int, Batch]
+    """By number."""
+    changes: Sequence[Change] = ()
+    """Mistakes that PyTorch imitates."""
+
+    def step(self, state: TrainingState, number: int) -> tuple[TrainingState, float]:
+        """Update with `pdrunet_torch_ref`'s training step."""
+        batch = self.batches[number]
+        masks = None if batch.masks is None else [nchw(mask) for mask in batch.masks]
+        target = torch_side.place(batch.target) if isinstance(batch.target, np.ndarray) else batch.target
+        with imitated(state.model, self.changes):
+            loss = training.train_step(
+                state.model,
+                state.optimizer,
+                lambda output, *_: self.half.loss(output, target),
+                nchw(batch.images),
+                torch.zeros(()),
+                masks=masks,
+            )
+        state.step += 1
+        return state, float(loss)
+
+    def finish(self, state: TrainingState, number: int) -> tuple[Arrays, np.ndarray]:
+        """Return all arrays, and the output in evaluation mode."""
+        with torch.no_grad(), imitated(state.model, self.changes):
+            output = nhwc(state.model.eval()(nchw(self.batches[number].images)))
+        arrays = {name: array for name, array in state_arrays(state.model).items() if not self.half.lacking(name)}
+        return arrays, np.asarray(output)
+
+    def run(self, state: TrainingState) -> Trajectory:
+        """Train with all batches."""
+        for change in self.changes:
+            change.apply_to(state.optimizer)
+        return follow(self, state, list(self.batches))[1]
+
+
+def start(half: TorchHalf, arrays: Arrays, header: Mapping[str, Any] | None = None) -> TrainingState:
+    """Build the original with `arrays` and its optimizer."""
+    assert half.optimizer is not None
+    model = half.holding(arrays)
+    return TrainingState(model, half.optimizer(model), header=header or {})
+
+
+def train(half: TorchHalf, arrays: Arrays, batches: Mapping[int, Batch], changes: Sequence[Change] = ()) -> Trajectory:
+    """Train the original from `arrays`."""
+    return TorchTrainer(half, batches, changes).run(start(half, arrays))
 
 
 def train_and_save(
-    case: Case, arrays: Arrays, config: Mapping[str, Any], loss: str, steps: Sequence[Step], path: Path
+    half: TorchHalf, arrays: Arrays, batches: Mapping[int, Batch], path: Path, header: Mapping[str, Any]
 ) -> Trajectory:
-    """Train the twin, then write the whole training state to `path`."""
-    twin = torch_side.twin_of(case, arrays)
-    optimizer = training_state.make_optimizer(twin, config["optim"])
-    state = training_state.TrainingState(twin, optimizer, header={"config": config})
-    result = _run(state, loss, steps)
+    """Train the original, then write the whole training state to `path`."""
+    state = start(half, arrays, header)
+    result = TorchTrainer(half, batches).run(state)
     training_state.save(path, state)
     return result
 
 
-def load_and_train(path: Path, loss: str, steps: Sequence[Step]) -> Trajectory:
-    """Continue from the training state in the file `path`."""
+def load_and_train(half: TorchHalf, path: Path, batches: Mapping[int, Batch]) -> Trajectory:
+    """Continue from the training state of this project's networks in the file `path`."""
     state = training_state.load(path)
     state.model.to(torch_side.device())
     # Loading the optimizer's state again moves it to the device of its parameters.
     state.optimizer.load_state_dict(state.optimizer.state_dict())
-    return _run(state, loss, steps)
+    return TorchTrainer(half, batches).run(state)
 
 
-def _run(state: training_state.TrainingState, loss: str, steps: Sequence[Step]) -> Trajectory:
-    objective = training.make_loss(loss, state.model.final_conv.out_channels)
-    losses = []
-    for step in steps:
-        images, target, valid = nchw(step.images), place(step.target), place(step.valid)
-        masks = [nchw(mask) for mask in step.masks]
-        losses.append(float(training.train_step(state.model, state.optimizer, objective, images, target, valid, masks)))
-        state.step += 1
-    with torch.no_grad():
-        logits = nhwc(state.model.eval()(nchw(steps[-1].images)))
-    arrays = {name: array for name, array in state_arrays(state.model).items() if not name.startswith("e5.")}
-    return Trajectory(losses, arrays, np.asarray(logits))
+Moments = dict[str, dict[str, np.ndarray]]
+"""Optimizer arrays by the name of their parameter."""
+
+
+def train_from(
+    half: TorchHalf, arrays: Arrays, moments: Moments, batches: Mapping[int, Batch]
+) -> tuple[Trajectory, Moments]:
+    """Train the original from `arrays` and optimizer arrays, if any; return the optimizer arrays too."""
+    state = start(half, arrays)
+    names = [name for name, _ in state.model.named_parameters()]
+    content = state.optimizer.state_dict()
+    content["state"] = {
+        index: {key: torch.from_numpy(np.array(array)) for key, array in moments[name].items()}
+        for index, name in enumerate(names)
+        if name in moments
+    }
+    state.optimizer.load_state_dict(content)
+    result = TorchTrainer(half, batches).run(state)
+    after = state.optimizer.state_dict()["state"]
+    return result, {
+        names[index]: {key: numpy(value) for key, value in mine.items() if value is not None}
+        for index, mine in after.items()
+    }
 
 
 class _Holder:

@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import tyro
 
-from parity_tests.support import jax_side, torch_side
+from parity_tests.support import harness, torch_side
 from parity_tests.support.budget import STANDARD
-from parity_tests.support.case import Arrays, Case
-from parity_tests.support.compare import relative
+from parity_tests.support.case import Batch, Case
+from parity_tests.support.pair import our_pair
 from pdrunet_jax.data.images import read_image, resize_image
 from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.model.weights import to_public
@@ -40,13 +40,6 @@ class Options:
     """Shortcut wiring of a .pth file, which does not record it."""
 
 
-def walk(arrays: Arrays, case: Case, images: np.ndarray) -> dict[str, float]:
-    """Return the relative difference of every named activation in evaluation mode, in the order of the forward pass."""
-    got = jax_side.jax_pass(jax_side.make_flax(arrays, case), images, train=False)
-    want = torch_side.on_torch(torch_side.network_pass, case, arrays, [(images, None)], False)
-    return {name: relative(got.activations[name], array) for name, array in want.activations.items()}
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; raise `RunError` if the two differ by more than the standard allows."""
     options = tyro.cli(Options, args=arguments, prog="python -m parity_tests.support.walk")
@@ -64,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     torch_side.exact()
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        errors = walk(arrays, case, (pixels[None] / 255).astype(options.dtype))
+        batch = Batch((pixels[None] / 255).astype(options.dtype), None)
+        errors = harness.walk(dataclasses.replace(our_pair(case), given=arrays, batch=lambda number: batch))
     allowed = STANDARD[3][0 if options.dtype == "float64" else 1]
     for name, error in errors.items():
         print(f"{name:24} {error:8.1e}{'' if error <= allowed else '  <-- differs'}")

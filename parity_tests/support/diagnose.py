@@ -1,0 +1,174 @@
+"""Find the likely cause of a difference: the known mistake that makes PyTorch give the Flax module's numbers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity_tests.support import torch_side
+from parity_tests.support.budget import Differs
+from parity_tests.support.case import Pass
+from parity_tests.support.imitate import CAUSES, OPTIMIZER_CAUSES, Call, Change
+from parity_tests.support.pair import Pair
+from parity_tests.support.torch_side import on_torch
+
+Trial = Callable[[Sequence[Change]], Differs | None]
+"""Compare again, with PyTorch imitating these mistakes; returns the difference that is left."""
+
+MOST = 4
+"""Causes to name at most."""
+
+
+class Finding(NamedTuple):
+    """A mistake that explains a difference."""
+
+    change: Change
+    where: str
+    says: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"likely cause: {self.change.cause}{self.where}: {self.says}. {self.remedy}."
+
+
+def diagnose(difference: Differs, trial: Trial, candidates: Callable[[Sequence[Change], Differs], Any]) -> str:
+    """Name the mistakes that explain a difference, one line each, and what is left.
+
+    Tries each candidate; keeps the one that makes the difference vanish, or else the one that moves it furthest down
+    the computation; and goes on from there, so that several mistakes are found one after the other.
+    """
+    found: list[Finding] = []
+    left: Differs | None = difference
+    while left is not None and len(found) < MOST:
+        step = _best(left, trial, found, candidates([each.change for each in found], left))
+        if step is None:
+            break
+        found.append(step[0])
+        left = step[1]
+    lines = [str(each) for each in found]
+    if left is None:
+        lines.append(f"With {'this' if len(found) == 1 else 'these'} imitated in PyTorch, the two agree.")
+    elif found:
+        lines.append(f"With this imitated in PyTorch, the first difference is {left.first}, of unknown cause.")
+    else:
+        lines.append(
+            f"No known cause explains it; look at the code between {left.first} and the value before it. "
+            f"Tried: {', '.join((*CAUSES, *OPTIMIZER_CAUSES))}."
+        )
+    return "\n".join(lines)
+
+
+def _best(
+    left: Differs, trial: Trial, found: Sequence[Finding], candidates: Sequence[Finding]
+) -> tuple[Finding, Differs | None] | None:
+    """The candidate that gets furthest, and the difference that is left with it; None if none gets further."""
+    best: tuple[Finding, Differs | None] | None = None
+    for candidate in candidates:
+        try:
+            rest = trial([*(each.change for each in found), candidate.change])
+        except (RuntimeError, ValueError, AssertionError):
+            continue  # the network cannot be computed in this way
+        if rest is None:
+            return candidate, None
+        if rest.order > (left if best is None or best[1] is None else best[1]).order:
+            best = candidate, rest
+    return best
+
+
+def in_forward_pass(pair: Pair, train: bool) -> Callable[[Sequence[Change], Differs], list[Finding]]:
+    """Candidates for a difference in a forward pass, nearest to the first difference first."""
+
+    def candidates(changes: Sequence[Change], left: Differs) -> list[Finding]:
+        events = on_torch(torch_side.calls_of, pair.torch, pair.arrays, pair.batch(0), train, changes)
+        calls = [event for event in events if isinstance(event, Call)]
+        near = _suspects(events, left.first)
+        return [*_at_one_site(near), *_everywhere(calls), *_at_one_site([call for call in calls if call not in near])]
+
+    return candidates
+
+
+def in_training(pair: Pair, settings: Mapping[str, Any]) -> Callable[[Sequence[Change], Differs], list[Finding]]:
+    """Candidates for a difference in updates or in a training: the optimizer's settings, then the forward pass."""
+
+    def candidates(changes: Sequence[Change], left: Differs) -> list[Finding]:
+        return [*in_optimizer(settings), *in_forward_pass(pair, True)(changes, left)]
+
+    return candidates
+
+
+def in_optimizer(settings: Mapping[str, Any]) -> list[Finding]:
+    """Candidates for a difference in updates, for the settings of PyTorch's optimizer."""
+    result = []
+    for name, cause in OPTIMIZER_CAUSES.items():
+        for value in cause.values(settings):
+            says = (
+                f"the Flax side updates as with {_said(value)}, PyTorch with {_said({k: settings[k] for k in value})}"
+            )
+            result.append(Finding(Change(name, value), "", says, cause.remedy))
+    return result
+
+
+def _said(settings: Mapping[str, Any]) -> str:
+    kinds = {True: "decoupled weight decay (AdamW)", False: "weight decay as L2 in the gradient (Adam)"}
+    words = []
+    for name, value in settings.items():
+        words.append(kinds[value] if name == "decoupled_weight_decay" else f"{name}={_number(value)}")
+    return ", ".join(words)
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _suspects(events: Sequence[Any], first: str) -> list[Call]:
+    """Calls between the activation `first`, or the end, and the activation before it; the last call first."""
+    near: list[Call] = []
+    for event in events:
+        if event == first:
+            break
+        near = [*near, event] if isinstance(event, Call) else []
+    part = first.rpartition(".")[0]
+    own = [event for event in events if isinstance(event, Call) and event.site.split(":")[0] == part and part]
+    return [*reversed(near), *(call for call in own if call not in near)]
+
+
+def _at_one_site(calls: Sequence[Call]) -> Iterator[Finding]:
+    for call in calls:
+        for name, cause in CAUSES.items():
+            if call.function in cause.functions:
+                for value in cause.values(call):
+                    yield _finding(name, call, value, call.site)
+
+
+def _everywhere(calls: Sequence[Call]) -> Iterator[Finding]:
+    """Each cause at all calls of a function, for the functions that are called several times."""
+    for name, cause in CAUSES.items():
+        mine = [call for call in calls if call.function in cause.functions]
+        seen: list[Any] = []
+        for call in mine if len(mine) > 1 else ():
+            for value in cause.values(call):
+                if value not in seen:
+                    seen.append(value)
+                    yield _finding(name, call, value, None)
+
+
+def _finding(name: str, call: Call, value: Any, site: str | None) -> Finding:
+    cause = CAUSES[name]
+    module, function, *_ = call.site.split(":")
+    place = f" in {module} ({function})" if module else f" in {function}, called outside of the layers"
+    where = f" in every {function}" if site is None else place
+    return Finding(Change(name, value, site), where, cause.says(call, value), cause.remedy)
+
+
+def of_scale(got: Pass, want: Pass) -> str | None:
+    """The cause, if the loss and every gradient are the same multiple of PyTorch's."""
+    if not got.gradients or not want.gradients or not got.loss or not want.loss:
+        return None
+    factor = got.loss / want.loss
+    same = all(np.allclose(got.gradients[name], factor * array, 1e-6, 1e-12) for name, array in want.gradients.items())
+    if not same or abs(factor - 1) < 1e-6:
+        return None
+    return (
+        f"likely cause: reduction of the loss: the loss and all gradients are {factor:g} times PyTorch's. "
+        "Take the mean over the same elements as PyTorch does, or the sum."
+    )
