@@ -115,7 +115,7 @@ TOLERANCES: dict[tuple[int, str], tuple[float, float]] = {
 """Level and comparison: tolerance in float64 and in float32, about twice the error measured on CPUs."""
 
 
-class Differs(AssertionError):
+class DifferenceError(AssertionError):
     """Errors above their tolerance, by name in the order of computation.
 
     Attributes:
@@ -194,7 +194,7 @@ class Budget:
         wrong = [name for name, error in errors.items() if not error <= tolerance]
         if wrong:
             place = f"level {level}, {comparison}, {dtype}{f', {where}' if where else ''}"
-            raise Differs(
+            raise DifferenceError(
                 f"{place}: {len(wrong)} of {len(errors)} differ, "
                 f"first {wrong[0]} by {errors[wrong[0]]:.2e} where {tolerance:.0e} is allowed",
                 (self.held, list(errors).index(wrong[0])),

@@ -6,14 +6,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parity_tests.support import torch_side
-from parity_tests.support.budget import Differs
+from parity_tests.support.budget import DifferenceError
 from parity_tests.support.case import Pass
-from parity_tests.support.imitate import CAUSES, OPTIMIZER_CAUSES, Call, Change
+from parity_tests.support.causes import CAUSES, OPTIMIZER_CAUSES, Call
+from parity_tests.support.imitate import Change
 from parity_tests.support.pair import Pair
 from parity_tests.support.torch_side import on_torch
 
-Trial = Callable[[Sequence[Change]], Differs | None]
+Trial = Callable[[Sequence[Change]], DifferenceError | None]
 """Compare again, with PyTorch imitating these mistakes; returns the difference that is left."""
+
+Candidates = Callable[[Sequence[Change], DifferenceError], Sequence["Finding"]]
+"""Mistakes to try for a difference that is left when others are imitated."""
 
 MOST = 4
 """Causes to name at most."""
@@ -31,14 +35,16 @@ class Finding(NamedTuple):
         return f"likely cause: {self.change.cause}{self.where}: {self.says}. {self.remedy}."
 
 
-def diagnose(difference: Differs, trial: Trial, candidates: Callable[[Sequence[Change], Differs], Any]) -> str:
+def diagnose(
+    difference: DifferenceError, trial: Trial, candidates: Callable[[Sequence[Change], DifferenceError], Any]
+) -> str:
     """Name the mistakes that explain a difference, one line each, and what is left.
 
     Tries each candidate; keeps the one that makes the difference vanish, or else the one that moves it furthest down
     the computation; and goes on from there, so that several mistakes are found one after the other.
     """
     found: list[Finding] = []
-    left: Differs | None = difference
+    left: DifferenceError | None = difference
     while left is not None and len(found) < MOST:
         step = _best(left, trial, found, candidates([each.change for each in found], left))
         if step is None:
@@ -59,10 +65,10 @@ def diagnose(difference: Differs, trial: Trial, candidates: Callable[[Sequence[C
 
 
 def _best(
-    left: Differs, trial: Trial, found: Sequence[Finding], candidates: Sequence[Finding]
-) -> tuple[Finding, Differs | None] | None:
+    left: DifferenceError, trial: Trial, found: Sequence[Finding], candidates: Sequence[Finding]
+) -> tuple[Finding, DifferenceError | None] | None:
     """The candidate that gets furthest, and the difference that is left with it; None if none gets further."""
-    best: tuple[Finding, Differs | None] | None = None
+    best: tuple[Finding, DifferenceError | None] | None = None
     for candidate in candidates:
         try:
             rest = trial([*(each.change for each in found), candidate.change])
@@ -75,10 +81,10 @@ def _best(
     return best
 
 
-def in_forward_pass(pair: Pair, train: bool) -> Callable[[Sequence[Change], Differs], list[Finding]]:
+def in_forward_pass(pair: Pair, train: bool) -> Candidates:
     """Candidates for a difference in a forward pass, nearest to the first difference first."""
 
-    def candidates(changes: Sequence[Change], left: Differs) -> list[Finding]:
+    def candidates(changes: Sequence[Change], left: DifferenceError) -> list[Finding]:
         events = on_torch(torch_side.calls_of, pair.torch, pair.arrays, pair.batch(0), train, changes)
         calls = [event for event in events if isinstance(event, Call)]
         near = _suspects(events, left.first)
@@ -87,10 +93,10 @@ def in_forward_pass(pair: Pair, train: bool) -> Callable[[Sequence[Change], Diff
     return candidates
 
 
-def in_training(pair: Pair, settings: Mapping[str, Any]) -> Callable[[Sequence[Change], Differs], list[Finding]]:
+def in_training(pair: Pair, settings: Mapping[str, Any]) -> Candidates:
     """Candidates for a difference in updates or in a training: the optimizer's settings, then the forward pass."""
 
-    def candidates(changes: Sequence[Change], left: Differs) -> list[Finding]:
+    def candidates(changes: Sequence[Change], left: DifferenceError) -> list[Finding]:
         return [*in_optimizer(settings), *in_forward_pass(pair, True)(changes, left)]
 
     return candidates

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from parity_tests.support import jax_training, torch_side, torch_training
-from parity_tests.support.budget import Budget, Differs
+from parity_tests.support.budget import Budget, DifferenceError
 from parity_tests.support.case import Arrays, Pass, Trajectory, follow
 from parity_tests.support.compare import (
     compare_buffers,
@@ -222,17 +222,17 @@ def _explained(
     """
     try:
         compare(budget, want)
-    except Differs as difference:
+    except DifferenceError as difference:
         said = signature(got, want) if signature else None
         said = said or diagnose(difference, _trial(budget, compare, again), candidates)
-        raise Differs(f"{difference}\n{said}", difference.order, {}, difference.first) from None
+        raise DifferenceError(f"{difference}\n{said}", difference.order, {}, difference.first) from None
 
 
 def _trial(budget: Budget, compare: Callable[[Budget, Any], None], again: Callable[..., Any]) -> Trial:
-    def trial(changes: Sequence[Change]) -> Differs | None:
+    def trial(changes: Sequence[Change]) -> DifferenceError | None:
         try:
             compare(Budget(ours=budget.ours), again(changes))
-        except Differs as difference:
+        except DifferenceError as difference:
             return difference
         return None
 

@@ -76,7 +76,7 @@ class PortTrainer:
     def start(self, arrays: Arrays) -> Any:
         """Return parameters, other state, and the optimizer's state before the first step."""
         _, params, *parts = nnx.split(self.half.build(arrays), nnx.Param, nnx.BatchStat, ...)
-        return params, parts, self.optimizer.init(params)
+        return params, tuple(parts), self.optimizer.init(params)
 
     def step(self, state: Any, number: int) -> tuple[Any, float]:
         """See `case.Trainer`."""
@@ -96,7 +96,7 @@ class PortTrainer:
         def forward(params: Any, parts: Any, images: jax.Array, train: bool) -> tuple[jax.Array, Any]:
             model = nnx.merge(graph, params, *parts, copy=True)
             output = self.half.call(model, images, train=train, masks=None, tap=lambda name, value: None)
-            return output, nnx.state(model, (nnx.BatchStat, ...))
+            return output, tuple(nnx.split(model, nnx.Param, nnx.BatchStat, ...)[2:])
 
         def step(state: Any, images: jax.Array, target: Any) -> Any:
             params, parts, moments = state

@@ -154,7 +154,8 @@ class PortedFlax:
         """See `FlaxHalf`."""
         assert masks is None, "build both networks without dropout: their random streams cannot agree"
         model.train() if train else model.eval()
-        with _tapped(model, {row.path[:-1]: row.public.rpartition(".")[0] for row in self.rows}, tap):
+        names = {row.path[:-1]: row.public.rpartition(".")[0] for row in self.rows}
+        with _tapped(model, names, tap), jax.numpy_rank_promotion("allow"):
             return model(images)
 
     def named(self, params: Any, stats: Any) -> Arrays:
