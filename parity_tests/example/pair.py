@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from parity_tests.example import original, port
+from parity_tests.example import draft, original, port
 from parity_tests.support import pair
 
 
@@ -29,3 +29,10 @@ def make(**changes: Any) -> pair.Pair:
 
 
 PAIR = make()
+
+FIRST = make(flax=lambda: draft.Locator(rngs=nnx.Rngs(0)), optimizer=draft.OPTIMIZER)
+"""The first draft of the port."""
+SECOND = make(flax=lambda: draft.Corrected(rngs=nnx.Rngs(0)), optimizer=draft.OPTIMIZER)
+"""Its forward pass corrected."""
+THIRD = make(optimizer=draft.OPTIMIZER)
+"""Its running statistics too; then only the optimizer is wrong."""

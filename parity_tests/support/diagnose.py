@@ -44,7 +44,7 @@ def diagnose(
     the computation; and goes on from there, so that several mistakes are found one after the other.
     """
     found: list[Finding] = []
-    left: DifferenceError | None = difference
+    left: DifferenceError | None = trial([]) or difference  # counted by a budget of its own, as in all trials
     while left is not None and len(found) < MOST:
         step = _best(left, trial, found, candidates([each.change for each in found], left))
         if step is None:
@@ -72,7 +72,7 @@ def _best(
     for candidate in candidates:
         try:
             rest = trial([*(each.change for each in found), candidate.change])
-        except (RuntimeError, ValueError, AssertionError):
+        except (RuntimeError, ValueError, IndexError, AssertionError):
             continue  # the network cannot be computed in this way
         if rest is None:
             return candidate, None
@@ -138,32 +138,26 @@ def _suspects(events: Sequence[Any], first: str) -> list[Call]:
     return [*reversed(near), *(call for call in own if call not in near)]
 
 
-def _at_one_site(calls: Sequence[Call]) -> Iterator[Finding]:
-    for call in calls:
-        for name, cause in CAUSES.items():
-            if call.function in cause.functions:
-                for value in cause.values(call):
-                    yield _finding(name, call, value, call.site)
-
-
 def _everywhere(calls: Sequence[Call]) -> Iterator[Finding]:
     """Each cause at all calls of a function, for the functions that are called several times."""
-    for name, cause in CAUSES.items():
-        mine = [call for call in calls if call.function in cause.functions]
-        seen: list[Any] = []
-        for call in mine if len(mine) > 1 else ():
-            for value in cause.values(call):
-                if value not in seen:
-                    seen.append(value)
-                    yield _finding(name, call, value, None)
+    for function in dict.fromkeys(call.function for call in calls):
+        mine = [call for call in calls if call.function == function]
+        found = {
+            (each.change.cause, str(each.change.value)): each
+            for call in mine
+            for each in _at_one_site([call], f"*:{function}")
+        }
+        yield from found.values() if len(mine) > 1 else ()
 
 
-def _finding(name: str, call: Call, value: Any, site: str | None) -> Finding:
-    cause = CAUSES[name]
-    module, function, *_ = call.site.split(":")
-    place = f" in {module} ({function})" if module else f" in {function}, called outside of the layers"
-    where = f" in every {function}" if site is None else place
-    return Finding(Change(name, value, site), where, cause.says(call, value), cause.remedy)
+def _at_one_site(calls: Sequence[Call], site: str = "") -> Iterator[Finding]:
+    for call in calls:
+        module, function, *_ = call.site.split(":")
+        where = f" in {module} ({function})" if module else f" in {function}, called outside of the layers"
+        where = f" in every {function}" if site else where
+        for name, cause in CAUSES.items():
+            for value in cause.values(call) if function in cause.functions else ():
+                yield Finding(Change(name, value, site or call.site), where, cause.says(call, value), cause.remedy)
 
 
 def of_scale(got: Pass, want: Pass) -> str | None:

@@ -23,7 +23,8 @@ class Change:
     cause: str
     """A key of `CAUSES` or of `OPTIMIZER_CAUSES`."""
     value: Any
-    site: str | None = None
+    site: str = ""
+    """Of a `Call`; "*:" and a function's name for all calls of the function. Not for optimizers."""
 
     def apply_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Change the settings of `optimizer`, if that is what this is about."""
@@ -59,7 +60,7 @@ class _Mode(TorchFunctionMode):
             self.calls.append(Call(site, name, shapes))
         for change in self.changes:
             cause = CAUSES.get(change.cause)
-            if cause and name in cause.functions and change.site in (None, site):
+            if cause and name in cause.functions and change.site in (site, f"*:{name}"):
                 run = _wrapped(cause, run, change.value)
         return run(**given)
 
