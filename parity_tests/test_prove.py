@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from parity_tests.example import original, port
-from parity_tests.example.pair import FIRST, PAIR, SECOND, THIRD, make
+from parity_tests.example.pair import FIRST, PAIR, make
 from parity_tests.support import harness, prove
 from parity_tests.support.budget import Budget
 from parity_tests.support.pair import CONVOLUTION, Layout, Pair, names_of
@@ -143,9 +143,8 @@ def test_fault_of_the_running_statistics_is_caught_and_its_cause_named(pair: Pai
         (optax.chain(optax.add_decayed_weights(1e-2), optax.adam(1e-3, eps=1e-7)), "Adam's epsilon: "),
         (optax.adamw(1e-3, weight_decay=1e-2), "weight decay: the Flax side updates as with weight_decay=0.01, dec"),
         (optax.adam(1e-3), "weight decay: the Flax side updates as with weight_decay=0"),
-        (optax.chain(optax.add_decayed_weights(1e-2), optax.adam(1e-3, b2=0.99)), "betas: "),
     ],
-    ids=["epsilon", "decoupled decay", "no decay", "b2"],
+    ids=["epsilon", "decoupled decay", "no decay"],
 )  # fmt: skip
 def test_fault_of_the_optimizer_is_caught_and_its_cause_named(optimizer: Any, cause: str) -> None:
     with pytest.raises(AssertionError, match="level 7") as failure:
@@ -166,42 +165,16 @@ def test_loss_that_sums_where_pytorch_averages() -> None:
         harness.gradients(standard(), pair)
 
 
-def test_two_faults_in_one_network_are_both_named() -> None:
-    def change(model: Any) -> None:
-        model.stem.padding, model.up_norm.epsilon = "SAME", 1e-6
-
+def test_every_mistake_of_a_first_draft_is_named_in_one_run() -> None:
+    """Two of them are between two observed values, where neither alone explains the difference."""
     with pytest.raises(AssertionError) as failure:
-        harness.outputs(standard(), broken(change), False)
+        harness.outputs(standard(), FIRST, False)
     message = str(failure.value)
-    assert "cause: padding in stem" in message
-    assert "cause: epsilon in up_norm" in message
-    assert "With these imitated" in message
-
-
-def test_first_draft_of_the_port_is_diagnosed_round_by_round() -> None:
-    """Two of its mistakes are between two observed values, where neither alone explains the difference."""
-    rounds = [
-        (
-            FIRST,
-            [
-                "padding",
-                "padding of a transposed convolution",
-                "epsilon",
-                "approximate GELU",
-                "resize",
-                "flatten order",
-            ],
-        ),
-        (SECOND, ["momentum", "unbiased variance"]),
-        (THIRD, ["weight decay"]),
-    ]
-    for pair, causes in rounds:
-        with pytest.raises(AssertionError) as failure:
-            harness.prove(pair, standard())
-        lines = [line for line in str(failure.value).splitlines() if line.startswith("likely cause: ")]
-        found = [line.split(": ")[1].split(" in ")[0] for line in lines]
-        assert sorted(found) == sorted(causes.split(", "))
-        assert str(failure.value).endswith("imitated in PyTorch, the two agree.")
+    found = [line.split(": ")[1].split(" in ")[0] for line in message.splitlines() if line.startswith("likely cause")]
+    first = ["padding", "padding of a transposed convolution", "epsilon"]
+    assert found[:3] == first
+    assert sorted(found[3:]) == ["approximate GELU", "flatten order", "resize"]
+    assert message.endswith("With these imitated in PyTorch, the two agree.")
 
 
 def test_unknown_fault_is_said_to_be_unknown() -> None:

@@ -1,6 +1,7 @@
 """Find the likely cause of a difference: the known mistake that makes PyTorch give the Flax module's numbers."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +17,10 @@ from parity_tests.support.torch_side import on_torch
 Trial = Callable[[Sequence[Change]], DifferenceError | None]
 """Compare again, with PyTorch imitating these mistakes; returns the difference that is left."""
 
-Candidates = Callable[[Sequence[Change], DifferenceError], Sequence["Finding"]]
-"""Mistakes to try for a difference that is left when others are imitated."""
+Candidates = Callable[[Sequence[Change], DifferenceError], "Iterable[Iterable[Findings]]"]
+"""Mistakes to try for a difference that is left when others are imitated; a group is tried if those before it fail."""
 
-MOST = 4
+MOST = 8
 """Causes to name at most."""
 
 
@@ -35,9 +36,10 @@ class Finding(NamedTuple):
         return f"likely cause: {self.change.cause}{self.where}: {self.says}. {self.remedy}."
 
 
-def diagnose(
-    difference: DifferenceError, trial: Trial, candidates: Callable[[Sequence[Change], DifferenceError], Any]
-) -> str:
+Findings = tuple[Finding, ...]
+
+
+def diagnose(difference: DifferenceError, trial: Trial, candidates: Candidates) -> str:
     """Name the mistakes that explain a difference, one line each, and what is left.
 
     Tries each candidate; keeps the one that makes the difference vanish, or else the one that moves it furthest down
@@ -49,13 +51,16 @@ def diagnose(
         step = _best(left, trial, found, candidates([each.change for each in found], left))
         if step is None:
             break
-        found.append(step[0])
+        found += step[0]
         left = step[1]
     lines = [str(each) for each in found]
     if left is None:
         lines.append(f"With {'this' if len(found) == 1 else 'these'} imitated in PyTorch, the two agree.")
     elif found:
-        lines.append(f"With this imitated in PyTorch, the first difference is {left.first}, of unknown cause.")
+        these = "this" if len(found) == 1 else "these"
+        lines.append(
+            f"With {these} imitated in PyTorch, the first difference is {left.first}; no known cause explains it."
+        )
     else:
         lines.append(
             f"No known cause explains it; look at the code between {left.first} and the value before it. "
@@ -65,45 +70,63 @@ def diagnose(
 
 
 def _best(
-    left: DifferenceError, trial: Trial, found: Sequence[Finding], candidates: Sequence[Finding]
-) -> tuple[Finding, DifferenceError | None] | None:
+    left: DifferenceError, trial: Trial, found: Sequence[Finding], candidates: Iterable[Iterable[Findings]]
+) -> tuple[Findings, DifferenceError | None] | None:
     """The candidate that gets furthest, and the difference that is left with it; None if none gets further."""
-    best: tuple[Finding, DifferenceError | None] | None = None
-    for candidate in candidates:
-        try:
-            rest = trial([*(each.change for each in found), candidate.change])
-        except (RuntimeError, ValueError, IndexError, AssertionError):
-            continue  # the network cannot be computed in this way
-        if rest is None:
-            return candidate, None
-        if rest.order > (left if best is None or best[1] is None else best[1]).order:
-            best = candidate, rest
+    best: tuple[Findings, DifferenceError] | None = None
+    for group in candidates:
+        for candidate in group:
+            try:
+                rest = trial([each.change for each in (*found, *candidate)])
+            except (RuntimeError, ValueError, IndexError, AssertionError):
+                continue  # the network cannot be computed in this way
+            if rest is None:
+                return candidate, None
+            if rest.order > (best[1] if best else left).order:
+                best = candidate, rest
+        if best:
+            break
     return best
 
 
 def in_forward_pass(pair: Pair, train: bool) -> Candidates:
-    """Candidates for a difference in a forward pass, nearest to the first difference first."""
+    """Candidates for a difference in a forward pass.
 
-    def candidates(changes: Sequence[Change], left: DifferenceError) -> list[Finding]:
+    First one mistake, nearest to the first difference first; then two of those that are between the first difference
+    and the value before it, where neither alone would show.
+    """
+
+    def candidates(changes: Sequence[Change], left: DifferenceError) -> Iterator[Iterable[Findings]]:
         events = on_torch(torch_side.calls_of, pair.torch, pair.arrays, pair.batch(0), train, changes)
         calls = [event for event in events if isinstance(event, Call)]
         near = _suspects(events, left.first)
-        return [*_at_one_site(near), *_everywhere(calls), *_at_one_site([call for call in calls if call not in near])]
+        far = [call for call in calls if call not in near]
+        yield _alone([*_at_one_site(near), *_everywhere(calls), *_at_one_site(far)])
+        yield (two for two in combinations(_at_one_site(near), 2) if two[0].change.site != two[1].change.site)
 
     return candidates
+
+
+def _alone(findings: Iterable[Finding]) -> Iterator[Findings]:
+    return ((each,) for each in findings)
 
 
 def in_training(pair: Pair, settings: Mapping[str, Any]) -> Candidates:
     """Candidates for a difference in updates or in a training: the optimizer's settings, then the forward pass."""
 
-    def candidates(changes: Sequence[Change], left: DifferenceError) -> list[Finding]:
-        return [*in_optimizer(settings), *in_forward_pass(pair, True)(changes, left)]
+    def candidates(changes: Sequence[Change], left: DifferenceError) -> Iterator[Iterable[Findings]]:
+        yield from in_updates(settings)(changes, left)
+        yield from in_forward_pass(pair, True)(changes, left)
 
     return candidates
 
 
-def in_optimizer(settings: Mapping[str, Any]) -> list[Finding]:
+def in_updates(settings: Mapping[str, Any]) -> Candidates:
     """Candidates for a difference in updates, for the settings of PyTorch's optimizer."""
+    return lambda changes, left: (_alone(_of_optimizer(settings)),)
+
+
+def _of_optimizer(settings: Mapping[str, Any]) -> list[Finding]:
     result = []
     for name, cause in OPTIMIZER_CAUSES.items():
         for value in cause.values(settings):

@@ -25,7 +25,7 @@ from parity_tests.support.compare import (
     largest,
     relative,
 )
-from parity_tests.support.diagnose import Trial, diagnose, in_forward_pass, in_optimizer, in_training, of_scale
+from parity_tests.support.diagnose import Trial, diagnose, in_forward_pass, in_training, in_updates, of_scale
 from parity_tests.support.imitate import Change
 from parity_tests.support.jax_side import How, is_buffer, make_jax_pass
 from parity_tests.support.pair import Pair
@@ -135,7 +135,7 @@ def updates(budget: Budget, pair: Pair, count: int = UPDATES) -> None:
         compare_updates(budget, pair.dtype, got, want, str(pair))
 
     settings = on_torch(torch_training.settings, pair.torch)
-    _explained(budget, compare, want, again, lambda changes, left: in_optimizer(settings))
+    _explained(budget, compare, want, again, in_updates(settings))
 
 
 def trajectory(budget: Budget, pair: Pair, steps: int = STEPS) -> tuple[Trajectory, Trajectory]:

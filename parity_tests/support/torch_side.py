@@ -115,7 +115,8 @@ class TorchHalf:
         return any(name == each or (each.endswith(".") and name.startswith(each)) for each in self.left_out)
 
 
-NORMS = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
+NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
+"""Kinds of layers whose `weight` is a scale."""
 
 
 def our_torch(case: Case, optimizer: Any = None) -> TorchHalf:
