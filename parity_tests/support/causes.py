@@ -269,7 +269,7 @@ CAUSES: dict[str, Cause] = {
         lambda call: [True] if len(call.arguments["input"]) == 4 else [],
         _channels_last,
         lambda call, value: "pixels are flattened in the order (H, W, C), in PyTorch (C, H, W)",
-        "Transpose to (N, C, H, W) before flattening, or permute the inputs of the linear layer in the table of names",
+        "Transpose to (N, C, H, W) before flattening",
     ),
 }
 """Mistakes that show in a forward pass, its gradients or its running statistics."""

@@ -38,7 +38,9 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, changes: Sequence[Change], calls: list[Any] | None) -> None:
         super().__init__()
-        self.changes, self.calls = changes, calls
+        # The last to be applied is the first to see the arguments: plain settings, which `CAUSES` lists first.
+        self.changes = sorted(changes, key=lambda change: -list(CAUSES).index(change.cause))
+        self.calls = calls
         self.modules: list[str] = [""]
         self.count: dict[str, int] = {}
 
@@ -59,8 +61,8 @@ class _Mode(TorchFunctionMode):
             shapes = {key: tuple(v.shape) if isinstance(v, Tensor) else v for key, v in given.items()}
             self.calls.append(Call(site, name, shapes))
         for change in self.changes:
-            cause = CAUSES.get(change.cause)
-            if cause and name in cause.functions and change.site in (site, f"*:{name}"):
+            cause = CAUSES[change.cause]
+            if name in cause.functions and change.site in (site, f"*:{name}"):
                 run = _wrapped(cause, run, change.value)
         return run(**given)
 
@@ -86,7 +88,7 @@ def imitated(module: torch.nn.Module, changes: Sequence[Change], calls: list[Any
     if calls is None and not any(change.cause in CAUSES for change in changes):
         yield
         return
-    mode = _Mode(changes, calls)
+    mode = _Mode([change for change in changes if change.cause in CAUSES], calls)
 
     def enter(name: str) -> Callable[..., None]:
         return lambda *_: mode.modules.append(name)
