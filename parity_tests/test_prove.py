@@ -13,7 +13,9 @@ from parity_tests.example import original, port
 from parity_tests.example.pair import FIRST, PAIR, make
 from parity_tests.support import harness, prove
 from parity_tests.support.budget import Budget
-from parity_tests.support.pair import CONVOLUTION, Layout, Pair, names_of
+from parity_tests.support.case import Case
+from parity_tests.support.pair import CONVOLUTION, Layout, Pair, names_of, our_pair
+from pdrunet_jax.model import layers
 from pdrunet_jax.runtime.errors import RunError, UserError
 
 
@@ -175,6 +177,14 @@ def test_every_mistake_of_a_first_draft_is_named_in_one_run() -> None:
     assert found[:3] == first
     assert sorted(found[3:]) == ["approximate GELU", "flatten order", "resize"]
     assert message.endswith("With these imitated in PyTorch, the two agree.")
+
+
+def test_fault_of_every_normalisation_of_our_network_is_one_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "EPSILON", 1e-3)
+    with pytest.raises(AssertionError, match=r"first std_block\.bnorm1 ") as failure:
+        harness.outputs(Budget(), our_pair(Case(shape=(1, 8, 8))), False)
+    assert "likely cause: epsilon in every batch_norm: eps is 0.001" in str(failure.value)
+    assert str(failure.value).count("likely cause") == 1
 
 
 def test_unknown_fault_is_said_to_be_unknown() -> None:

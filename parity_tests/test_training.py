@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from parity_tests.support import jax_training, torch_training
+from parity_tests.support import harness, jax_training, torch_training
 from parity_tests.support.budget import Budget
 from parity_tests.support.case import Case, Trajectory
 from parity_tests.support.cases import state_of
 from parity_tests.support.compare import compare_trajectories, largest
 from parity_tests.support.jax_training import Training
+from parity_tests.support.pair import Pair, our_pair
 from parity_tests.support.torch_side import TorchHalf, on_torch, our_torch
 from pdrunet_jax.config import OptimConfig, to_dict
 from pdrunet_jax.convert import __main__ as convert
@@ -48,6 +49,12 @@ def torch_half(training: Training) -> TorchHalf:
     return our_torch(training.case, partial(make_optimizer, settings=vars(training.optim)))
 
 
+def pair_of(training: Training) -> Pair:
+    """The pair of the network with the batches and the optimizer of a training."""
+    batches, pair = jax_training.as_steps(training), our_pair(training.case)
+    return dataclasses.replace(pair, name=str(training), torch=torch_half(training), batch=batches.__getitem__)
+
+
 @cache
 def in_torch(training: Training, steps: int = ALL) -> Trajectory:
     batches = jax_training.as_steps(training, slice(0, steps))
@@ -62,7 +69,7 @@ def in_jax(training: Training, steps: int = ALL) -> Trajectory:
 
 @pytest.mark.parametrize("training", TRAININGS, ids=str)
 def test_fifty_steps_agree_in_float64(training: Training, budget: Budget) -> None:
-    compare_trajectories(budget, 8, training.case, in_jax(training), in_torch(training), str(training))
+    harness.trajectory(budget, pair_of(training), ALL, in_jax(training), in_torch(training))
 
 
 def test_a_few_steps_agree_in_float32(budget: Budget) -> None:

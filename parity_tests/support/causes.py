@@ -182,7 +182,11 @@ CAUSES: dict[str, Cause] = {
     ),
     "momentum": Cause(
         ("batch_norm",),
-        _others("momentum", (0.01, 0.9, 0.001, 0.05, 0.1, 0.003, 0.02, 0.2, 0.5, 0.99)),
+        lambda call: (
+            _others("momentum", (0.01, 0.9, 0.001, 0.05, 0.1, 0.003, 0.02, 0.2, 0.5, 0.99))(call)
+            if call.arguments.get("training")
+            else []
+        ),
         _set("momentum"),
         lambda call, value: (
             f"the running statistics take {value:g} of a new batch, in PyTorch {call.arguments.get('momentum', 0.1):g}"
@@ -191,7 +195,7 @@ CAUSES: dict[str, Cause] = {
     ),
     "unbiased variance": Cause(
         ("batch_norm",),
-        lambda call: [True],
+        lambda call: [True] if call.arguments.get("training") else [],
         _biased,
         lambda call, value: "the running variance averages the biased variance, in PyTorch the unbiased one",
         "Multiply the variance by n / (n - 1) before it enters the running variance, not for the normalisation",

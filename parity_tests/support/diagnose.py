@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parity_tests.support import torch_side
+from parity_tests.support import torch_side, torch_training
 from parity_tests.support.budget import DifferenceError
 from parity_tests.support.case import Pass
 from parity_tests.support.causes import CAUSES, OPTIMIZER_CAUSES, Call
@@ -111,19 +111,19 @@ def _alone(findings: Iterable[Finding]) -> Iterator[Findings]:
     return ((each,) for each in findings)
 
 
-def in_training(pair: Pair, settings: Mapping[str, Any]) -> Candidates:
-    """Candidates for a difference in updates or in a training: the optimizer's settings, then the forward pass."""
+def in_training(pair: Pair) -> Candidates:
+    """Candidates for a difference in a training: the optimizer's settings, then the forward pass."""
 
     def candidates(changes: Sequence[Change], left: DifferenceError) -> Iterator[Iterable[Findings]]:
-        yield from in_updates(settings)(changes, left)
+        yield from in_updates(pair)(changes, left)
         yield from in_forward_pass(pair, True)(changes, left)
 
     return candidates
 
 
-def in_updates(settings: Mapping[str, Any]) -> Candidates:
+def in_updates(pair: Pair) -> Candidates:
     """Candidates for a difference in updates, for the settings of PyTorch's optimizer."""
-    return lambda changes, left: (_alone(_of_optimizer(settings)),)
+    return lambda changes, left: (_alone(_of_optimizer(on_torch(torch_training.settings, pair.torch))),)
 
 
 def _of_optimizer(settings: Mapping[str, Any]) -> list[Finding]:

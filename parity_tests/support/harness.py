@@ -134,25 +134,25 @@ def updates(budget: Budget, pair: Pair, count: int = UPDATES) -> None:
     def compare(budget: Budget, want: list[Arrays]) -> None:
         compare_updates(budget, pair.dtype, got, want, str(pair))
 
-    settings = on_torch(torch_training.settings, pair.torch)
-    _explained(budget, compare, want, again, in_updates(settings))
+    _explained(budget, compare, want, again, in_updates(pair))
 
 
-def trajectory(budget: Budget, pair: Pair, steps: int = STEPS) -> tuple[Trajectory, Trajectory]:
-    """Level 8: a training in each framework."""
-    got = follow(pair.trainer, pair.trainer.start(pair.arrays), range(steps))[1]
-    batches = {number: pair.batch(number) for number in range(steps)}
+def trajectory(
+    budget: Budget, pair: Pair, steps: int = STEPS, got: Trajectory | None = None, want: Trajectory | None = None
+) -> Trajectory:
+    """Level 8: a training in each framework; returns PyTorch's."""
+    got = got or follow(pair.trainer, pair.trainer.start(pair.arrays), range(steps))[1]
 
     def again(changes: Sequence[Change]) -> Trajectory:
+        batches = {number: pair.batch(number) for number in range(steps)}
         return on_torch(torch_training.train, pair.torch, pair.arrays, batches, list(changes))
 
     def compare(budget: Budget, want: Trajectory) -> None:
-        compare_trajectories(budget, 8, pair, got, want, f"{steps} steps, {pair}")
+        compare_trajectories(budget, 8, pair, got, want, str(pair))
 
-    want = again(())
-    settings = on_torch(torch_training.settings, pair.torch)
-    _explained(budget, compare, want, again, in_training(pair, settings))
-    return got, want
+    want = want or again(())
+    _explained(budget, compare, want, again, in_training(pair))
+    return want
 
 
 def swapped(budget: Budget, pair: Pair, straight: Trajectory, steps: int = STEPS) -> None:
@@ -200,7 +200,7 @@ def prove(pair: Pair, budget: Budget, say: Callable[[str], None] = lambda line: 
         return
     updates(budget, pair)
     say(f"level 7: {UPDATES} updates agree")
-    straight = trajectory(budget, pair, steps)[1]
+    straight = trajectory(budget, pair, steps)
     say(f"level 8: {steps} training steps agree")
     if not rough:
         swapped(budget, pair, straight, steps)
