@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from parity_tests.example import original, port
+from parity_tests.example import pair as example
 from parity_tests.example.pair import FIRST, PAIR, make
 from parity_tests.support import harness, prove
 from parity_tests.support.budget import Budget
@@ -91,7 +92,6 @@ def nothing(model: Any) -> None:
 
 NAMES = names_of(original.Locator())
 UP = {"up.weight": ("up.kernel", Layout((2, 3, 0, 1)))}
-FLATTENED_BY_DEFAULT = broken(nothing, ChannelsLast)
 
 FORWARD: dict[str, tuple[Pair, str]] = {
     "epsilon of a batch norm": (with_setting("stem_norm", "epsilon", 1e-3), "epsilon in stem_norm (batch_norm)"),
@@ -106,7 +106,7 @@ FORWARD: dict[str, tuple[Pair, str]] = {
         "PyTorch with align_corners=True",
     ),
     "jax.image.resize": (broken(nothing, Smoothed), "as with align_corners=False, antialias=True"),
-    "flatten order": (FLATTENED_BY_DEFAULT, "flatten order"),
+    "flatten order": (broken(nothing, ChannelsLast), "flatten order"),
 }  # fmt: skip
 """Faults that show in evaluation: the pair, and what the diagnosis says."""
 
@@ -188,12 +188,12 @@ def test_fault_of_every_normalisation_of_our_network_is_one_cause(monkeypatch: p
 
 
 def test_unknown_fault_is_said_to_be_unknown() -> None:
-    class Doubled(port.Locator):
+    class Sine(port.Locator):
         def resize(self, x: jax.Array) -> jax.Array:
             return jnp.sin(super().resize(x))
 
     with pytest.raises(AssertionError, match=r"first mix .*\nNo known cause explains it"):
-        harness.outputs(standard(), broken(nothing, Doubled), False)
+        harness.outputs(standard(), broken(nothing, Sine), False)
 
 
 def test_table_that_does_not_fit_is_refused_with_every_problem() -> None:
@@ -214,12 +214,12 @@ def test_table_that_does_not_fit_is_refused_with_every_problem() -> None:
 def test_command_proves_a_pair_or_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import parity_tests.example.pair as module
-
-    monkeypatch.setattr(module, "PAIR", FORWARD["epsilon of a batch norm"][0])
+    monkeypatch.setattr(example, "PAIR", FORWARD["epsilon of a batch norm"][0])
     with pytest.raises(RunError, match="likely cause: epsilon"):
         prove.main(["parity_tests.example.pair:PAIR"])
     assert capsys.readouterr().out.startswith("level 1: names and shapes agree")
     for wrong in ("parity_tests.example.pair:PAIRS", "no.such.module:PAIR", "parity_tests.example.pair:make"):
         with pytest.raises(UserError, match=wrong.partition(":")[0]):
             prove.main([wrong])
+    with pytest.raises(UserError, match="--steps 1"):
+        prove.main(["parity_tests.example.pair:PAIR", "--steps", "1"])

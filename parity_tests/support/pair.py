@@ -278,7 +278,12 @@ def port(
         silenced: biases that a normalisation removes; their gradients are rounding noise and compared as such.
         left_out: names in the original's state dict that the Flax module lacks by design, or their beginnings, which
             end in a dot. Always left out: `num_batches_tracked`, unless it is in the table.
+
+    Raises:
+        ValueError: an optimizer for one side only.
     """
+    if (optimizer is None) != (torch_optimizer is None):
+        raise ValueError("give both optimizer and torch_optimizer, or neither")
     original = torch()
     names = names_of(original) if names is None else names
     counts = [key for key in original.state_dict() if key.endswith("num_batches_tracked") and key not in names]

@@ -26,7 +26,7 @@ class Options:
     pair: Annotated[str, tyro.conf.Positional]
     """Where the pair is: a module and the name in it of what `parity_tests.support.pair.port` returned, module:NAME."""
     steps: int = harness.STEPS
-    """Training steps of levels 8 and 9."""
+    """Training steps of levels 8 and 9, 2 or more."""
     walk: bool = False
     """Print the difference of every activation first."""
 
@@ -46,6 +46,8 @@ def find(place: str) -> Pair:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; raise `RunError` at the first level that fails."""
     options = tyro.cli(Options, args=arguments, prog="python -m parity_tests.support.prove")
+    if options.steps < 2:
+        raise UserError(f"--steps {options.steps}: a training that changes frameworks has 2 steps or more")
     pair, budget = find(options.pair), Budget(ours=False)
     torch_side.exact()
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
