@@ -92,6 +92,7 @@ def nothing(model: Any) -> None:
 
 NAMES = names_of(original.Locator())
 RESIZE = "resize in interpolate, called outside of the layers: it resizes as with"
+SWAPPED = {"stem.weight": ("stem.kernel", Layout((3, 2, 1, 0)))}
 UP = {"up.weight": ("up.kernel", Layout((2, 3, 0, 1)))}
 
 FORWARD: dict[str, tuple[Pair, str]] = {
@@ -101,6 +102,7 @@ FORWARD: dict[str, tuple[Pair, str]] = {
     "strided convolution": (with_setting("stem", "padding", "SAME"), "padding in stem (conv2d)"),
     "transposed convolution": (with_setting("up", "padding", "SAME"), "padding of a transposed convolution in up"),
     "mirrored kernel": (make(names=NAMES | UP), "kernel layout in up (conv_transpose2d): its kernel is used mirrored"),
+    "swapped sides": (make(names=NAMES | SWAPPED), "kernel layout in stem (conv2d): its kernel is used with height and"),
     "align_corners": (broken(nothing, Resized), f"{RESIZE} align_corners=False, PyTorch with align_corners=True"),
     "jax.image.resize": (broken(nothing, Smoothed), f"{RESIZE} align_corners=False, antialias=True, PyTorch with"),
     "flatten order": (broken(nothing, ChannelsLast), "flatten order"),
