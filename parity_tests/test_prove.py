@@ -102,7 +102,7 @@ FORWARD: dict[str, tuple[Pair, str]] = {
     "strided convolution": (with_setting("stem", "padding", "SAME"), "padding in stem (conv2d)"),
     "transposed convolution": (with_setting("up", "padding", "SAME"), "padding of a transposed convolution in up"),
     "mirrored kernel": (make(names=NAMES | UP), "kernel layout in up (conv_transpose2d): its kernel is used mirrored"),
-    "swapped sides": (make(names=NAMES | SWAPPED), "kernel layout in stem (conv2d): its kernel is used with height and"),
+    "swapped sides": (make(names=NAMES | SWAPPED), "kernel layout in stem (conv2d): its kernel is used with height"),
     "align_corners": (broken(nothing, Resized), f"{RESIZE} align_corners=False, PyTorch with align_corners=True"),
     "jax.image.resize": (broken(nothing, Smoothed), f"{RESIZE} align_corners=False, antialias=True, PyTorch with"),
     "flatten order": (broken(nothing, ChannelsLast), "flatten order"),
