@@ -1,0 +1,148 @@
+"""From a scene to path lengths through each material, and the silhouette of each bone."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Picture, path_lengths
+from pdrunet_jax.data.phantoms.surfaces.scene import Placed, Scene
+from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh
+
+_TOUCH = 0.02  # length in mm from which a ray counts as passing through a bone
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What the rays of a scene pass through."""
+
+    lengths: dict[str, Picture]
+    """Path length (H, W) in mm through each material of `physics.MATERIALS`."""
+    masks: dict[str, NDArray[np.bool_]]
+    """Silhouette (H, W) of each named bone; silhouettes overlap."""
+    body: NDArray[np.bool_]
+    """Where the patient is."""
+
+
+def render(scene: Scene, rng: np.random.Generator) -> Rendered:
+    """Cast the rays of a scene; `rng` draws the density of spongy bone and the texture of bone and muscle."""
+    shape = scene.camera.shape
+    bone, solid = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    marrow = np.zeros(shape, np.float32)
+    masks: dict[str, NDArray[np.bool_]] = {}
+    trabeculae = _trabeculae(shape, rng, scene.camera.pitch)
+    ends, canal = float(rng.uniform(0.1, 0.24)), float(rng.uniform(0.0, 0.03))
+    density = float(rng.uniform(0.8, 1.1))
+    for each in scene.bones:
+        window, outer, inner, along = _cast_bone(each, scene.camera)
+        if not outer.size:
+            continue
+        if each.part == "wall":
+            bone[window] += outer * np.float32(density)
+            inner = np.zeros_like(outer)
+        elif inner is None:  # spongy bone with a surface of its own
+            inner = outer
+        spongy = np.full_like(outer, ends) if along is None else _spongy_share(along, ends, canal)
+        spongy *= 1 + np.float32(0.3) * trabeculae[window]
+        if each.part != "wall":
+            bone[window] += np.float32(density) * ((outer - inner) + spongy * inner)
+        marrow[window] += (1 - spongy) * inner
+        solid[window] += outer
+        if each.name:
+            mask = masks.setdefault(each.name, np.zeros(shape, np.bool_))
+            mask[window] |= outer > _TOUCH
+
+    # Soft tissue fills what the bones leave; marrow is mostly fat.
+    skin, fascia = (_tissue(scene, kind) for kind in ("skin", "fascia"))
+    planes = _cloud(shape, rng, 14, 6)
+    streaks = np.clip(planes - 0.6, 0, 0.5) * np.float32(0.35)
+    inside = np.maximum(fascia - solid, 0) * (1 + np.float32(0.02) * _cloud(shape, rng, 5, 5))
+    lengths = {
+        "muscle": inside * (1 - streaks),
+        "fat": np.maximum(skin - np.maximum(fascia, solid), 0) + inside * streaks + np.maximum(marrow, 0),
+        "bone": np.maximum(bone, 0),
+    }
+    for kind, mesh in scene.metal:
+        window, part = _cast_rays(mesh, scene.camera)
+        lengths.setdefault(kind, np.zeros(shape, np.float32))[window] += part
+    for outside, within in scene.casts:
+        wall = _whole(outside, scene.camera) - _whole(within, scene.camera)
+        lengths["plaster"] = np.maximum(wall, 0) * (1 + np.float32(0.12) * _cloud(shape, rng, 60, 60))
+    return Rendered(lengths, masks, skin > 0)
+
+
+def _cast_bone(bone: Placed, camera: Camera) -> tuple[tuple[slice, slice], Picture, Picture | None, Picture | None]:
+    """A bone's window in the picture; there, the lengths inside its outer and inner surface and the place along it."""
+    projected = camera.project(bone.mesh.vertices)
+    window, outer = path_lengths(projected, bone.mesh.faces, camera.shape)
+    inner = None
+    if bone.inner is not None and outer.size:
+        inner = np.zeros_like(outer)
+        part, lengths = _cast_rays(Mesh(bone.inner, bone.mesh.faces), camera)
+        rows, columns = window
+        top, left = part[0].start - rows.start, part[1].start - columns.start
+        up, across = max(top, 0), max(left, 0)
+        shown = lengths[up - top :, across - left :][: outer.shape[0] - up, : outer.shape[1] - across]
+        inner[up : up + shown.shape[0], across : across + shown.shape[1]] = shown
+        inner = np.minimum(inner, outer)
+    if bone.along is None or not outer.size:
+        return window, outer, inner, None
+    # The place along the bone, as the linear function of column and row that fits its vertices best.
+    some = slice(None, None, max(1, len(projected) // 500))
+    system = np.column_stack([projected[some, :2], np.ones(len(projected[some]))])
+    across, down, constant = np.linalg.lstsq(system, bone.along[some], rcond=None)[0]
+    rows, columns = (np.arange(part.start, part.stop, dtype=np.float32) for part in window)
+    along = np.float32(across) * columns + (np.float32(down) * rows + np.float32(constant))[:, None]
+    return window, outer, inner, along
+
+
+def _cast_rays(mesh: Mesh, camera: Camera) -> tuple[tuple[slice, slice], Picture]:
+    return path_lengths(camera.project(mesh.vertices), mesh.faces, camera.shape)
+
+
+def _whole(mesh: Mesh, camera: Camera) -> Picture:
+    window, lengths = _cast_rays(mesh, camera)
+    picture = np.zeros(camera.shape, np.float32)
+    picture[window] = lengths
+    return picture
+
+
+def _tissue(scene: Scene, kind: str) -> Picture:
+    """Length (H, W) inside skin or fascia: the longest of each group, all groups summed."""
+    groups: dict[int, Picture] = {}
+    for skin in scene.skins:
+        whole = _whole(getattr(skin, kind), scene.camera)
+        groups[skin.group] = np.maximum(groups[skin.group], whole) if skin.group in groups else whole
+    return np.asarray(sum(groups.values()), np.float32)
+
+
+def _spongy_share(along: Picture, ends: float, canal: float) -> Picture:
+    """Share of mineral inside the cortex of a long bone: spongy ends, marrow in the shaft."""
+    end = np.clip((np.float32(0.26) - np.minimum(along, 1 - along)) / np.float32(0.2), 0, 1)
+    return np.asarray(canal + (ends - canal) * end * end * (3 - 2 * end), np.float32)
+
+
+def _trabeculae(shape: tuple[int, int], rng: np.random.Generator, pitch: float) -> Picture:
+    """Noise of about unit variance in streaks of a mm by some mm, along the rows or the columns."""
+    fine = max(0.6, 0.7 / pitch)
+    noise = rng.standard_normal(shape, np.float32)
+    upright = shape[0] >= shape[1] or rng.random() < 0.5
+    widths = (2.5 * fine, fine) if upright else (fine, 2.5 * fine)
+    smooth = ndimage.gaussian_filter(noise, widths, truncate=2.5)
+    return np.asarray(smooth / max(float(smooth.std()), 1e-6), np.float32)
+
+
+def _cloud(shape: tuple[int, int], rng: np.random.Generator, rows: int, columns: int) -> Picture:
+    """Smooth noise of about unit variance: a coarse random grid, interpolated."""
+    grid = rng.standard_normal((rows + 2, columns + 2), np.float32)
+    down, right = (_weights(count + 2, side) for count, side in ((rows, shape[0]), (columns, shape[1])))
+    return np.asarray(down @ grid @ right.T, np.float32)
+
+
+def _weights(cells: int, size: int) -> Picture:
+    """(size, cells) Weights of quadratic interpolation between cells."""
+    place = np.linspace(0.5, cells - 1.5, size)[:, None] - np.arange(cells)
+    near = np.abs(place)
+    weights = np.where(near < 0.5, 0.75 - near**2, np.where(near < 1.5, 0.5 * (1.5 - near) ** 2, 0))
+    return np.asarray(weights * 1.4, np.float32)

@@ -1,0 +1,408 @@
+"""A patient in front of the detector: posed bones of one or both legs, soft tissue, foot, implants, cast, and the camera.
+
+Everything before the camera is in the frame of `bodies`: x to the patient's right, y forward, z up, the knee at 0.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pdrunet_jax.data.phantoms.surfaces.bodies import Body, Bone, normals
+from pdrunet_jax.data.phantoms.surfaces.hardware import IMPLANTS, draw_implant
+from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Faces, Points
+from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh
+from pdrunet_jax.data.phantoms.surfaces.tissue import (
+    Build,
+    draw_build,
+    foot_bones,
+    foot_tissue,
+    leg_tissue,
+    spine,
+    trunk_tissue,
+)
+
+View = Literal["knee", "lower-leg", "thigh", "leg", "legs", "ankle", "hip", "pelvis", "foot"]
+VIEWS: tuple[View, ...] = get_args(View)
+Projection = Literal["ap", "lateral", "oblique"]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How pictures of a view are framed."""
+
+    share: float
+    """How often it is drawn, of the views that a body's bones allow."""
+    height: tuple[float, float]
+    """Least and largest height of the field in mm; for leg and legs, of what is added to the length of the leg."""
+    aspect: tuple[float, float]
+    """Least and largest width of the field relative to its height."""
+    projections: tuple[float, float, float]
+    """How often it is taken from the front, from the side and obliquely."""
+    needs: str = "femur"
+    """The bone without which there is no such view."""
+
+
+FRAMINGS: dict[View, Framing] = {
+    "knee": Framing(0.34, (200, 380), (0.55, 1.1), (0.5, 0.32, 0.18)),
+    "lower-leg": Framing(0.16, (330, 470), (0.35, 1.0), (0.55, 0.35, 0.1)),
+    "thigh": Framing(0.1, (330, 470), (0.4, 1.0), (0.55, 0.35, 0.1)),
+    "leg": Framing(0.1, (-120, 120), (0.25, 0.45), (0.85, 0.15, 0.0)),
+    "legs": Framing(0.1, (20, 200), (0.38, 0.52), (1.0, 0.0, 0.0)),
+    "ankle": Framing(0.07, (180, 300), (0.6, 1.1), (0.5, 0.35, 0.15)),
+    "hip": Framing(0.06, (240, 380), (0.7, 1.2), (0.85, 0.0, 0.15), "pelvis"),
+    "pelvis": Framing(0.05, (320, 420), (1.05, 1.35), (1.0, 0.0, 0.0), "pelvis"),
+    "foot": Framing(0.02, (220, 320), (0.7, 1.2), (0.2, 0.5, 0.3), "foot"),
+}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A bone in the frame of the camera: u to the right, v down, height above the detector, in mm."""
+
+    name: str
+    """The class whose mask it belongs to; empty for bones without a mask."""
+    part: str
+    """As in `Bone`."""
+    mesh: Mesh
+    inner: Points | None
+    """The inside of the cortex."""
+    along: NDArray[np.float64] | None
+    """Place of each vertex along a long bone, from 0 to 1; None for short and flat bones."""
+
+
+@dataclass(frozen=True)
+class Skin:
+    """Soft tissue in the frame of the camera."""
+
+    skin: Mesh
+    fascia: Mesh
+    """The inside of the fat."""
+    group: int
+    """Tissues of one group join and overlap there; those of different groups are apart."""
+
+
+@dataclass
+class Scene:
+    """All that the X-rays pass through."""
+
+    view: View
+    projection: Projection
+    side: str
+    """right, left or both."""
+    build: Build
+    camera: Camera
+    bones: list[Placed] = field(default_factory=list)
+    skins: list[Skin] = field(default_factory=list)
+    metal: list[tuple[str, Mesh]] = field(default_factory=list)
+    casts: list[tuple[Mesh, Mesh]] = field(default_factory=list)
+    """Outside and inside of each cast."""
+
+
+@dataclass(frozen=True)
+class Chances:
+    """How often things are drawn that make a radiograph hard to read."""
+
+    implant: float = 0.12
+    cast: float = 0.05
+
+
+Move = Callable[[Points], Points]
+
+
+@dataclass
+class _Leg:
+    """A posed right leg, with what it carries."""
+
+    moves: dict[str, Move]
+    """Where the points of each class go."""
+    joints: Points
+    """(3, 3) hip, knee and ankle."""
+    bones: list[Placed]
+    skins: list[Skin]
+    metal: list[tuple[str, Mesh]]
+    casts: list[tuple[Mesh, Mesh]]
+
+
+def views_of(body: Body) -> list[View]:
+    """The views that the bones of a body allow."""
+    names = {bone.name for bone in body.bones}
+    return [view for view in VIEWS if FRAMINGS[view].needs in names]
+
+
+def draw_scene(
+    body: Body, rng: np.random.Generator, size: int, chances: Chances, views: Sequence[View] = VIEWS
+) -> Scene:
+    """Draw a patient with the shape of `body`, a pose and a camera; the picture's longest side is `size` pixels.
+
+    `views` are those to choose from; at least one must be in `views_of(body)`.
+    """
+    able = [view for view in views_of(body) if view in views]
+    shares = np.array([FRAMINGS[view].share for view in able])
+    view = able[int(rng.choice(len(able), p=shares / shares.sum()))]
+    framing = FRAMINGS[view]
+    projection: Projection = get_args(Projection)[int(rng.choice(3, p=framing.projections))]
+    both = view in ("legs", "pelvis", "hip") or (view == "knee" and projection == "ap" and rng.random() < 0.2)
+    growth = rng.uniform(0.88, 1.12) * np.array((*rng.uniform(0.93, 1.08, 2), 1.0))
+    build = draw_build(rng)
+    middle = float(body.middle * growth[0])
+
+    # Both legs, and what is between them.
+    flexion = _flexion(view, projection, rng)
+    legs = [_draw_leg(body, rng, growth, build, flexion, view, chances)]
+    if both:
+        legs.append(_mirrored(_draw_leg(body, rng, growth, build, flexion, view, chances), middle))
+    everything = _joined(legs)
+    if view in ("thigh", "leg", "legs", "hip", "pelvis"):
+        _add_pelvis(everything, body, rng, growth, middle, build)
+
+    # Only a picture of both legs shows both sides by right.
+    side = "both" if both and view != "hip" else str(rng.choice(["right", "left"]))
+    target = _target(view, everything.joints, middle, both)
+    if side == "left" or (side == "both" and rng.random() < 0.5):
+        everything, target = _mirrored(everything, 0.0), target * (-1, 1, 1)
+    turn = _turn(projection, rng, both)
+    camera, shift = _camera(everything, turn, target, view, both, rng, size)
+    return _placed(everything, turn, shift, Scene(view, projection, side, build, camera))
+
+
+def _flexion(view: View, projection: Projection, rng: np.random.Generator) -> float:
+    """Flexion of the knee in degrees."""
+    if view == "knee" and projection == "lateral":
+        return float(min(abs(rng.normal(20, 28)), 110))
+    return float(abs(rng.normal(0, 18 if projection == "lateral" else 5)))
+
+
+def _draw_leg(
+    body: Body,
+    rng: np.random.Generator,
+    growth: NDArray[np.float64],
+    build: Build,
+    flexion: float,
+    view: View,
+    chances: Chances,
+) -> _Leg:
+    """Draw a right leg in the frame of the body."""
+    hip, ankle = body.hip * growth, body.ankle * growth
+    knee = np.array((0.0, -4.0, -4.0))
+    swing = _rotation(rng.normal(0, 3), rng.normal(2, 3), rng.normal(0, 9))
+
+    def at_hip(points: Points) -> Points:
+        return np.asarray((points - hip) @ swing.T + hip)
+
+    bent = _rotation(-flexion, rng.normal(0, 3), rng.normal(0, 3))
+    glide = _rotation(-0.6 * flexion, rng.normal(0, 3), rng.normal(0, 3))
+
+    def with_shin(points: Points) -> Points:
+        return at_hip((points - knee) @ bent.T + knee)
+
+    def with_patella(points: Points) -> Points:
+        return at_hip((points - knee) @ glide.T + knee)
+
+    moves: dict[str, Move] = {"femur": at_hip, "patella": with_patella, "pelvis": lambda points: points}
+    moves |= dict.fromkeys(("tibia", "fibula", "foot"), with_shin)
+
+    # Bones: a patient's cortex is thinner or thicker than the body's.
+    cortex = float(rng.uniform(0.55, 1.25))
+    placed = [
+        _place(bone, moves[bone.name], growth, cortex)
+        for bone in body.bones
+        if bone.name != "pelvis" and bone.side != "left"
+    ]
+    joints = np.stack([at_hip(hip), at_hip(knee), with_shin(ankle)])
+    points = np.concatenate([bone.mesh.vertices for bone in placed if bone.name != "foot"])
+    skin, fascia = leg_tissue(joints, points[:: max(1, len(points) // 5000)], build, rng)
+    leg = _Leg(moves, joints, placed, [Skin(skin, fascia, 0)], [], [])
+    if view in ("lower-leg", "ankle", "leg", "legs", "foot"):
+        _add_foot(leg, body, rng, growth, build)
+    if rng.random() < chances.implant:
+        place = _place_of(view, hip, ankle)
+        kinds = [kind for kind in IMPLANTS if kind != "hip" or view in ("hip", "pelvis", "leg", "legs", "thigh")]
+        femur, tibia = (body.bone(name).mesh.vertices * growth for name in ("femur", "tibia"))
+        kind = str(rng.choice(kinds))
+        for metal, name, mesh in draw_implant(kind, femur, tibia, hip, rng, place):
+            leg.metal.append((metal, Mesh(moves[name](mesh.vertices), mesh.faces)))
+    if view in ("lower-leg", "ankle", "knee") and rng.random() < chances.cast:
+        thick = rng.uniform(4, 10)
+        leg.casts.append((Mesh(skin.vertices + thick * normals(skin), skin.faces), skin))
+    return leg
+
+
+def _place(bone: Bone, move: Move, growth: NDArray[np.float64], cortex: float, name: str | None = None) -> Placed:
+    mesh = bone.mesh
+    outer = Mesh(move(mesh.vertices * growth), mesh.faces)
+    inner = move((mesh.vertices + cortex * bone.inward) * growth) if bone.part == "whole" else None
+    return Placed(bone.name if name is None else name, bone.part, outer, inner, bone.along if bone.is_long else None)
+
+
+def _unnamed(mesh: Mesh, move: Move, wall: float) -> Placed:
+    """A bone without a mask, whose wall is `wall` mm thick."""
+    inner = move(mesh.vertices - wall * normals(mesh))
+    return Placed("", "whole", Mesh(move(mesh.vertices), mesh.faces), inner, None)
+
+
+def _add_foot(leg: _Leg, body: Body, rng: np.random.Generator, growth: NDArray[np.float64], build: Build) -> None:
+    """Add the foot: its own surfaces have masks, a foot made up has none."""
+    ankle = body.ankle * growth
+    tibia = body.bone("tibia").mesh.vertices * growth
+    under = tibia[np.hypot(*(tibia - ankle)[:, :2].T) < 9]
+    dome = np.array((ankle[0], ankle[1], under[:, 2].min() - 2.5))
+    pointing = _rotation(rng.uniform(-35, 5), rng.normal(0, 4), rng.normal(-6, 6))
+    own = any(bone.name == "foot" for bone in body.bones)
+
+    def move(points: Points) -> Points:
+        return leg.moves["tibia"](points @ (np.eye(3) if own else pointing.T) * growth.mean() + dome)
+
+    skin, fascia = (Mesh(move(mesh.vertices), mesh.faces) for mesh in foot_tissue(np.zeros(3), build))
+    leg.skins.append(Skin(skin, fascia, 0))
+    if not own:
+        leg.bones += [_unnamed(mesh, move, float(rng.uniform(0.8, 1.4))) for mesh in foot_bones(rng)]
+
+
+def _add_pelvis(
+    legs: _Leg, body: Body, rng: np.random.Generator, growth: NDArray[np.float64], middle: float, build: Build
+) -> None:
+    """Add the pelvis, the trunk and the lumbar spine."""
+    bones = [bone for bone in body.bones if bone.name == "pelvis"]
+    if not bones:
+        return
+    cortex = float(rng.uniform(0.6, 1.2))
+    legs.bones += [_place(bone, lambda points: points, growth, cortex) for bone in bones]
+    points = np.concatenate([bone.mesh.vertices for bone in bones]) * growth
+    skin, fascia = trunk_tissue(points, middle, float(body.hip[2] * growth[2]), build)
+    legs.skins.append(Skin(skin, fascia, 0))
+    centre = points[np.abs(points[:, 0] - middle) < 25]
+    top = centre[centre[:, 2] > centre[:, 2].max() - 12].mean(axis=0)
+    legs.bones += [_unnamed(mesh, lambda points: points, 1.0) for mesh in spine(np.array((middle, *top[1:])), rng)]
+
+
+def _mirrored(leg: _Leg, middle: float) -> _Leg:
+    """The leg as its mirror image in the plane of x = `middle`: a left one of a right one."""
+    offset = np.array((2 * middle, 0.0, 0.0))
+
+    def points(values: Points) -> Points:
+        return values * (-1, 1, 1) + offset
+
+    def mesh(value: Mesh) -> Mesh:
+        return Mesh(points(value.vertices), value.faces[:, ::-1])
+
+    bones = [
+        replace(bone, mesh=mesh(bone.mesh), inner=None if bone.inner is None else points(bone.inner))
+        for bone in leg.bones
+    ]
+    skins = [Skin(mesh(skin.skin), mesh(skin.fascia), skin.group) for skin in leg.skins]
+    metal = [(kind, mesh(part)) for kind, part in leg.metal]
+    casts = [(mesh(outer), mesh(inner)) for outer, inner in leg.casts]
+    return _Leg(leg.moves, points(leg.joints), bones, skins, metal, casts)
+
+
+def _joined(legs: list[_Leg]) -> _Leg:
+    """Both legs as one; their soft tissues are apart."""
+    first = legs[0]
+    for group, other in enumerate(legs[1:], start=1):
+        first.bones += other.bones
+        first.skins += [replace(skin, group=group) for skin in other.skins]
+        first.metal += other.metal
+        first.casts += other.casts
+    return first
+
+
+def _place_of(view: View, hip: Points, ankle: Points) -> float:
+    """Height z of what a view shows of an unbent leg, where an implant is worth drawing."""
+    places = {"thigh": 0.5 * hip[2], "hip": hip[2], "pelvis": hip[2], "lower-leg": 0.5 * ankle[2], "ankle": ankle[2]}
+    return float(places.get(view, 20.0))
+
+
+def _target(view: View, joints: Points, middle: float, both: bool) -> Points:
+    """(3,) The point that is in the middle of the picture, but for chance."""
+    hip, knee, ankle = joints
+    between = np.array((middle, 0.0, 0.0))
+    across = np.array((0.0, 1.0, 1.0))
+    targets = {
+        "knee": knee,
+        "thigh": (hip + knee) / 2,
+        "lower-leg": 0.4 * knee + 0.6 * ankle,
+        "ankle": ankle,
+        "leg": (hip + ankle) / 2,
+        "legs": (hip + ankle) / 2,
+        "hip": hip + (-15, 0, -10),
+        "pelvis": hip + (0, 0, 35),
+        "foot": ankle + (0, 50, -35),
+    }
+    target = targets[view]
+    return np.asarray(target * across + between if both and view != "hip" else target)
+
+
+def _turn(projection: Projection, rng: np.random.Generator, both: bool) -> NDArray[np.float64]:
+    """(3, 3) Turns the patient towards the source: the frame of the body to u, v and height."""
+    about = {
+        "ap": rng.normal(0, 4 if both else 7) + 180 * (rng.random() < 0.12),
+        "lateral": rng.choice([-90, 90]) + rng.normal(0, 5),
+        "oblique": rng.choice([-1, 1]) * rng.uniform(25, 65),
+    }[projection]
+    to_camera = np.array([[-1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    tilted = _rotation(rng.normal(0, 4), 0, 0) @ _rotation(0, 0, about)
+    chance = rng.random()
+    roll = rng.normal(0, 5) if chance < 0.86 or both else rng.choice([-90, 90, 180]) + rng.normal(0, 5)
+    roll = rng.uniform(-180, 180) if chance > 0.96 and not both else roll
+    return np.asarray(_rotation(0, 0, roll) @ to_camera @ tilted)
+
+
+def _camera(
+    leg: _Leg,
+    turn: NDArray[np.float64],
+    target: Points,
+    view: View,
+    both: bool,
+    rng: np.random.Generator,
+    size: int,
+) -> tuple[Camera, Points]:
+    """The camera, and how the turned patient (u, v, height) is shifted to lie just above the detector."""
+    framing = FRAMINGS[view]
+    height = rng.uniform(*framing.height)
+    if view in ("leg", "legs"):
+        height += np.linalg.norm(leg.joints[0] - leg.joints[2]) * 1.08
+    aspect = rng.uniform(*framing.aspect)
+    if both and view == "knee":
+        aspect = rng.uniform(440, 540) / height
+    upright = abs(turn[1, 2]) > 0.7  # v is down the leg
+    tall, wide = (height, height * aspect) if upright else (height * aspect, height)
+    pitch = max(tall, wide) / size
+    shape = (max(16, round(tall / pitch)), max(16, round(wide / pitch)))
+    lowest = min(float((skin.skin.vertices @ turn[2]).min()) for skin in leg.skins[:1])
+    distance = rng.uniform(1800, 3000) if view in ("leg", "legs") else rng.uniform(950, 1400)
+    at = turn @ target
+    shift = np.array((-at[0], -at[1], rng.uniform(3, 35) - lowest))
+    source = rng.normal(0, 20, 2)
+    centre = rng.normal(0, 0.05, 2) * (wide, tall)
+    return Camera(distance, (centre[0], centre[1]), (source[0], source[1]), pitch, shape), shift
+
+
+def _placed(leg: _Leg, turn: NDArray[np.float64], shift: Points, scene: Scene) -> Scene:
+    """Fill the scene with the leg, turned and shifted to the frame of the camera."""
+
+    def points(values: Points) -> Points:
+        return values @ turn.T + shift
+
+    def mesh(value: Mesh) -> Mesh:
+        return Mesh(points(value.vertices), value.faces[:, ::-1])  # v goes down: what was anticlockwise is clockwise
+
+    scene.bones = [
+        replace(bone, mesh=mesh(bone.mesh), inner=None if bone.inner is None else points(bone.inner))
+        for bone in leg.bones
+    ]
+    scene.skins = [Skin(mesh(skin.skin), mesh(skin.fascia), skin.group) for skin in leg.skins]
+    scene.metal = [(kind, mesh(part)) for kind, part in leg.metal]
+    scene.casts = [(mesh(outer), mesh(inner)) for outer, inner in leg.casts]
+    return scene
+
+
+def _rotation(x: float, y: float, z: float) -> NDArray[np.float64]:
+    """(3, 3) Rotation by degrees about x, then y, then z."""
+    (sx, sy, sz), (cx, cy, cz) = np.sin(np.radians((x, y, z))), np.cos(np.radians((x, y, z)))
+    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return np.asarray(about_z @ about_y @ about_x)
