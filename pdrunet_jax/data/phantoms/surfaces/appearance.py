@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from pdrunet_jax.data.phantoms.surfaces.raster import Picture
+from pdrunet_jax.data.phantoms.surfaces.raster import Picture, resized
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,14 @@ def developed(
         step = 4
         coarse = dense[::step, ::step]
         fine, slow = (
-            ndimage.zoom(
-                ndimage.gaussian_filter(coarse, width * size / step, mode="nearest", truncate=2.5),
-                np.array(dense.shape) / coarse.shape,
-                order=1,
-                mode="nearest",
-                grid_mode=True,
-            )
+            resized(ndimage.gaussian_filter(coarse, width * size / step, mode="nearest", truncate=2.5), dense.shape)
             for width in (rng.uniform(0.008, 0.025), rng.uniform(0.06, 0.15))
         )
         dense = dense + np.float32(detail) * (dense - fine) - np.float32(flattening) * (slow - np.float32(slow.mean()))
     inside = dense[body][::3] if body.any() else dense.ravel()
     low, high = np.percentile(inside, (rng.uniform(0.5, 8), rng.uniform(98.5, 99.8)))
     contrast = max(high - low, 0.25)
-    bottom = low - contrast * rng.uniform(-0.05, 0.6)
+    bottom = low - contrast * (abs(rng.normal(0, 0.25)) - 0.05)
     top = high + contrast * rng.uniform(-0.1, 0.3)
     shown = np.clip((dense - np.float32(bottom)) / np.float32(top - bottom), 0, 1)
     if curve > 0.1:

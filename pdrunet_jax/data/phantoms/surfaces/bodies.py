@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ _INNER, _WALL = {"spongy", "trabecular", "cancellous"}, {"compact", "cortical"}
 _SIDES = {"l": "left", "left": "left", "r": "right", "right": "right"}
 _LENGTHS = {"femur": 440.0, "tibia": 370.0, "fibula": 370.0, "patella": 45.0, "pelvis": 220.0, "foot": 220.0}
 """Usual longest sides in mm, to tell metres, centimetres and millimetres apart."""
-_MOST_OPEN = 0.06  # share of edges; small holes come from the making of a surface, large ones mean another thing
+_MOST_OPEN = {"whole": 0.01, "wall": 0.01, "inner": 0.25}  # share of the area; spongy bone may be open at joints
 _MOST_FACES, _GRID = 9000, 2.0  # surfaces finer than this are coarsened to cells of `_GRID` mm
 
 
@@ -177,7 +178,7 @@ def half_thickness(mesh: Mesh) -> NDArray[np.float64]:
 
 
 def closed(mesh: Mesh) -> tuple[Mesh, float]:
-    """Close the holes of a surface with cones, and turn it outward; returns it and the holes' share of its edges."""
+    """Close the holes of a surface with cones, and turn it outward; returns it and the cones' share of its area."""
     edges = np.concatenate([mesh.faces[:, pair] for pair in ((0, 1), (1, 2), (2, 0))])
     count = len(mesh.vertices)
     keys, inverse = np.unique(np.sort(edges, axis=1) @ (count, 1), return_inverse=True)
@@ -199,8 +200,10 @@ def closed(mesh: Mesh) -> tuple[Mesh, float]:
             break
     owners, of_edge = np.unique(hole[ends[:, 0]], return_inverse=True)
     apexes = np.stack([mesh.vertices[ends[of_edge == index, 0]].mean(axis=0) for index in range(len(owners))])
-    faces = np.concatenate([mesh.faces, np.column_stack([ends, count + of_edge])])
-    return Mesh(np.concatenate([mesh.vertices, apexes]), faces).outward(), len(open_) / len(keys)
+    cones = np.column_stack([ends, count + of_edge])
+    whole = Mesh(np.concatenate([mesh.vertices, apexes]), np.concatenate([mesh.faces, cones])).outward()
+    areas = [np.linalg.norm(_of_faces(whole.vertices, faces), axis=1).sum() for faces in (cones, whole.faces)]
+    return whole, float(areas[0] / max(areas[1], 1e-30))
 
 
 def _read(path: Path) -> list[Bone]:
@@ -211,31 +214,45 @@ def _read(path: Path) -> list[Bone]:
         raise UserError(f"{path.name} needs trimesh: {how_to_install('surfaces')}") from None
     try:
         scene = trimesh.load_scene(path)
-        nodes = [(str(node), *scene.graph[node]) for node in sorted(map(str, scene.graph.nodes_geometry))]
-        found = [(node, scene.geometry[key].copy().apply_transform(matrix)) for node, matrix, key in nodes]
+        found = {
+            str(node): scene.geometry[key].copy().apply_transform(matrix)
+            for node in sorted(map(str, scene.graph.nodes_geometry))
+            for matrix, key in [scene.graph[node]]
+        }
+        below = {node: sorted(map(str, scene.graph.transforms.successors(node))) for node in found}
     except Exception as error:  # trimesh raises errors of many kinds for damaged files
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise DataError(str(path), [f"{path}: cannot be read as a surface ({reason}); export it again"]) from None
+    found = {node: geometry for node, geometry in found.items() if isinstance(geometry, trimesh.Trimesh)}
     bones, problems = [], []
-    for node, geometry in found:
+    for node in found:
         text = path.stem if len(found) == 1 and _bone_of(node) is None else node
-        if (name := _bone_of(text)) is None or not isinstance(geometry, trimesh.Trimesh):
+        if (name := _bone_of(text)) is None:
             continue
-        vertices, faces = _merged(np.asarray(geometry.vertices, np.float64), np.asarray(geometry.faces, np.int64))
-        if not len(faces) or not np.isfinite(vertices).all():
-            problems.append(f"{path}: {text} has no surface")
-            continue
-        mesh, holes = closed(Mesh(vertices, faces))
         words = set(_words(text))
         part = "inner" if words & _INNER else "wall" if words & _WALL else "whole"
-        if holes > _MOST_OPEN:
-            problems.append(f"{path}: {text} is not closed ({holes:.0%} of its edges are open); close it, or remove it")
-            continue
-        side = next((_SIDES[word] for word in (*_words(text), *_words(path.stem)) if word in _SIDES), "")
-        bones.append(Bone(name, mesh, "" if words & {"sacrum", "coccyx", "pelvis"} else side, part))
+        # The joint surfaces of a bone may be nodes of their own below it.
+        family = [each for each in below[node] if each in found and (each == node or _bone_of(each) is None)]
+        choices = [closed(_mesh([found[each] for each in group])) for group in ([node], family)]
+        mesh, holes = min(choices, key=lambda choice: choice[1])
+        if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
+            problems.append(f"{path}: {text} has no surface")
+        elif holes > _MOST_OPEN[part]:
+            problems.append(f"{path}: {text} is not closed ({holes:.0%} of its surface is missing); close it")
+        else:
+            side = next((_SIDES[word] for word in (*_words(text), *_words(path.stem)) if word in _SIDES), "")
+            bones.append(Bone(name, mesh, "" if words & {"sacrum", "coccyx", "pelvis"} else side, part))
     if problems:
         raise DataError(str(path), problems)
     return bones
+
+
+def _mesh(geometries: list[Any]) -> Mesh:
+    """One surface of several of trimesh's."""
+    counts = np.cumsum([0, *(len(geometry.vertices) for geometry in geometries)])
+    vertices = np.concatenate([np.asarray(geometry.vertices, np.float64) for geometry in geometries])
+    faces = [np.asarray(each.faces, np.int64) + start for each, start in zip(geometries, counts[:-1], strict=True)]
+    return Mesh(*_merged(vertices, np.concatenate(faces)))
 
 
 def _words(name: str) -> list[str]:
@@ -336,12 +353,17 @@ def _pelvis_straight(bones: list[Bone]) -> list[Bone]:
 
 def normals(mesh: Mesh) -> Points:
     """(N, 3) Unit normals of the vertices, outward."""
-    a, b, c = (mesh.vertices[mesh.faces[:, corner]] for corner in range(3))
-    of_faces = np.cross(b - a, c - a)
+    of_faces = _of_faces(mesh.vertices, mesh.faces)
     total = np.zeros_like(mesh.vertices)
     for axis in range(3):
         total[:, axis] = np.bincount(mesh.faces.ravel(), np.repeat(of_faces[:, axis], 3), len(total))
     return np.asarray(total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-12))
+
+
+def _of_faces(vertices: Points, faces: NDArray[np.int64]) -> Points:
+    """(M, 3) Normal of each face, as long as twice its area."""
+    a, b, c = (vertices[faces[:, corner]] for corner in range(3))
+    return np.asarray(np.cross(b - a, c - a))
 
 
 def _averaged(values: NDArray[np.float64], mesh: Mesh) -> NDArray[np.float64]:

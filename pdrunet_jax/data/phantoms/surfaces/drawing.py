@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pdrunet_jax.data.phantoms.phantom import Difficulty, generator
 from pdrunet_jax.data.phantoms.surfaces.appearance import MAKERS, developed, lettered, stitched
 from pdrunet_jax.data.phantoms.surfaces.bodies import Body
-from pdrunet_jax.data.phantoms.surfaces.lead import bowel_gas, calibration_ball, collimator, marker, ruler
+from pdrunet_jax.data.phantoms.surfaces.lead import calibration_ball, collimator, marker, ruler
 from pdrunet_jax.data.phantoms.surfaces.physics import measured, primary, spectrum
 from pdrunet_jax.data.phantoms.surfaces.raster import Picture
 from pdrunet_jax.data.phantoms.surfaces.render import Rendered, render
@@ -110,8 +110,6 @@ def _exposed(
     if rng.random() < 0.04 * hard:
         lengths["steel"] = lengths.get("steel", np.float32(0)) + calibration_ball(shape, camera.pitch, rng)
         traits.append("ball")
-    if scene.view in ("hip", "pelvis", "legs"):
-        lengths["muscle"] = np.maximum(lengths["muscle"] - bowel_gas(shape, camera.pitch, rng), 0)
 
     thick = scene.view in ("hip", "pelvis", "thigh")
     peak = rng.uniform(68, 95) if thick or long else rng.uniform(48, 72)

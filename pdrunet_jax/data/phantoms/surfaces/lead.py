@@ -3,9 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
-from pdrunet_jax.data.phantoms.surfaces.raster import Picture
+from pdrunet_jax.data.phantoms.surfaces.raster import Picture, resized
 
 _LINES = ("AP", "LAT", "PA", "STANDING", "WB", "SUPINE", "XR", "12", "JM", "3")
 
@@ -97,8 +96,8 @@ def bowel_gas(shape: tuple[int, int], pitch: float, rng: np.random.Generator) ->
     """Depth (H, W) in mm of gas in the bowel: a few soft-edged loops."""
     cells = np.maximum(np.array(shape) * pitch / 28, 4).astype(int)
     coarse = rng.standard_normal(tuple(cells))
-    smooth = ndimage.zoom(coarse, np.array(shape) / cells, order=3, grid_mode=True, mode="nearest")
-    return np.asarray(np.clip(smooth - 0.9, 0, 0.5) * rng.uniform(20, 70), np.float32)
+    smooth = resized(coarse.astype(np.float32), shape)
+    return np.asarray(np.tanh(np.maximum(smooth - 0.7, 0)) * rng.uniform(10, 45), np.float32)
 
 
 def _grid(shape: tuple[int, int]) -> tuple[Picture, Picture]:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pdrunet_jax.data.phantoms.surfaces.raster import Picture
+from pdrunet_jax.data.phantoms.surfaces.raster import Picture, resized
 
 ENERGIES = (30.0, 40.0, 50.0, 60.0, 80.0, 100.0)
 """Photon energies in keV at which a spectrum is sampled."""
@@ -85,9 +85,9 @@ def measured(
     step = max(1, round(spread / 4))
     coarse = ndimage.uniform_filter(signal, step)[::step, ::step] if step > 1 else signal
     coarse = ndimage.gaussian_filter(coarse, spread / step, mode="nearest")
-    haze = ndimage.zoom(coarse, np.array(signal.shape) / coarse.shape, order=1, mode="nearest", grid_mode=True)
+    haze = np.maximum(resized(coarse, signal.shape), 0)
     seen = ndimage.gaussian_filter(signal, blur, truncate=3) if blur > 0.2 else signal
-    seen = (seen + np.float32(scatter) * haze[: signal.shape[0], : signal.shape[1]]) / np.float32(1 + scatter)
+    seen = (seen + np.float32(scatter) * haze) / np.float32(1 + scatter)
     noise = rng.standard_normal(signal.shape, np.float32)
     if grain > 0.3:  # less fine, and as strong as before
         noise = ndimage.gaussian_filter(noise, grain, truncate=3) * np.float32(max(1.0, 3.545 * grain))

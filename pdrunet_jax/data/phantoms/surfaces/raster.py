@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 Points = NDArray[np.float64]
 Faces = NDArray[np.int64]
@@ -37,6 +38,11 @@ class Camera:
         column = (self.source[0] - self.centre[0] + offset[:, 0] * stretch) / self.pitch + (self.shape[1] - 1) / 2
         row = (self.source[1] - self.centre[1] + offset[:, 1] * stretch) / self.pitch + (self.shape[0] - 1) / 2
         return np.stack([column, row, np.linalg.norm(offset, axis=1)], axis=1)
+
+
+def resized(picture: Picture, shape: tuple[int, int]) -> Picture:
+    """A smooth picture enlarged to `shape`."""
+    return np.asarray(Image.fromarray(picture).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
 def path_lengths(points: Points, faces: Faces, shape: tuple[int, int]) -> tuple[tuple[slice, slice], Picture]:

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Picture, path_lengths
-from pdrunet_jax.data.phantoms.surfaces.scene import Placed, Scene
+from pdrunet_jax.data.phantoms.surfaces.lead import bowel_gas
+from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Picture, path_lengths, resized
+from pdrunet_jax.data.phantoms.surfaces.scene import TRUNK, Placed, Scene
 from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh
 
 _TOUCH = 0.02  # length in mm from which a ray counts as passing through a bone
@@ -44,7 +45,7 @@ def render(scene: Scene, rng: np.random.Generator) -> Rendered:
         elif inner is None:  # spongy bone with a surface of its own
             inner = outer
         spongy = np.full_like(outer, ends) if along is None else _spongy_share(along, ends, canal)
-        spongy *= 1 + np.float32(0.3) * trabeculae[window]
+        spongy *= 1 + trabeculae[window]
         if each.part != "wall":
             bone[window] += np.float32(density) * ((outer - inner) + spongy * inner)
         marrow[window] += (1 - spongy) * inner
@@ -63,12 +64,17 @@ def render(scene: Scene, rng: np.random.Generator) -> Rendered:
         "fat": np.maximum(skin - np.maximum(fascia, solid), 0) + inside * streaks + np.maximum(marrow, 0),
         "bone": np.maximum(bone, 0),
     }
+    trunk = [skin for skin in scene.skins if skin.group == TRUNK]
+    if trunk:
+        depth = _whole(trunk[0].fascia, scene.camera)
+        gas = bowel_gas(shape, scene.camera.pitch, rng) * np.clip((depth - 150) / 60, 0, 1)
+        lengths["muscle"] = np.maximum(lengths["muscle"] - gas, 0)
     for kind, mesh in scene.metal:
         window, part = _cast_rays(mesh, scene.camera)
         lengths.setdefault(kind, np.zeros(shape, np.float32))[window] += part
     for outside, within in scene.casts:
         wall = _whole(outside, scene.camera) - _whole(within, scene.camera)
-        lengths["plaster"] = np.maximum(wall, 0) * (1 + np.float32(0.12) * _cloud(shape, rng, 60, 60))
+        lengths["plaster"] = np.maximum(wall, 0) * (1 + np.float32(0.06) * _cloud(shape, rng, 90, 90))
     return Rendered(lengths, masks, skin > 0)
 
 
@@ -109,12 +115,16 @@ def _whole(mesh: Mesh, camera: Camera) -> Picture:
 
 
 def _tissue(scene: Scene, kind: str) -> Picture:
-    """Length (H, W) inside skin or fascia: the longest of each group, all groups summed."""
+    """Length (H, W) inside skin or fascia; parts of the body that join overlap there."""
     groups: dict[int, Picture] = {}
     for skin in scene.skins:
         whole = _whole(getattr(skin, kind), scene.camera)
         groups[skin.group] = np.maximum(groups[skin.group], whole) if skin.group in groups else whole
-    return np.asarray(sum(groups.values()), np.float32)
+    trunk = groups.pop(TRUNK, None)
+    first, *others = groups.values()
+    for other in others:  # where thighs meet, they press on each other
+        first = np.maximum(first, other) + np.float32(0.25) * np.minimum(first, other)
+    return first if trunk is None else np.maximum(first, trunk)
 
 
 def _spongy_share(along: Picture, ends: float, canal: float) -> Picture:
@@ -124,25 +134,17 @@ def _spongy_share(along: Picture, ends: float, canal: float) -> Picture:
 
 
 def _trabeculae(shape: tuple[int, int], rng: np.random.Generator, pitch: float) -> Picture:
-    """Noise of about unit variance in streaks of a mm by some mm, along the rows or the columns."""
-    fine = max(0.6, 0.7 / pitch)
+    """Relative differences in density: streaks of less than a mm by some mm along rows or columns, and patches."""
+    fine = max(0.5, 0.35 / pitch)
     noise = rng.standard_normal(shape, np.float32)
     upright = shape[0] >= shape[1] or rng.random() < 0.5
     widths = (2.5 * fine, fine) if upright else (fine, 2.5 * fine)
     smooth = ndimage.gaussian_filter(noise, widths, truncate=2.5)
-    return np.asarray(smooth / max(float(smooth.std()), 1e-6), np.float32)
+    patches = _cloud(shape, rng, 26, 26)
+    strength, patchy = rng.uniform(0.04, 0.16), rng.uniform(0.02, 0.12)
+    return np.asarray(smooth * (strength / max(float(smooth.std()), 1e-6)) + patches * patchy, np.float32)
 
 
 def _cloud(shape: tuple[int, int], rng: np.random.Generator, rows: int, columns: int) -> Picture:
     """Smooth noise of about unit variance: a coarse random grid, interpolated."""
-    grid = rng.standard_normal((rows + 2, columns + 2), np.float32)
-    down, right = (_weights(count + 2, side) for count, side in ((rows, shape[0]), (columns, shape[1])))
-    return np.asarray(down @ grid @ right.T, np.float32)
-
-
-def _weights(cells: int, size: int) -> Picture:
-    """(size, cells) Weights of quadratic interpolation between cells."""
-    place = np.linspace(0.5, cells - 1.5, size)[:, None] - np.arange(cells)
-    near = np.abs(place)
-    weights = np.where(near < 0.5, 0.75 - near**2, np.where(near < 1.5, 0.5 * (1.5 - near) ** 2, 0))
-    return np.asarray(weights * 1.4, np.float32)
+    return resized(rng.standard_normal((rows, columns), np.float32) * np.float32(1.3), shape)

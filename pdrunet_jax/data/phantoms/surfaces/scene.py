@@ -26,6 +26,8 @@ from pdrunet_jax.data.phantoms.surfaces.tissue import (
 
 View = Literal["knee", "lower-leg", "thigh", "leg", "legs", "ankle", "hip", "pelvis", "foot"]
 VIEWS: tuple[View, ...] = get_args(View)
+WITH_PELVIS = ("thigh", "leg", "legs", "hip", "pelvis")
+"""Views that may show the pelvis."""
 Projection = Literal["ap", "lateral", "oblique"]
 
 
@@ -81,7 +83,7 @@ class Skin:
     fascia: Mesh
     """The inside of the fat."""
     group: int
-    """Tissues of one group join and overlap there; those of different groups are apart."""
+    """0 and 1: the legs, whose tissues are apart; `TRUNK`: what both join."""
 
 
 @dataclass
@@ -108,6 +110,8 @@ class Chances:
     implant: float = 0.12
     cast: float = 0.05
 
+
+TRUNK = 2
 
 Move = Callable[[Points], Points]
 
@@ -155,7 +159,7 @@ def draw_scene(
     if both:
         legs.append(_mirrored(_draw_leg(body, rng, growth, build, flexion, view, chances), middle))
     everything = _joined(legs)
-    if view in ("thigh", "leg", "legs", "hip", "pelvis"):
+    if view in WITH_PELVIS:
         _add_pelvis(everything, body, rng, growth, middle, build)
 
     # Only a picture of both legs shows both sides by right.
@@ -213,7 +217,8 @@ def _draw_leg(
     ]
     joints = np.stack([at_hip(hip), at_hip(knee), with_shin(ankle)])
     points = np.concatenate([bone.mesh.vertices for bone in placed if bone.name != "foot"])
-    skin, fascia = leg_tissue(joints, points[:: max(1, len(points) // 5000)], build, rng)
+    with_trunk = view in WITH_PELVIS and "pelvis" in {bone.name for bone in body.bones}
+    skin, fascia = leg_tissue(joints, points[:: max(1, len(points) // 1500)], build, rng, below_trunk=with_trunk)
     leg = _Leg(moves, joints, placed, [Skin(skin, fascia, 0)], [], [])
     if view in ("lower-leg", "ankle", "leg", "legs", "foot"):
         _add_foot(leg, body, rng, growth, build)
@@ -271,8 +276,10 @@ def _add_pelvis(
     cortex = float(rng.uniform(0.6, 1.2))
     legs.bones += [_place(bone, lambda points: points, growth, cortex) for bone in bones]
     points = np.concatenate([bone.mesh.vertices for bone in bones]) * growth
-    skin, fascia = trunk_tissue(points, middle, float(body.hip[2] * growth[2]), build)
-    legs.skins.append(Skin(skin, fascia, 0))
+    femur, hip = body.bone("femur").mesh.vertices, body.hip
+    hips = femur[np.abs(femur[:, 2] - hip[2]) < 50] * growth
+    skin, fascia = trunk_tissue(points, hips, middle, build)
+    legs.skins.append(Skin(skin, fascia, TRUNK))
     centre = points[np.abs(points[:, 0] - middle) < 25]
     top = centre[centre[:, 2] > centre[:, 2].max() - 12].mean(axis=0)
     legs.bones += [_unnamed(mesh, lambda points: points, 1.0) for mesh in spine(np.array((middle, *top[1:])), rng)]

@@ -46,7 +46,7 @@ def tube(path: Points, radii: NDArray[np.float64], guide: tuple[float, float, fl
     around = np.cos(angle)[:, None] * first[:, None] + np.sin(angle)[:, None] * second[:, None]
     rings = path[:, None] + radii[..., None] * around
     vertices = np.concatenate([rings.reshape(-1, 3), path[:1], path[-1:]])
-    return Mesh(vertices, _tube_faces(*radii.shape)).outward()
+    return Mesh(vertices, _tube_faces(*radii.shape))
 
 
 def ellipses(first: NDArray[np.float64], second: NDArray[np.float64], corners: int = 24) -> NDArray[np.float64]:

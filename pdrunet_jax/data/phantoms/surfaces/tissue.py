@@ -33,7 +33,9 @@ def draw_build(rng: np.random.Generator) -> Build:
     return Build(float(rng.uniform(0.8, 1.2)), float(3 + rng.gamma(2.0, 6.0)))
 
 
-def leg_tissue(joints: Points, bones: Points, build: Build, rng: np.random.Generator) -> tuple[Mesh, Mesh]:
+def leg_tissue(
+    joints: Points, bones: Points, build: Build, rng: np.random.Generator, *, below_trunk: bool = False
+) -> tuple[Mesh, Mesh]:
     """Skin and fascia of a right leg.
 
     Args:
@@ -41,8 +43,9 @@ def leg_tissue(joints: Points, bones: Points, build: Build, rng: np.random.Gener
         bones: (N, 3) points on the bones of the leg, which the fascia encloses.
         build: the patient's build.
         rng: for what differs between persons of a build.
+        below_trunk: whether the leg ends at the hip, instead of going on beyond every picture.
     """
-    places = np.linspace(_PLACES[0], _PLACES[-1], 72)
+    places = np.linspace(-0.3 if below_trunk else _PLACES[0], _PLACES[-1], 72)
     upper, lower = joints[1] - joints[0], joints[2] - joints[1]
     path = joints[0] + np.minimum(places, 1)[:, None] * upper + np.maximum(places - 1, 0)[:, None] * lower
     path = ndimage.gaussian_filter1d(path, 2.0, axis=0, mode="nearest")
@@ -56,18 +59,21 @@ def leg_tissue(joints: Points, bones: Points, build: Build, rng: np.random.Gener
     fascia = girth[:, None] * form
     fascia = np.maximum(fascia, _reach(path, bones, angle) + 2.5)
     fascia = ndimage.gaussian_filter(fascia, (1.2, 1.0), mode=("nearest", "wrap"))
+    if below_trunk:  # round off where the trunk takes over
+        fascia *= np.sqrt(np.clip((places + 0.3) / 0.36, 0.02, 1))[:, None]
     fat = 2 + build.fat * np.interp(places, _PLACES, _FAT)[:, None] * (1 - 0.25 * front + _waves(rng, 0.15, len(places)))
     return tube(path, fascia + np.maximum(fat, 1.5)), tube(path, fascia)
 
 
-def trunk_tissue(pelvis: Points, middle: float, hip: float, build: Build) -> tuple[Mesh, Mesh]:
-    """Skin and fascia of the trunk around the points (N, 3) of a pelvis; `middle` is its x, `hip` the hips' z."""
-    low, high = hip - 90, pelvis[:, 2].max() + 260
+def trunk_tissue(pelvis: Points, hips: Points, middle: float, build: Build) -> tuple[Mesh, Mesh]:
+    """Skin and fascia of the trunk around the points (N, 3) of a pelvis and of the femur at the hip; `middle` is its x."""
+    hip = float(hips[:, 2].mean())
+    low, high = hip - 130, pelvis[:, 2].max() + 260
     height = np.linspace(low, high, 24)
     path = np.column_stack([np.full(24, middle), np.full(24, pelvis[:, 1].mean() + 5), height])
-    closing = np.clip(np.sqrt(np.maximum((height - low) / 110, 0.02)), 0, 1)
-    wide = np.abs(pelvis[:, 0] - middle).max() + 22
-    waist = np.interp(height, (hip, hip + 180, high), (1, 1, 0.92))
+    closing = np.clip((height - low) / 180, 0.02, 1) ** 0.7
+    wide = np.abs(np.concatenate([pelvis, hips])[:, 0] - middle).max() + 14
+    waist = np.interp(height, (hip, hip + 180, high), (1, 0.97, 0.9))
     deep = np.ptp(pelvis[:, 1]) / 2 + 28
     muscle = 0.5 + 0.5 * build.muscle
     fascia = ellipses(deep * closing * muscle, wide * closing * waist * muscle, _CORNERS)
