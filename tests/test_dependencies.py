@@ -42,7 +42,8 @@ def normalised(requirement: str) -> str:
 
 def declared() -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    optional = [item for extra in ("torch", "dicom", "nrrd", "nifti", "volumes", "export") for item in extras[extra]]
+    names = ("torch", "dicom", "nrrd", "nifti", "volumes", "surfaces", "export")
+    optional = [item for extra in names for item in extras[extra]]
     return {normalised(item) for item in PROJECT["dependencies"] + optional}
 
 

@@ -14,7 +14,9 @@ from pdrunet_jax.data.contact_sheet import write_check
 from pdrunet_jax.data.dataset import continue_split, inspect_dataset, report_lines
 from pdrunet_jax.data.importers import coco, cvat, label_studio, labelme, masks, mura, supervisely, voc, volumes
 from pdrunet_jax.data.manifest import MANIFEST, normal_path, read_manifest, write_manifest
-from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
+from pdrunet_jax.data.phantoms.files import write_phantoms
+from pdrunet_jax.data.phantoms.surfaces.files import SurfaceOptions, write_xrays
+from pdrunet_jax.data.phantoms.surfaces.scene import VIEWS
 from pdrunet_jax.data.selection import HELP, Next, choose_next
 from pdrunet_jax.data.split import manifest_rows, split_counts
 from pdrunet_jax.runtime import cli
@@ -80,8 +82,8 @@ class Split(_Folder):
 
 
 @dataclass(frozen=True)
-class Phantom(PhantomOptions):
-    """Draw synthetic X-rays of long bones with exact masks."""
+class Phantom(SurfaceOptions):
+    """Draw synthetic X-rays of bones with exact masks, of made-up limbs or from bone surfaces."""
 
     root: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = tyro.MISSING
     """Folder to write; must be empty or not exist."""
@@ -130,7 +132,14 @@ def split(options: Split) -> None:
 
 
 def phantom(options: Phantom) -> None:
-    """Write phantoms. Raises `UserError` if the folder is not empty."""
+    """Write phantoms, or X-rays drawn from surfaces. Raises `UserError` if the folder is not empty."""
+    if options.surfaces is not None:
+        notes = write_xrays(options.root, options)
+        print(cli.printable("\n".join(notes)))
+        print(f"{options.root}: {options.count} images with a longest side of {options.size} pixels")
+        return
+    if options.layers or options.views != VIEWS:
+        raise UserError("--layers and --views need --surfaces FOLDER: phantoms have neither")
     write_phantoms(options.root, options)
     print(f"{options.root}: {options.count} images of {options.size}x{options.size} pixels")
 

@@ -45,6 +45,21 @@ def write_phantoms(root: Path, drawing: PhantomOptions) -> None:
     About 60, 20 and 20 % of the patients are in train, val and test. The folder appears completely or not at all.
     Raises `UserError` if `root` is not empty or cannot be written, or if count, size or seed is out of range.
     """
+    check_range(drawing)
+    with new_folder(root, "phantoms") as folder:
+        for name in ("images", "masks"):
+            (folder / name).mkdir()
+        rows = [_write_phantom(index, folder, drawing) for index in range(drawing.count)]
+        splits = assign_splits(sorted({row["patient"] for row in rows}), drawing.seed)
+        write_manifest(folder, [{**row, "split": splits[row["patient"]]} for row in rows])
+        # Long bones only: ribs, wrist and ankle bones, metal and markers are background.
+        classes = {name: value for value, name in enumerate(BONES, start=1)} if drawing.by_bone else {"bone": 255}
+        licence = f"Synthetic: drawn by pdrunet_jax (seed {drawing.seed}); no rights reserved, no patients"
+        write_description(folder, "phantoms", classes, licence=licence)
+
+
+def check_range(drawing: PhantomOptions) -> None:
+    """Raise `UserError` if count, size or seed is out of range."""
     if drawing.count < 1:
         raise UserError(f"--count {drawing.count}: ask for at least one phantom")
     if drawing.size < SMALLEST:
@@ -53,16 +68,6 @@ def write_phantoms(root: Path, drawing: PhantomOptions) -> None:
         raise UserError(f"--count {drawing.count} --size {drawing.size}: at most {MOST_COUNT} and {MOST_SIZE}")
     if not 0 <= drawing.seed < 1 << 64:
         raise UserError(f"--seed {drawing.seed}: give a number from 0 to {(1 << 64) - 1}")
-    with new_folder(root, "phantoms") as folder:
-        for name in ("images", "masks"):
-            (folder / name).mkdir()
-        rows = [_write_phantom(index, folder, drawing) for index in range(drawing.count)]
-        splits = _splits(sorted({row["patient"] for row in rows}), drawing.seed)
-        write_manifest(folder, [{**row, "split": splits[row["patient"]]} for row in rows])
-        # Long bones only: ribs, wrist and ankle bones, metal and markers are background.
-        classes = {name: value for value, name in enumerate(BONES, start=1)} if drawing.by_bone else {"bone": 255}
-        licence = f"Synthetic: drawn by pdrunet_jax (seed {drawing.seed}); no rights reserved, no patients"
-        write_description(folder, "phantoms", classes, licence=licence)
 
 
 def _write_phantom(index: int, folder: Path, drawing: PhantomOptions) -> dict[str, str]:
@@ -77,7 +82,7 @@ def _write_phantom(index: int, folder: Path, drawing: PhantomOptions) -> dict[st
     return {"image": image, "mask": mask, "patient": phantom.patient}
 
 
-def _splits(patients: Sequence[str], seed: int) -> dict[str, str]:
+def assign_splits(patients: Sequence[str], seed: int) -> dict[str, str]:
     """Draw a split for each patient; val and test get at least one each if there are three patients.
 
     Simpler than `split.assign` and kept as it is: published scores refer to this split.

@@ -60,9 +60,7 @@ def stitched(
     return signal, masks
 
 
-def developed(
-    signal: Picture, body: NDArray[np.bool_], rng: np.random.Generator, maker: Maker
-) -> NDArray[np.float32]:
+def developed(signal: Picture, body: NDArray[np.bool_], rng: np.random.Generator, maker: Maker) -> NDArray[np.float32]:
     """Turn the signal (H, W) into brightness in [0, 1]; the window fits the pixels of `body` (H, W)."""
     dense = -np.log(signal)
     size = max(signal.shape)

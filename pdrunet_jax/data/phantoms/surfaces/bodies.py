@@ -122,7 +122,7 @@ class Body:
 def read_bodies(folder: Path) -> list[Body]:
     """Read the bodies of a folder of surfaces, sorted by name.
 
-    A body is a subfolder, or all files whose names are the same but for the names of bones and sides: `A_knee_L.glb` and
+    A body is a subfolder, or all files whose names are the same but for bones and sides: `A_knee_L.glb` and
     `A_pelvis.glb`. A bone's name is in the name of its node (glTF) or file. Raises `DataError` with every problem.
     """
     files: dict[str, list[Path]] = {}
@@ -134,7 +134,8 @@ def read_bodies(folder: Path) -> list[Body]:
             files.setdefault(within[0] if len(within) > 1 else _body_of(path.stem), []).append(path)
     if not files:
         raise UserError(f"--surfaces {folder}: no surfaces there ({', '.join(FORMATS)})")
-    bodies, problems = [], []
+    bodies: list[Body] = []
+    problems: list[str] = []
     for name, paths in files.items():
         try:
             bodies.append(make_body(name, [bone for path in paths for bone in _read(path)]))
@@ -314,10 +315,8 @@ def _in_frame(bones: list[Bone]) -> list[Bone]:
     forward /= np.linalg.norm(forward)
     axes = np.stack([np.cross(forward, up), forward, up], axis=1) * unit
     sides = {bone.side for bone in bones if bone.name == "femur"}
-    if "fibula" in middle:
-        left = (middle["fibula"] - middle["tibia"]) @ axes[:, 0] < 0
-    else:
-        left = sides == {"left"}
+    outer = (middle["fibula"] - middle["tibia"]) @ axes[:, 0] if "fibula" in middle else 0.0
+    left = outer < 0 or (not outer and sides == {"left"})
     mirror = np.array((-1.0 if left else 1.0, 1.0, 1.0))
     swapped = {"left": "right", "right": "left", "": ""}
     moved = []

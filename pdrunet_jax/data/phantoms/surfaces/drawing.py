@@ -18,7 +18,7 @@ from pdrunet_jax.data.phantoms.surfaces.scene import VIEWS, Chances, Scene, View
 CLASSES = ("femur", "tibia", "fibula", "patella", "pelvis", "foot")
 """Bones that have masks."""
 
-_STREAM = 7  # of random numbers; phantom.py and files.py of the package above have 0 to 2
+_PICTURE, _BODY = 7, 8  # streams of random numbers; phantom.py and files.py of the package above have 0 to 2
 
 _HARDSHIP: dict[Difficulty, float] = {"easy": 0.25, "standard": 1.0, "hard": 2.0}
 """Factor of noise and scatter, and of how often casts, implants, rulers and letters are drawn."""
@@ -55,9 +55,9 @@ def draw_xray(
     It depends on nothing but the arguments: neither on how many are drawn nor in which order. The same processor,
     NumPy, SciPy and Pillow give the same bits.
     """
-    rng = generator(seed, _STREAM, index)
+    rng = generator(seed, _PICTURE, index)
     hard = _HARDSHIP[difficulty]
-    body = bodies[int(rng.integers(len(bodies)))]
+    body = bodies[body_index(len(bodies), index, seed)]
     scene = draw_scene(body, rng, size, Chances(min(0.12 * hard, 0.5), min(0.05 * hard, 0.5)), views)
     rendered = render(scene, rng)
     traits = [scene.projection, scene.side]
@@ -84,6 +84,11 @@ def draw_xray(
         traits.append("inverted")
     image, quality = _coded(shown, rng, traits)
     return Drawing(image, masks, body.name, scene.view, tuple(traits), quality)
+
+
+def body_index(count: int, index: int, seed: int) -> int:
+    """Which of `count` bodies X-ray number `index` of a seed is drawn from."""
+    return int(generator(seed, _BODY, index).integers(count))
 
 
 def _exposed(

@@ -19,7 +19,8 @@ def draw_implant(
 
     Args:
         kind: one of `IMPLANTS`.
-        femur, tibia: (N, 3) vertices of the bones.
+        femur: (N, 3) vertices of the bone.
+        tibia: (N, 3) vertices of the bone.
         hip: (3,) centre of the head of the femur.
         rng: for its make and place.
         place: height z in mm that is in the picture.
@@ -59,7 +60,7 @@ def _knee(femur: Points, tibia: Points, rng: np.random.Generator) -> list[Implan
     radii = np.ptp(head[:, :2], axis=0) / 2
     parts.append(("titanium", "tibia", ball(centre, (radii[0] * 0.95, radii[1] * 0.85, 2.5), 4.0)))
     length = rng.uniform(30, 90)
-    parts.append(("titanium", "tibia", rod(centre, centre - (0, 0, length), 7.0, 7.0, pointed=0.3)))
+    parts.append(("titanium", "tibia", rod(centre, centre - np.array((0, 0, length)), 7.0, 7.0, pointed=0.3)))
     return parts
 
 
@@ -80,7 +81,7 @@ def _hip(femur: Points, hip: Points, rng: np.random.Generator) -> list[Implant]:
     turn = np.array([[np.cos(tilt), 0, -np.sin(tilt)], [0, 1, 0], [np.sin(tilt), 0, np.cos(tilt)]])
     return [
         ("steel", "femur", ball(hip, (radius, radius, radius))),
-        ("titanium", "femur", rod(hip, shaft[-1] + (0, 0, 5), 7.0, 7.0)),
+        ("titanium", "femur", rod(hip, shaft[-1] + np.array((0, 0, 5)), 7.0, 7.0)),
         ("titanium", "femur", stem),
         ("titanium", "pelvis", Mesh(cut @ turn.T + hip, shell.faces)),
     ]
@@ -136,5 +137,7 @@ def _middle_line(bone: Points) -> Points:
     """(N, 3) Middles of a standing long bone at heights 8 mm apart, from below."""
     heights = np.arange(bone[:, 2].min() + 12, bone[:, 2].max() - 12, 8.0)
     slabs = [bone[np.abs(bone[:, 2] - height) < 12] for height in heights]
-    middles = np.array([[*((slab.min(0) + slab.max(0)) / 2)[:2], z] for slab, z in zip(slabs, heights, strict=True) if len(slab)])
+    middles = np.array(
+        [[*((slab.min(0) + slab.max(0)) / 2)[:2], z] for slab, z in zip(slabs, heights, strict=True) if len(slab)]
+    )
     return np.column_stack([np.convolve(np.pad(c, 2, mode="edge"), np.ones(5) / 5, "valid") for c in middles.T])

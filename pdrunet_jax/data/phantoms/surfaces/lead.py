@@ -1,4 +1,4 @@
-"""What lies on the detector beside the patient: lead letters, rulers, calibration balls, and the collimator's shadow."""
+"""Objects in the beam other than the patient: lead letters, rulers, calibration balls, collimator blades; bowel gas."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -22,8 +22,8 @@ MATERIALS: dict[str, tuple[float, tuple[float, ...]]] = {
 }
 """Density in g/cm^3, and mass attenuation coefficients in cm^2/g at `ENERGIES`.
 
-J. H. Hubbell and S. M. Seltzer, NIST Standard Reference Database 126, tables 3 and 4: skeletal muscle, adipose tissue and
-cortical bone of ICRU report 44; iron stands for steel. Plaster is gypsum, CaSO4 + 2 H2O, by its elements, set loosely.
+J. H. Hubbell and S. M. Seltzer, NIST Standard Reference Database 126, tables 3 and 4: skeletal muscle, adipose tissue
+and cortical bone of ICRU report 44; iron stands for steel. Plaster is loose gypsum, CaSO4 + 2 H2O, by its elements.
 """
 _ALUMINIUM = (2.70, (1.128, 0.5685, 0.3681, 0.2778, 0.2018, 0.1704))
 _CAESIUM_IODIDE = (4.51, (9.045, 22.97, 12.87, 7.92, 3.677, 2.035))

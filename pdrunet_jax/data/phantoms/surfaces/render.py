@@ -97,9 +97,9 @@ def _cast_bone(bone: Placed, camera: Camera) -> tuple[tuple[slice, slice], Pictu
     # The place along the bone, as the linear function of column and row that fits its vertices best.
     some = slice(None, None, max(1, len(projected) // 500))
     system = np.column_stack([projected[some, :2], np.ones(len(projected[some]))])
-    across, down, constant = np.linalg.lstsq(system, bone.along[some], rcond=None)[0]
-    rows, columns = (np.arange(part.start, part.stop, dtype=np.float32) for part in window)
-    along = np.float32(across) * columns + (np.float32(down) * rows + np.float32(constant))[:, None]
+    to_right, down, constant = np.linalg.lstsq(system, bone.along[some], rcond=None)[0]
+    row, column = (np.arange(part.start, part.stop, dtype=np.float32) for part in window)
+    along = np.float32(to_right) * column + (np.float32(down) * row + np.float32(constant))[:, None]
     return window, outer, inner, along
 
 

@@ -1,4 +1,4 @@
-"""A patient in front of the detector: posed bones of one or both legs, soft tissue, foot, implants, cast, and the camera.
+"""A patient in front of the detector: posed bones of one or both legs, soft tissue, foot, implants, cast; the camera.
 
 Everything before the camera is in the frame of `bodies`: x to the patient's right, y forward, z up, the knee at 0.
 """
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pdrunet_jax.data.phantoms.surfaces.bodies import Body, Bone, normals
 from pdrunet_jax.data.phantoms.surfaces.hardware import IMPLANTS, draw_implant
-from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Faces, Points
+from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Points
 from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh
 from pdrunet_jax.data.phantoms.surfaces.tissue import (
     Build,
@@ -197,13 +197,14 @@ def _draw_leg(
         return np.asarray((points - hip) @ swing.T + hip)
 
     bent = _rotation(-flexion, rng.normal(0, 3), rng.normal(0, 3))
+    sunk = np.array((0, -0.06, -0.04)) * flexion  # a bent knee has it nearer to the femur
     glide = _rotation(-0.6 * flexion, rng.normal(0, 3), rng.normal(0, 3))
 
     def with_shin(points: Points) -> Points:
         return at_hip((points - knee) @ bent.T + knee)
 
     def with_patella(points: Points) -> Points:
-        return at_hip((points - knee) @ glide.T + knee)
+        return at_hip((points - knee) @ glide.T + knee + sunk)
 
     moves: dict[str, Move] = {"femur": at_hip, "patella": with_patella, "pelvis": lambda points: points}
     moves |= dict.fromkeys(("tibia", "fibula", "foot"), with_shin)
@@ -334,9 +335,9 @@ def _target(view: View, joints: Points, middle: float, both: bool) -> Points:
         "ankle": ankle,
         "leg": (hip + ankle) / 2,
         "legs": (hip + ankle) / 2,
-        "hip": hip + (-15, 0, -10),
-        "pelvis": hip + (0, 0, 35),
-        "foot": ankle + (0, 50, -35),
+        "hip": hip + np.array((-15, 0, -10)),
+        "pelvis": hip + np.array((0, 0, 35)),
+        "foot": ankle + np.array((0, 50, -35)),
     }
     target = targets[view]
     return np.asarray(target * across + between if both and view != "hip" else target)
@@ -370,7 +371,7 @@ def _camera(
     framing = FRAMINGS[view]
     height = rng.uniform(*framing.height)
     if view in ("leg", "legs"):
-        height += np.linalg.norm(leg.joints[0] - leg.joints[2]) * 1.08
+        height += float(np.linalg.norm(leg.joints[0] - leg.joints[2])) * 1.08
     aspect = rng.uniform(*framing.aspect)
     if both and view == "knee":
         aspect = rng.uniform(440, 540) / height

@@ -27,7 +27,7 @@ class Mesh:
 
 
 def ring_frames(path: Points, guide: tuple[float, float, float] = (0, 1, 0)) -> tuple[Points, Points, Points]:
-    """Three unit vectors (N, 3) each: two square to the path (N, 3), the first as near to `guide` as can be; the path's."""
+    """Unit vectors (N, 3) along a path (N, 3): two square to it, the first as near to `guide` as can be; its own."""
     tangent = np.gradient(path, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
     first = np.array(guide) - tangent * (tangent @ np.array(guide))[:, None]

@@ -49,7 +49,9 @@ def leg_tissue(
     upper, lower = joints[1] - joints[0], joints[2] - joints[1]
     path = joints[0] + np.minimum(places, 1)[:, None] * upper + np.maximum(places - 1, 0)[:, None] * lower
     path = ndimage.gaussian_filter1d(path, 2.0, axis=0, mode="nearest")
-    angle = np.arange(_CORNERS) * (2 * np.pi / _CORNERS)  # 0 is in front, a quarter turn on the outer side
+    angle = np.arange(_CORNERS, dtype=np.float64) * (
+        2 * np.pi / _CORNERS
+    )  # 0 is in front, a quarter turn on the outer side
     size = np.linalg.norm(upper) / 420
     girth = np.interp(places, _PLACES, _GIRTH) * size * build.muscle ** np.interp(places, (0.8, 1, 1.2), (1, 0.5, 0.9))
     thigh, calf = np.exp(-(((places - 0.4) / 0.4) ** 2)), np.exp(-(((places - 1.35) / 0.27) ** 2))
@@ -61,12 +63,14 @@ def leg_tissue(
     fascia = ndimage.gaussian_filter(fascia, (1.2, 1.0), mode=("nearest", "wrap"))
     if below_trunk:  # round off where the trunk takes over
         fascia *= np.sqrt(np.clip((places + 0.3) / 0.36, 0.02, 1))[:, None]
-    fat = 2 + build.fat * np.interp(places, _PLACES, _FAT)[:, None] * (1 - 0.25 * front + _waves(rng, 0.15, len(places)))
+    fat = 2 + build.fat * np.interp(places, _PLACES, _FAT)[:, None] * (
+        1 - 0.25 * front + _waves(rng, 0.15, len(places))
+    )
     return tube(path, fascia + np.maximum(fat, 1.5)), tube(path, fascia)
 
 
 def trunk_tissue(pelvis: Points, hips: Points, middle: float, build: Build) -> tuple[Mesh, Mesh]:
-    """Skin and fascia of the trunk around the points (N, 3) of a pelvis and of the femur at the hip; `middle` is its x."""
+    """Skin and fascia of the trunk around points (N, 3) of the pelvis and of the femur's head; `middle` is its x."""
     hip = float(hips[:, 2].mean())
     low, high = hip - 130, pelvis[:, 2].max() + 260
     height = np.linspace(low, high, 24)
@@ -129,13 +133,13 @@ def spine(top: Points, rng: np.random.Generator) -> list[Mesh]:
     for level in range(5):
         centre = top + np.array((0, 8 + 2 * level, 18 + 35 * level)) + rng.normal(0, 0.8, 3)
         bones.append(ball(centre, (25 - level * 0.7, 17, 14.5), 4.5))
-        bones.append(ball(centre + (0, -42, -4), (4, 14, 11), 2.5))
+        bones.append(ball(centre + np.array((0, -42, -4)), (4, 14, 11), 2.5))
         for side in (-1, 1):
-            bones.append(rod(centre + (side * 16, -22, 2), centre + (side * 42, -28, 5), 5, 4, pointed=0.4))
-            bones.append(ball(centre + (side * 15, -26, -10), (6, 7, 14), 2.5))
+            bones.append(
+                rod(centre + np.array((side * 16, -22, 2)), centre + np.array((side * 42, -28, 5)), 5, 4, pointed=0.4)
+            )
+            bones.append(ball(centre + np.array((side * 15, -26, -10)), (6, 7, 14), 2.5))
     return bones
-
-
 
 
 def _waves(rng: np.random.Generator, strength: float, rings: int) -> NDArray[np.float64]:

@@ -1,0 +1,147 @@
+"""Write X-rays drawn from surfaces as a dataset folder, in each of the project's layouts of masks."""
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pdrunet_jax.data.importers.common import write_description, write_mask
+from pdrunet_jax.data.manifest import write_manifest
+from pdrunet_jax.data.phantoms.files import PhantomOptions, assign_splits, check_range
+from pdrunet_jax.data.phantoms.surfaces.bodies import Body, read_bodies
+from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, body_index, draw_xray
+from pdrunet_jax.data.phantoms.surfaces.scene import VIEWS, View, views_of
+from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.files import new_folder
+
+DRAWN = "drawn.csv"
+"""Table of what each X-ray shows: body, view, and the names of what was drawn."""
+
+PRECEDENCE = ("foot", "pelvis", "fibula", "tibia", "femur", "patella")
+"""Order in which bones are painted into one label image: the last one owns the pixels that bones share."""
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class SurfaceOptions(PhantomOptions):
+    """Phantoms, or X-rays drawn from surfaces."""
+
+    surfaces: Path | None = None
+    """Folder of closed bone surfaces (glTF, PLY, STL, OBJ) to draw from, instead of the made-up limbs."""
+    views: tuple[View, ...] = VIEWS
+    """With --surfaces: the views to draw."""
+    layers: bool = False
+    """With --surfaces: one mask file for each bone, for data.multilabel; silhouettes overlap as bones do."""
+
+
+def write_xrays(root: Path, drawing: SurfaceOptions) -> list[str]:
+    """Write X-rays drawn from surfaces as a dataset folder, which appears completely or not at all; returns notes.
+
+    About 60, 20 and 20 % of the bodies are in train, val and test. Raises `UserError` if `root` is not empty or cannot
+    be written, if an option is out of range, or if the surfaces cannot be read or used.
+    """
+    check_range(drawing)
+    if drawing.layers and drawing.by_bone:
+        raise UserError("--layers and --by-bone: choose one, masks that overlap or one label image")
+    assert drawing.surfaces is not None
+    bodies = read_bodies(drawing.surfaces)
+    for body in bodies:
+        if not set(views_of(body)) & set(drawing.views):
+            raise UserError(f"--views {' '.join(drawing.views)}: body {body.name} has no bones for any of them")
+    names = [name for name in CLASSES if any(bone.name == name for body in bodies for bone in body.bones)]
+    with new_folder(root, "X-rays") as folder:
+        indices = range(drawing.count)
+        patients = [_patient(bodies, index, drawing.seed) for index in indices]
+        splits = assign_splits(sorted(set(patients)), drawing.seed)
+        rows = list(_write_all(bodies, folder, drawing, names, [splits[patient] for patient in patients]))
+        if not drawing.layers:
+            write_manifest(
+                folder,
+                [
+                    {"image": row["image"], "mask": row["mask"], "patient": patient, "split": splits[patient]}
+                    for row, patient in zip(rows, patients, strict=True)
+                ],
+            )
+        with (folder / DRAWN).open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, ("image", "body", "view", "drawn"), extrasaction="ignore", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
+        classes = {name: value for value, name in enumerate(names, 1)} if drawing.by_bone else dict.fromkeys(names, 255)
+        licence = f"Drawn by pdrunet_jax (seed {drawing.seed}) from bone surfaces, whose licence and attribution apply"
+        write_description(
+            folder, "drawn X-rays", classes if drawing.layers or drawing.by_bone else {"bone": 255}, licence=licence
+        )
+    few = "fewer than three bodies: each X-ray counts as a patient, and bodies recur in all splits"
+    return [f"{len(bodies)} bodies: {', '.join(body.name for body in bodies[:6])}", *([few] if len(bodies) < 3 else [])]
+
+
+def label_image(masks: dict[str, NDArray[np.bool_]], names: Sequence[str], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """(H, W) One class index a pixel: 1 + the place in `names`; where bones overlap, by `PRECEDENCE`."""
+    labels = np.zeros(shape, np.uint8)
+    for name in PRECEDENCE:
+        if name in masks:
+            labels[masks[name]] = 1 + names.index(name)
+    return labels
+
+
+def _patient(bodies: Sequence[Body], index: int, seed: int) -> str:
+    name = bodies[body_index(len(bodies), index, seed)].name
+    return name if len(bodies) >= 3 else f"{name}_{index:05d}"
+
+
+def _write_all(
+    bodies: Sequence[Body], folder: Path, drawing: SurfaceOptions, names: Sequence[str], splits: Sequence[str]
+) -> Iterator[dict[str, str]]:
+    """Draw and write every X-ray, several at a time; yields the row of each in `DRAWN`, with its mask."""
+
+    def one(index: int) -> dict[str, str]:
+        drawn = draw_xray(
+            bodies,
+            index,
+            seed=drawing.seed,
+            size=drawing.size,
+            difficulty=drawing.difficulty,
+            views=drawing.views,
+        )
+        return _write_xray(drawn, folder, f"xray_{index:05d}", drawing, names, splits[index])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, drawing.count, _BATCH):  # an interrupt waits for one batch at most
+            yield from pool.map(one, range(start, min(start + _BATCH, drawing.count)))
+
+
+def _write_xray(
+    drawn: Drawing, folder: Path, stem: str, drawing: SurfaceOptions, names: Sequence[str], split: str
+) -> dict[str, str]:
+    place = f"{split}/" if drawing.layers else ""
+    image = f"{place}images/{stem}.{'png' if drawn.quality is None else 'jpg'}"
+    mask = f"{place}masks/{stem}.png"
+    (folder / image).parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(drawn.image)
+    if drawn.quality is None:
+        picture.save(folder / image)
+    else:
+        picture.save(folder / image, quality=drawn.quality)
+    shape = drawn.image.shape
+    if drawing.layers:
+        for name in list(drawn.masks) or names[:1]:
+            path = folder / f"{place}masks/{name}/{stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _save(drawn.masks.get(name, np.zeros(shape, np.bool_)), path)
+    elif drawing.by_bone:
+        write_mask(label_image(drawn.masks, names, shape), folder / mask)
+    else:
+        (folder / mask).parent.mkdir(parents=True, exist_ok=True)
+        _save(np.logical_or.reduce([np.zeros(shape, np.bool_), *drawn.masks.values()]), folder / mask)
+    return {"image": image, "mask": mask, "body": drawn.body, "view": drawn.view, "drawn": " ".join(drawn.traits)}
+
+
+def _save(mask: NDArray[np.bool_], path: Path) -> None:
+    Image.fromarray(mask.astype(np.uint8) * np.uint8(255)).save(path)
