@@ -108,10 +108,10 @@ def _plate(bone: Points, rng: np.random.Generator, place: float) -> list[Mesh]:
     path = line[np.abs(line[:, 2] - centre) < half]
     steps = np.linspace(0, len(path) - 1, 24)
     path = np.column_stack([np.interp(steps, np.arange(len(path)), column) for column in path.T])
-    outer = np.array([bone[np.abs(bone[:, 2] - z) < 9][:, 0].max() for z in path[:, 2]])
-    inner = np.array([bone[np.abs(bone[:, 2] - z) < 9][:, 0].min() for z in path[:, 2]])
+    heights, low, high = _sections(bone)
+    inner, outer = (np.interp(path[:, 2], heights, side[:, 0]) for side in (low, high))
     surface = path.copy()
-    surface[:, 0] = np.convolve(np.pad(outer, 3, mode="edge"), np.ones(7) / 7, "valid") + 2
+    surface[:, 0] = outer + 2
     meshes = [tube(surface, ellipses(np.full(24, 1.8), np.full(24, rng.uniform(5, 7)), 16), (1, 0, 0))]
     for at in range(2, 23, int(rng.integers(3, 6))):
         end = np.array((inner[at] + rng.uniform(-1, 4), surface[at, 1], surface[at, 2]))
@@ -135,9 +135,20 @@ def _screws(bone: Points, rng: np.random.Generator, place: float) -> list[Mesh]:
 
 def _middle_line(bone: Points) -> Points:
     """(N, 3) Middles of a standing long bone at heights 8 mm apart, from below."""
+    heights, low, high = _sections(bone)
+    return np.column_stack([(low + high) / 2, heights])
+
+
+def _sections(bone: Points) -> tuple[NDArray[np.float64], Points, Points]:
+    """Heights (N,) 8 mm apart of a standing long bone, and its smoothed least and largest x and y (N, 2) there."""
     heights = np.arange(bone[:, 2].min() + 12, bone[:, 2].max() - 12, 8.0)
-    slabs = [bone[np.abs(bone[:, 2] - height) < 12] for height in heights]
-    middles = np.array(
-        [[*((slab.min(0) + slab.max(0)) / 2)[:2], z] for slab, z in zip(slabs, heights, strict=True) if len(slab)]
-    )
-    return np.column_stack([np.convolve(np.pad(c, 2, mode="edge"), np.ones(5) / 5, "valid") for c in middles.T])
+    slabs = [bone[np.abs(bone[:, 2] - height) < 12, :2] for height in heights]
+    full = np.array([len(slab) > 2 for slab in slabs])  # a coarse surface may have no vertex at some heights
+
+    def smooth(values: Points) -> Points:
+        columns = (np.interp(heights, heights[full], column) for column in values.T)
+        return np.column_stack([np.convolve(np.pad(c, 2, mode="edge"), np.ones(5) / 5, "valid") for c in columns])
+
+    used = [slab for slab, enough in zip(slabs, full, strict=True) if enough]
+    low, high = np.array([slab.min(axis=0) for slab in used]), np.array([slab.max(axis=0) for slab in used])
+    return heights, smooth(low), smooth(high)
