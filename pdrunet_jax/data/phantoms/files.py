@@ -32,11 +32,11 @@ class PhantomOptions:
     seed: int = 0
     """Seed of the random scenes."""
     size: int = 256
-    """Height and width in pixels."""
+    """Height and width in pixels; with --surfaces, the longest side."""
     difficulty: Difficulty = "standard"
     """easy: dense bones and little noise; hard: faint bones, more noise and scatter, casts, metal, wires."""
     by_bone: bool = False
-    """One class for each of femur, tibia, fibula, humerus, radius and ulna, instead of the class bone."""
+    """One class for each bone (femur, tibia, fibula, humerus and so on), instead of the class bone."""
 
 
 def write_phantoms(root: Path, drawing: PhantomOptions) -> None:

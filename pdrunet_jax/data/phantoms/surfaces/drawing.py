@@ -61,8 +61,10 @@ def draw_xray(
     scene = draw_scene(body, rng, size, Chances(min(0.12 * hard, 0.5), min(0.05 * hard, 0.5)), views)
     rendered = render(scene, rng)
     traits = [scene.projection, scene.side]
-    traits += [name for name, drawn in (("implant", scene.metal), ("cast", scene.casts)) if drawn]
     signal, field = _exposed(scene, rendered, rng, hard, traits)
+    for name, kinds in (("implant", ("titanium", "steel")), ("cast", ("plaster",))):
+        if any((rendered.lengths[kind] > 1)[field].any() for kind in kinds if kind in rendered.lengths):
+            traits.append(name)
     masks = {name: mask & field for name, mask in rendered.masks.items() if (mask & field).any()}
     body_seen = rendered.body & field
     if scene.view in ("leg", "legs") and rng.random() < 0.55:

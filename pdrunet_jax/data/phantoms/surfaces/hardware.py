@@ -52,7 +52,8 @@ def _knee(femur: Points, tibia: Points, rng: np.random.Generator) -> list[Implan
                 middle[1] + half[1] * np.sin(angle),
             ]
         )
-        band = tube(path, ellipses(np.full(15, 0.2 * (right - left)), np.full(15, 4.0), 20), (1, 0, 0))
+        narrowed = np.sqrt(np.clip(np.minimum(np.arange(15), np.arange(14, -1, -1)) / 4 + 0.2, 0, 1))
+        band = tube(path, ellipses(0.2 * (right - left) * narrowed, 4.0 * narrowed, 20), (1, 0, 0))
         parts.append(("steel", "femur", band))
     top = tibia[:, 2].max()
     head = tibia[tibia[:, 2] > top - 25]

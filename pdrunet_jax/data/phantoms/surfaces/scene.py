@@ -210,7 +210,7 @@ def _draw_leg(
     moves |= dict.fromkeys(("tibia", "fibula", "foot"), with_shin)
 
     # Bones: a patient's cortex is thinner or thicker than the body's.
-    cortex = float(rng.uniform(0.55, 1.25))
+    cortex = float(rng.uniform(0.6, 1.4))
     placed = [
         _place(bone, moves[bone.name], growth, cortex)
         for bone in body.bones

@@ -114,6 +114,7 @@ def foot_bones(rng: np.random.Generator) -> list[Mesh]:
         ball(np.array(centre) + rng.normal(0, 1, 3), tuple(np.array(radii) * rng.uniform(0.93, 1.07, 3)), power)
         for centre, radii, power in around
     ]
+    bones = [_uneven(bone, rng) for bone in bones]
     for ray in range(5):
         base = np.array((-19 + 8.5 * ray, 74 - 4 * max(ray - 1, 0), -29 - 3 * ray))
         head = np.array((-27 + 15 * ray, 136 - 7 * abs(ray - 1), -60.0))
@@ -140,6 +141,14 @@ def spine(top: Points, rng: np.random.Generator) -> list[Mesh]:
             )
             bones.append(ball(centre + np.array((side * 15, -26, -10)), (6, 7, 14), 2.5))
     return bones
+
+
+def _uneven(mesh: Mesh, rng: np.random.Generator) -> Mesh:
+    """A surface with shallow random bumps and hollows, which make a bone of a ball."""
+    offset = mesh.vertices - mesh.vertices.mean(axis=0)
+    way = offset / np.maximum(np.linalg.norm(offset, axis=1, keepdims=True), 1e-9)
+    bumps = np.sin(way @ rng.normal(0, 2.6, (3, 4)) + rng.uniform(0, 2 * np.pi, 4)).sum(axis=1)
+    return Mesh(mesh.vertices + offset * (0.055 * bumps)[:, None], mesh.faces)
 
 
 def _waves(rng: np.random.Generator, strength: float, rings: int) -> NDArray[np.float64]:
