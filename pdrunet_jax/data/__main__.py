@@ -16,7 +16,7 @@ from pdrunet_jax.data.importers import coco, cvat, label_studio, labelme, masks,
 from pdrunet_jax.data.manifest import MANIFEST, normal_path, read_manifest, write_manifest
 from pdrunet_jax.data.phantoms.files import write_phantoms
 from pdrunet_jax.data.phantoms.surfaces.files import SurfaceOptions, write_xrays
-from pdrunet_jax.data.phantoms.surfaces.scene import VIEWS
+from pdrunet_jax.data.phantoms.surfaces.views import VIEWS
 from pdrunet_jax.data.selection import HELP, Next, choose_next
 from pdrunet_jax.data.split import manifest_rows, split_counts
 from pdrunet_jax.runtime import cli

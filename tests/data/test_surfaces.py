@@ -13,13 +13,14 @@ from PIL import Image
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import inspect_dataset
-from pdrunet_jax.data.phantoms.surfaces.bodies import Bone, closed, half_thickness, make_body, read_bodies
+from pdrunet_jax.data.phantoms.surfaces.bodies import Bone, make_body, read_bodies
 from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, draw_xray
 from pdrunet_jax.data.phantoms.surfaces.files import PRECEDENCE, label_image
+from pdrunet_jax.data.phantoms.surfaces.meshes import closed, half_thickness
 from pdrunet_jax.data.phantoms.surfaces.physics import ENERGIES, MATERIALS, measured, primary, spectrum
 from pdrunet_jax.data.phantoms.surfaces.raster import Camera, path_lengths
-from pdrunet_jax.data.phantoms.surfaces.scene import VIEWS
 from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh, ball, ellipses, rod, tube
+from pdrunet_jax.data.phantoms.surfaces.views import VIEWS
 from pdrunet_jax.runtime.errors import DataError
 
 

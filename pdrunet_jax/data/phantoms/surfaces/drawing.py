@@ -13,7 +13,8 @@ from pdrunet_jax.data.phantoms.surfaces.lead import calibration_ball, collimator
 from pdrunet_jax.data.phantoms.surfaces.physics import measured, primary, spectrum
 from pdrunet_jax.data.phantoms.surfaces.raster import Picture
 from pdrunet_jax.data.phantoms.surfaces.render import Rendered, render
-from pdrunet_jax.data.phantoms.surfaces.scene import VIEWS, Chances, Scene, View, draw_scene
+from pdrunet_jax.data.phantoms.surfaces.scene import Chances, Scene, draw_scene
+from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View
 
 CLASSES = ("femur", "tibia", "fibula", "patella", "pelvis", "foot")
 """Bones that have masks."""

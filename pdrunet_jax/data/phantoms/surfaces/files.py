@@ -16,7 +16,7 @@ from pdrunet_jax.data.manifest import write_manifest
 from pdrunet_jax.data.phantoms.files import PhantomOptions, assign_splits, check_range
 from pdrunet_jax.data.phantoms.surfaces.bodies import Body, read_bodies
 from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, body_index, draw_xray
-from pdrunet_jax.data.phantoms.surfaces.scene import VIEWS, View, views_of
+from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View, views_of
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import new_folder
 

@@ -5,13 +5,14 @@ Everything before the camera is in the frame of `bodies`: x to the patient's rig
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pdrunet_jax.data.phantoms.surfaces.bodies import Body, Bone, normals
+from pdrunet_jax.data.phantoms.surfaces.bodies import Body, Bone
 from pdrunet_jax.data.phantoms.surfaces.hardware import IMPLANTS, draw_implant
+from pdrunet_jax.data.phantoms.surfaces.meshes import normals
 from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Points
 from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh
 from pdrunet_jax.data.phantoms.surfaces.tissue import (
@@ -23,41 +24,17 @@ from pdrunet_jax.data.phantoms.surfaces.tissue import (
     spine,
     trunk_tissue,
 )
-
-View = Literal["knee", "lower-leg", "thigh", "leg", "legs", "ankle", "hip", "pelvis", "foot"]
-VIEWS: tuple[View, ...] = get_args(View)
-WITH_PELVIS = ("thigh", "leg", "legs", "hip", "pelvis")
-"""Views that may show the pelvis."""
-Projection = Literal["ap", "lateral", "oblique"]
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How pictures of a view are framed."""
-
-    share: float
-    """How often it is drawn, of the views that a body's bones allow."""
-    height: tuple[float, float]
-    """Least and largest height of the field in mm; for leg and legs, of what is added to the length of the leg."""
-    aspect: tuple[float, float]
-    """Least and largest width of the field relative to its height."""
-    projections: tuple[float, float, float]
-    """How often it is taken from the front, from the side and obliquely."""
-    needs: str = "femur"
-    """The bone without which there is no such view."""
-
-
-FRAMINGS: dict[View, Framing] = {
-    "knee": Framing(0.34, (200, 380), (0.55, 1.1), (0.5, 0.32, 0.18)),
-    "lower-leg": Framing(0.16, (330, 470), (0.35, 1.0), (0.55, 0.35, 0.1)),
-    "thigh": Framing(0.1, (330, 470), (0.4, 1.0), (0.55, 0.35, 0.1)),
-    "leg": Framing(0.1, (-120, 120), (0.25, 0.45), (0.85, 0.15, 0.0)),
-    "legs": Framing(0.1, (20, 200), (0.38, 0.52), (1.0, 0.0, 0.0)),
-    "ankle": Framing(0.07, (180, 300), (0.6, 1.1), (0.5, 0.35, 0.15)),
-    "hip": Framing(0.06, (240, 380), (0.7, 1.2), (0.85, 0.0, 0.15), "pelvis"),
-    "pelvis": Framing(0.05, (320, 420), (1.05, 1.35), (1.0, 0.0, 0.0), "pelvis"),
-    "foot": Framing(0.02, (220, 320), (0.7, 1.2), (0.2, 0.5, 0.3), "foot"),
-}
+from pdrunet_jax.data.phantoms.surfaces.views import (
+    FRAMINGS,
+    VIEWS,
+    WITH_PELVIS,
+    Projection,
+    View,
+    rotation,
+    target_of,
+    turn_of,
+    views_of,
+)
 
 
 @dataclass(frozen=True)
@@ -130,12 +107,6 @@ class _Leg:
     casts: list[tuple[Mesh, Mesh]]
 
 
-def views_of(body: Body) -> list[View]:
-    """The views that the bones of a body allow."""
-    names = {bone.name for bone in body.bones}
-    return [view for view in VIEWS if FRAMINGS[view].needs in names]
-
-
 def draw_scene(
     body: Body, rng: np.random.Generator, size: int, chances: Chances, views: Sequence[View] = VIEWS
 ) -> Scene:
@@ -164,10 +135,10 @@ def draw_scene(
 
     # Only a picture of both legs shows both sides by right.
     side = "both" if both and view != "hip" else str(rng.choice(["right", "left"]))
-    target = _target(view, everything.joints, middle, both)
+    target = target_of(view, everything.joints, middle, both)
     if side == "left" or (side == "both" and rng.random() < 0.5):
         everything, target = _mirrored(everything, 0.0), target * (-1, 1, 1)
-    turn = _turn(projection, rng, both)
+    turn = turn_of(projection, rng, both)
     camera, shift = _camera(everything, turn, target, view, both, rng, size)
     return _placed(everything, turn, shift, Scene(view, projection, side, build, camera))
 
@@ -191,14 +162,14 @@ def _draw_leg(
     """Draw a right leg in the frame of the body."""
     hip, ankle = body.hip * growth, body.ankle * growth
     knee = np.array((0.0, -4.0, -4.0))
-    swing = _rotation(rng.normal(0, 3), rng.normal(2, 3), rng.normal(0, 9))
+    swing = rotation(rng.normal(0, 3), rng.normal(2, 3), rng.normal(0, 9))
 
     def at_hip(points: Points) -> Points:
         return np.asarray((points - hip) @ swing.T + hip)
 
-    bent = _rotation(-flexion, rng.normal(0, 3), rng.normal(0, 3))
+    bent = rotation(-flexion, rng.normal(0, 3), rng.normal(0, 3))
     sunk = np.array((0, -0.06, -0.04)) * flexion  # a bent knee has it nearer to the femur
-    glide = _rotation(-0.6 * flexion, rng.normal(0, 3), rng.normal(0, 3))
+    glide = rotation(-0.6 * flexion, rng.normal(0, 3), rng.normal(0, 3))
 
     def with_shin(points: Points) -> Points:
         return at_hip((points - knee) @ bent.T + knee)
@@ -255,7 +226,7 @@ def _add_foot(leg: _Leg, body: Body, rng: np.random.Generator, growth: NDArray[n
     tibia = body.bone("tibia").mesh.vertices * growth
     under = tibia[np.hypot(*(tibia - ankle)[:, :2].T) < 9]
     dome = np.array((ankle[0], ankle[1], under[:, 2].min() - 2.5))
-    pointing = _rotation(rng.uniform(-35, 5), rng.normal(0, 4), rng.normal(-6, 6))
+    pointing = rotation(rng.uniform(-35, 5), rng.normal(0, 4), rng.normal(-6, 6))
     own = any(bone.name == "foot" for bone in body.bones)
 
     def move(points: Points) -> Points:
@@ -323,41 +294,6 @@ def _place_of(view: View, hip: Points, ankle: Points) -> float:
     return float(places.get(view, 20.0))
 
 
-def _target(view: View, joints: Points, middle: float, both: bool) -> Points:
-    """(3,) The point that is in the middle of the picture, but for chance."""
-    hip, knee, ankle = joints
-    between = np.array((middle, 0.0, 0.0))
-    across = np.array((0.0, 1.0, 1.0))
-    targets = {
-        "knee": knee,
-        "thigh": (hip + knee) / 2,
-        "lower-leg": 0.4 * knee + 0.6 * ankle,
-        "ankle": ankle,
-        "leg": (hip + ankle) / 2,
-        "legs": (hip + ankle) / 2,
-        "hip": hip + np.array((-15, 0, -10)),
-        "pelvis": hip + np.array((0, 0, 35)),
-        "foot": ankle + np.array((0, 50, -35)),
-    }
-    target = targets[view]
-    return np.asarray(target * across + between if both and view != "hip" else target)
-
-
-def _turn(projection: Projection, rng: np.random.Generator, both: bool) -> NDArray[np.float64]:
-    """(3, 3) Turns the patient towards the source: the frame of the body to u, v and height."""
-    about = {
-        "ap": rng.normal(0, 4 if both else 7) + 180 * (rng.random() < 0.12),
-        "lateral": rng.choice([-90, 90]) + rng.normal(0, 5),
-        "oblique": rng.choice([-1, 1]) * rng.uniform(25, 65),
-    }[projection]
-    to_camera = np.array([[-1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
-    tilted = _rotation(rng.normal(0, 4), 0, 0) @ _rotation(0, 0, about)
-    chance = rng.random()
-    roll = rng.normal(0, 5) if chance < 0.86 or both else rng.choice([-90, 90, 180]) + rng.normal(0, 5)
-    roll = rng.uniform(-180, 180) if chance > 0.96 and not both else roll
-    return np.asarray(_rotation(0, 0, roll) @ to_camera @ tilted)
-
-
 def _camera(
     leg: _Leg,
     turn: NDArray[np.float64],
@@ -405,12 +341,3 @@ def _placed(leg: _Leg, turn: NDArray[np.float64], shift: Points, scene: Scene) -
     scene.metal = [(kind, mesh(part)) for kind, part in leg.metal]
     scene.casts = [(mesh(outer), mesh(inner)) for outer, inner in leg.casts]
     return scene
-
-
-def _rotation(x: float, y: float, z: float) -> NDArray[np.float64]:
-    """(3, 3) Rotation by degrees about x, then y, then z."""
-    (sx, sy, sz), (cx, cy, cz) = np.sin(np.radians((x, y, z))), np.cos(np.radians((x, y, z)))
-    about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    about_y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return np.asarray(about_z @ about_y @ about_x)
