@@ -11,6 +11,7 @@ import tyro
 import pdrunet_jax
 from pdrunet_jax.export.check import Run, check_images, compare_outputs
 from pdrunet_jax.export.onnx_graph import build_onnx, open_onnx, require
+from pdrunet_jax.export.page import build_page, open_page, read_template
 from pdrunet_jax.export.stablehlo import GraphSpec, build_stablehlo, open_stablehlo, pillow_resizes_tall_first
 from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.load import build_loaded, class_names, load_weights
@@ -24,13 +25,14 @@ from pdrunet_jax.runtime.files import atomic_write, require_replaceable, writing
 FORMATS: dict[str, tuple[Callable[[Network, GraphSpec], bytes], Callable[[bytes], Run]]] = {
     "onnx": (build_onnx, open_onnx),
     "stablehlo": (build_stablehlo, open_stablehlo),
+    "html": (build_page, open_page),
 }
 """How a file of each format is built and opened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """Export a trained model to ONNX, or to a StableHLO artifact for jax.export.
+    """Export a trained model to ONNX, to a StableHLO artifact for jax.export, or to a page for a browser.
 
     The file maps uint8 images to masks of the same size; it includes resizing, scaling, probabilities and threshold.
     Before it is written, it is run and compared with the model. See docs/export.md for how to use it.
@@ -38,8 +40,8 @@ class ExportOptions:
 
     weights: str
     """Run folder, checkpoint, .safetensors or public .pth."""
-    format: Literal["onnx", "stablehlo"]
-    """onnx for onnxruntime and other runtimes, stablehlo for JAX."""
+    format: Literal["onnx", "stablehlo", "html"]
+    """onnx for onnxruntime and other runtimes, stablehlo for JAX, html for one page that works offline in a browser."""
     output: Path
     """Output file."""
     size: tuple[int, ...] = ()
@@ -64,8 +66,10 @@ def export(options: ExportOptions) -> list[str]:
     if options.output.is_dir():
         raise UserError(f"{options.output} is a folder; give the name of a file")
     require_replaceable(options.output, Path(options.weights), options.force)
-    for package in ("onnx", "onnxruntime") if options.format == "onnx" else ():
-        require(package)  # before any work is done
+    for package in ("onnx", "onnxruntime") if options.format != "stablehlo" else ():
+        require(package, options.format)  # before any work is done
+    if options.format == "html":
+        read_template()
     build, open_file = FORMATS[options.format]
     loaded = load_weights(options.weights)
     model = build_loaded(loaded, param_dtype=jnp.float32)

@@ -100,12 +100,12 @@ def open_onnx(data: bytes) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     return run
 
 
-def require(package: str) -> ModuleType:
-    """Import a package of the extra `export`. Raises `UserError` if it is missing."""
+def require(package: str, form: str = "onnx") -> ModuleType:
+    """Import a package of the extra `export`, for `--format` `form`. Raises `UserError` if it is missing."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"--format onnx needs {package}: {how_to_install('export')}") from None
+        raise UserError(f"--format {form} needs {package}: {how_to_install('export')}") from None
 
 
 class Nodes:
