@@ -19,10 +19,11 @@ setCodecSource((name) => unpackAsset(assets[name]));
 /** The network, loaded with the first image. */
 function network() {
   session ??= (async () => {
+    ort.env.logLevel = "error"; // the warnings concern unused constants
     ort.env.wasm.numThreads = 1; // threads need headers that a file does not have
     ort.env.wasm.wasmBinary = await unpackAsset(assets.runtime);
     const model = await unpackAsset(assets.model);
-    return ort.InferenceSession.create(model, { executionProviders: ["wasm"] });
+    return ort.InferenceSession.create(model, { executionProviders: ["wasm"], logSeverityLevel: 3 });
   })();
   return session;
 }

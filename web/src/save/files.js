@@ -24,14 +24,20 @@ export const colourOf = (index) => COLOURS[(index - 1) % COLOURS.length];
 /** Names of the foreground classes. */
 export const classNames = ({ class_names: names, multilabel }) => (multilabel ? names : names.slice(1));
 
-/** Colour of each value of a mask, background first: the mean of the colours of classes that overlap. */
+/**
+ * Colour of each value of a mask, background first: the mean of the colours of classes that overlap.
+ * @param {(index: number) => number[] | null} [colour] of a class; null for a hidden one
+ * @returns {(number[] | null)[]} null where every class is hidden
+ */
 export function valueColours(facts, colour = colourOf) {
   const count = classNames(facts).length;
   const classes = Array.from({ length: count }, (_, place) => colour(place + 1));
   if (!facts.multilabel) return [[0, 0, 0], ...classes];
   return Array.from({ length: 1 << count }, (_, bits) => {
-    const present = classes.filter((_, place) => (bits >> place) & 1);
-    return [0, 1, 2].map((c) => Math.trunc(present.reduce((sum, one) => sum + one[c], 0) / Math.max(present.length, 1)));
+    if (!bits) return [0, 0, 0];
+    const present = classes.filter((one, place) => one && (bits >> place) & 1);
+    if (!present.length) return null;
+    return [0, 1, 2].map((c) => Math.trunc(present.reduce((sum, one) => sum + one[c], 0) / present.length));
   });
 }
 

@@ -362,7 +362,7 @@ function start() {
   byId("theme").addEventListener("click", () => {
     setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
   });
-  byId("model").textContent = `${names.join(", ")} · works at ${facts.size[1]} × ${facts.size[0]} pixels · pdrunet-jax ${facts.version}`;
+  byId("model").textContent = `${names.join(", ")} · ${facts.size[1]} × ${facts.size[0]} · pdrunet-jax ${facts.version}`;
   byId("files").addEventListener("change", ({ target }) => {
     open([...target.files]);
     target.value = "";

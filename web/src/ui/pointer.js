@@ -61,7 +61,7 @@ export function listen(view, stage, tool) {
   stage.addEventListener("pointerup", end);
   stage.addEventListener("pointercancel", end);
   stage.addEventListener("pointerleave", () => tool.leave());
-  stage.addEventListener("dblclick", () => tool.twice());
+  stage.addEventListener("dblclick", ({ target }) => target.closest("button") ?? tool.twice());
 
   stage.addEventListener(
     "wheel",

@@ -24,7 +24,7 @@ export class View {
     new ResizeObserver(() => this.#resize()).observe(picture.parentElement);
   }
 
-  /** Show an image, {width, height, channels, data, mask}; null for none. Fits it unless it has the last one's size. */
+  /** Show an image, {width, height, channels, data, mask}, as a whole; null for none. */
   show(image) {
     this.image = image;
     this.source = image && toCanvas(image);
@@ -117,7 +117,7 @@ export class View {
     const [tints, lines] = this.#colours();
     const column = new Int32Array(width + 1);
     for (let x = 0; x <= width; x++) column[x] = Math.floor((x + 0.5 - this.offset[0]) / this.scale);
-    const line = Math.max(1, Math.round(devicePixelRatio));
+    const line = Math.max(2, Math.round(1.5 * devicePixelRatio));
     let above = new Uint8Array(width);
     for (let y = 0; y < height; y++) {
       const row = Math.floor((y + 0.5 - this.offset[1]) / this.scale);
@@ -146,14 +146,12 @@ export class View {
 
   /** Tints and lines of each value, as 32-bit pixels. */
   #colours() {
-    const visible = (index) => !this.hidden.has(index);
-    const classes = valueColours(this.facts, colourOf);
+    const classes = valueColours(this.facts, (index) => (this.hidden.has(index) ? null : colourOf(index)));
     const pixel = ([red, green, blue], alpha) => ((alpha << 24) | (blue << 16) | (green << 8) | red) >>> 0;
-    const shown = (value) => (this.facts.multilabel ? hasVisible(value, visible) : visible(value));
     const tints = new Uint32Array(256);
     const lines = new Uint32Array(256);
     classes.forEach((colour, value) => {
-      if (!value || !shown(value)) return;
+      if (!value || !colour) return;
       tints[value] = pixel(colour, Math.round(255 * this.opacity));
       lines[value] = pixel(colour, OUTLINE);
     });
@@ -170,11 +168,6 @@ function border(out, at, value, before, step, line, lines) {
   }
 }
 
-function hasVisible(bits, visible) {
-  for (let place = 0; bits >> place; place++) if ((bits >> place) & 1 && visible(place + 1)) return true;
-  return false;
-}
-
 /** Pixels as a canvas that can be drawn at any scale. */
 function toCanvas({ width, height, channels, data }) {
   const canvas = document.createElement("canvas");
@@ -182,9 +175,9 @@ function toCanvas({ width, height, channels, data }) {
   canvas.height = height;
   const pixels = new ImageData(width, height);
   const out = new Uint32Array(pixels.data.buffer);
+  const [green, blue] = channels === 1 ? [0, 0] : [1, 2];
   for (let i = 0, at = 0; i < out.length; i++, at += channels) {
-    const [red, green, blue] = channels === 1 ? [data[at], data[at], data[at]] : [data[at], data[at + 1], data[at + 2]];
-    out[i] = (0xff000000 | (blue << 16) | (green << 8) | red) >>> 0;
+    out[i] = 0xff000000 | (data[at + blue] << 16) | (data[at + green] << 8) | data[at];
   }
   canvas.getContext("2d").putImageData(pixels, 0, 0);
   return canvas;
