@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test lint types unit parity stress gpu-check lowest newest bench clean
+.PHONY: help venv dev demo web test lint types unit parity stress gpu-check lowest newest bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / {printf "%-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ dev: .venv/installed-dev  ## Add what tests, linting and types need
 
 demo: .venv/installed  ## Train on synthetic bone X-rays; ends with test scores and a report (4 minutes)
 	$(BIN)/python -m pdrunet_jax.train --config phantom
+
+web: pdrunet_jax/export/page.html  ## Build the page for export --format html, and test its modules (Node.js 20 or later)
+	cd web && npm test
 
 test: lint types unit parity  ## Lint, types, tests and parity tests
 
@@ -54,8 +57,13 @@ bench: .venv/installed-dev  ## Measure every figure of docs/performance.md on an
 	$(BIN)/python -m benchmarks
 
 clean:  ## Delete .venv, builds and caches
-	rm -rf .venv .gpu build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .gpu build dist web/node_modules pdrunet_jax/export/page.html .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+web/node_modules/.package-lock.json: web/package.json web/package-lock.json
+	@command -v npm >/dev/null || { echo "make web needs Node.js 20 or later, with npm: https://nodejs.org"; exit 1; }
+	cd web && npm ci --no-audit --no-fund
+pdrunet_jax/export/page.html: web/node_modules/.package-lock.json web/build.js web/NOTICES.txt $(shell find web/src -type f)
+	cd web && npm run --silent build -- ../$@
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt

@@ -1,8 +1,8 @@
 """Export to a page: one HTML file that segments images in a browser, offline.
 
 The template, which holds everything but the model, is built from `web/` by `make web`. Wheels contain it. The page runs
-the ONNX graph at the network's own size; it resizes as Pillow does itself, so images of more than 8 bits are not rounded
-before they are resized.
+the ONNX graph at the network's own size and does the resizing itself, bit for bit as Pillow: images of more than 8 bits
+are not rounded before they are resized, as in `predict`.
 """
 
 import base64

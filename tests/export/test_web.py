@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pdrunet_jax.data.__main__ import main as data
+from pdrunet_jax.data.importers.labelme import ImportLabelme, import_labelme
 from pdrunet_jax.export import page as page_module
 from pdrunet_jax.export.__main__ import main
 from pdrunet_jax.export.page import TEMPLATE
@@ -20,11 +20,11 @@ from pdrunet_jax.model.load import load_model
 from pdrunet_jax.predict.inference import segment
 from pdrunet_jax.runtime.errors import UserError
 from tests.support import ROOT
+from tests.support.page_files import write_page_files
 from tests.support.tiny import brightness_model, save_model
 
 for package in ("onnx", "onnxruntime", "pydicom"):
     pytest.importorskip(package)
-from tests.support.page_files import write_page_files
 
 WEB = ROOT / "web"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -82,7 +82,7 @@ def test_masks_of_the_page_are_those_of_predict(session: Session) -> None:
         assert f"{target}.json" in names
     rows = archive.read("areas.csv").decode().splitlines()
     assert len(rows) == len(session.images) + 1
-    assert f"{session.report['states']['damaged.png']}".startswith("damaged or truncated PNG")
+    assert session.report["states"]["damaged.png"].startswith("damaged or truncated PNG")
     window = next(row for row in rows if row.startswith("window.dcm"))
     pixels, area = window.split(",")[-2:]
     assert float(area) == pytest.approx(int(pixels) * 0.2 * 0.3, abs=1e-4)
@@ -108,8 +108,8 @@ def test_what_is_drawn_can_be_undone_and_saved(session: Session, tmp_path: Path)
     drawn.mkdir()
     shutil.copy(session.output / "labelme.json", drawn / f"{first.stem}.json")
     shutil.copy(first, drawn / first.name)
-    data(["import-labelme", str(drawn), str(tmp_path / "dataset"), "--unsplit"])
-    imported = np.asarray(Image.open(next((tmp_path / "dataset").rglob("masks/*.png")))) > 0
+    import_labelme(ImportLabelme(drawn, tmp_path / "dataset"))
+    imported = np.asarray(Image.open(next((tmp_path / "dataset/masks").rglob("*.png")))) > 0
     assert 2 * (imported & (mask > 0)).sum() / (imported.sum() + (mask > 0).sum()) > 0.995
 
 

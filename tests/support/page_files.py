@@ -6,10 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from PIL import Image
-from pydicom import uid
-from pydicom.dataset import FileDataset, FileMetaDataset
 
 from pdrunet_jax.data.phantoms.phantom import draw
 
@@ -74,6 +71,8 @@ def _write_jpegs(folder: Path, grey: np.ndarray) -> None:
 
 
 def _write_dicoms(folder: Path, grey: np.ndarray, deep: np.ndarray) -> None:
+    from pydicom import uid
+
     signed = (deep.astype(np.int32) - 2000).astype(np.int16)
     padded = deep.copy()
     padded[:20] = 0
@@ -89,10 +88,14 @@ def _write_dicoms(folder: Path, grey: np.ndarray, deep: np.ndarray) -> None:
     _dicom(folder / "jpeg2000.dcm", deep, uid.JPEG2000Lossless, **_WINDOW)
 
 
-def _dicom(path: Path, pixels: np.ndarray, syntax: str = uid.ExplicitVRLittleEndian, **elements: object) -> None:
+def _dicom(path: Path, pixels: np.ndarray, syntax: str = "", **elements: object) -> None:
+    from pydicom import dcmwrite, uid
+    from pydicom.dataset import FileDataset, FileMetaDataset
+
     meta = FileMetaDataset()
-    compressed = uid.UID(syntax).is_compressed
-    meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian if compressed else uid.UID(syntax)
+    meta.TransferSyntaxUID = uid.UID(syntax or uid.ExplicitVRLittleEndian)
+    if compressed := meta.TransferSyntaxUID.is_compressed:
+        meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian  # until it is compressed
     meta.MediaStorageSOPClassUID = uid.DigitalXRayImageStorageForPresentation
     meta.MediaStorageSOPInstanceUID = uid.generate_uid(entropy_srcs=[path.name])
     dataset = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
@@ -108,7 +111,7 @@ def _dicom(path: Path, pixels: np.ndarray, syntax: str = uid.ExplicitVRLittleEnd
     dataset["PixelData"].VR = "OB" if bits == 8 else "OW"
     if compressed:
         dataset.compress(syntax, generate_instance_uid=False)
-    pydicom.dcmwrite(path, dataset, enforce_file_format=True)
+    dcmwrite(path, dataset, enforce_file_format=True)
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
