@@ -1,4 +1,4 @@
-"""Build hook of Hatch: wheels and source archives hold the page's template, which Node.js builds and git does not hold."""
+"""Build hook of Hatch: wheels and source archives hold the page's template, which Node.js builds and git ignores."""
 
 import shutil
 import subprocess

@@ -92,10 +92,12 @@ def export(options: ExportOptions) -> list[str]:
     with writing(options.output):
         options.output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(options.output, data)
+    use = [f"  {facts['input']}", *(f"  -> {line}" for line in facts["outputs"])]
+    if options.format == "html":
+        use = ["  open it in a browser; it needs no connection and sends nothing"]
     return [
         f"{options.output}: {options.format}, {len(data):,} bytes",
-        f"  {facts['input']}",
-        *(f"  -> {line}" for line in facts["outputs"]),
+        *use,
         f"  works at {size[0]} x {size[1]} ({model.fit}); classes: {', '.join(facts['class_names'])}",
         f"  agrees with the model on {agreement}",
     ]

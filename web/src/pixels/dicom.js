@@ -5,7 +5,7 @@
 import dicomParser from "dicom-parser";
 
 import { decodeLossless, decodeRunLengths, decodeStill, decodeTurbo } from "./codecs.js";
-import { FileError } from "./errors.js";
+import { checkPixels, FileError } from "./errors.js";
 import { clip, CODES, contrast, histogram, levelCounts, LOW_CONTRAST, rint, scaleByRange } from "./greys.js";
 import { jpegHeader } from "./jpeg-header.js";
 import { latin1 } from "./orientation.js";
@@ -88,7 +88,7 @@ function readHeader(file) {
   const frames = number(file, "x00280008", 1);
   if (!file.elements.x7fe00010) throw new FileError("a DICOM file without an image");
   if (frames > 1) throw new FileError(`${frames} frames; save each as a file of its own`);
-  if (!header.width || !header.height) throw new FileError("damaged DICOM file: no size");
+  checkPixels(header.width, header.height);
   const { channels, kind } = header;
   if (kind === "PALETTE COLOR" || (channels !== 1 && channels !== 3) || (channels === 3 && header.allocated !== 8)) {
     throw new FileError(`${kind || "colour"}; save it as one grey or 8-bit RGB image`);

@@ -1,6 +1,6 @@
 /** JPEG files to pixels by libjpeg-turbo, the library that Pillow decodes with. */
 import { decodeTurbo } from "./codecs.js";
-import { FileError } from "./errors.js";
+import { checkPixels, FileError } from "./errors.js";
 import { jpegHeader } from "./jpeg-header.js";
 import { exifOrientation, latin1, xmpOrientation } from "./orientation.js";
 
@@ -18,6 +18,7 @@ export const isJpeg = (bytes) => bytes[0] === 0xff && bytes[1] === 0xd8 && bytes
 export async function decodeJpeg(bytes) {
   const { segments, frame } = jpegHeader(bytes);
   if (!frame) throw new FileError("damaged JPEG: no header");
+  checkPixels(frame.width, frame.height);
   if (frame.bits !== 8 || frame.marker > 0xc2) {
     throw new FileError("a JPEG of more than 8 bits, or of a rare kind; save it as PNG");
   }

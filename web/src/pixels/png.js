@@ -2,7 +2,7 @@
 import { decode } from "fast-png";
 import { unzlibSync, zlibSync } from "fflate";
 
-import { FileError } from "./errors.js";
+import { checkPixels, FileError } from "./errors.js";
 import { exifOrientation, latin1, xmpOrientation } from "./orientation.js";
 
 const SIGNATURE = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
@@ -23,6 +23,7 @@ export function decodePng(bytes) {
   const chunks = readChunks(bytes);
   const header = chunks[0];
   if (header?.type !== "IHDR" || header.content.length !== 13) throw new FileError("damaged PNG: no header");
+  checkPixels(read32(header.content, 0), read32(header.content, 4));
   const [depth, colour] = header.content.subarray(8, 10);
   if (depth > 8 && colour !== GREY) {
     throw new FileError("16 bits in each of several channels; save it as 16-bit grey or 8-bit colour");

@@ -411,6 +411,8 @@ function start() {
   });
   addKeys({ view, tools, panel, chooseTool, toggleOverlay, step, actions });
   update();
+  const missing = ["DecompressionStream", "WebAssembly", "Worker"].find((name) => !(name in globalThis));
+  if (missing) say(`This browser is too old for the page (${missing}); use a current Chrome, Edge, Firefox or Safari`, true);
 }
 
 start();
