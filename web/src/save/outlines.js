@@ -104,7 +104,7 @@ function edgeCosts(path, start, tolerance, use) {
   const end = Math.min(start + LONGEST, path.length - 1);
   for (let to = start + 1; to <= end; to++) {
     const [x, y] = [path[to][0] - path[start][0], path[to][1] - path[start][1]];
-    const distance = Math.max(Math.hypot(x, y), 1e-9);
+    const distance = Math.max(Math.sqrt(x * x + y * y), 1e-9);
     const turn = Math.atan2(y, x);
     angle = to === start + 1 ? turn : turn + 2 * Math.PI * Math.round((angle - turn) / (2 * Math.PI));
     sumX += x;
