@@ -153,6 +153,12 @@ def test_metrics_agree_with_torchmetrics(classes: int, budget: Budget) -> None:
 class PassOn(nnx.Module):
     """A network that returns its input."""
 
+    multilabel = False
+
+    @property
+    def members(self) -> tuple[nnx.Module, ...]:
+        return (self,)
+
     def __call__(self, images: jax.Array) -> jax.Array:
         return images
 
