@@ -21,7 +21,7 @@ from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.opening import read_text
 from pdrunet_jax.runtime.run_folder import MOST_STEPS
 
-OF_A_PROCESS = ("tracking", "data.root", "data.threads", "data.cache")
+OF_A_PROCESS = ("tracking", "data.root", "data.surfaces", "data.threads", "data.cache")
 """Settings that each of several processes may have for itself. The data must have the same fingerprint."""
 
 MAY_CHANGE = (
@@ -104,6 +104,9 @@ class DataConfig:
     """Image decoding threads; the order of samples does not depend on their number."""
     phantoms: Count = 0
     """Number of synthetic X-rays to draw into data.root if it does not exist; 0 draws none."""
+    surfaces: str | None = None
+    """Folder of bone surfaces: training images are drawn from them while training, none of them twice, and data.root
+    has images to validate and test on; see docs/phantoms.md. data.phantoms are drawn from them too."""
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -504,6 +507,12 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(f"data.fold = {data.fold}: give K/N with N of at least 2 and K from 1 to N, such as 2/5")
     if data.spacing is not None and data.fit != "pad":
         problems.append("data.spacing keeps the scale of images, and data.fit = stretch changes it; set data.fit = pad")
+    if data.surfaces is not None:
+        problems += [
+            f"data.{name} is not for training images that are drawn from data.surfaces; leave it out"
+            for name in ("soft_masks", "spacing", "fold")
+            if getattr(data, name)
+        ]
     if data.soft_masks and data.fit == "pad":
         problems.append("data.soft_masks has no value for padding; set data.fit = stretch, or switch soft masks off")
     if data.soft_masks and data.multilabel:

@@ -54,6 +54,7 @@ class _Folder(DataConfig):
     cache: tyro.conf.Suppress[Literal["none"]] = "none"
     fold: tyro.conf.Suppress[str | None] = None
     phantoms: tyro.conf.Suppress[int] = 0
+    surfaces: tyro.conf.Suppress[str | None] = None
 
     def config(self) -> DataConfig:
         """These options as checked settings. Raises `UserError`."""

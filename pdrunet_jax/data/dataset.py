@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,6 +30,9 @@ from pdrunet_jax.model.sides import Pairs
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.files import is_vacant
 from pdrunet_jax.runtime.processes import Group
+
+if TYPE_CHECKING:
+    from pdrunet_jax.data.phantoms.surfaces.training import DrawnAnew
 
 _HOW_TO_GET_DATA = """\
 MURA's radiographs are free of charge after registration: https://stanfordmlgroup.github.io/competitions/mura/
@@ -69,6 +72,8 @@ class Dataset:
     """Pairs of classes that change places in a mirror image; None if unknown: images must not be mirrored."""
     patients_from: str = ""
     """What named the patients."""
+    drawn: "DrawnAnew | None" = None
+    """Where training images come from if they are drawn while training; there are no training samples then."""
     _caches: dict[Any, Cache] = field(default_factory=dict, init=False, compare=False, repr=False)
     """Resized pixels by size, channels and kind of mask; not part of the dataset's identity."""
 
@@ -142,7 +147,8 @@ class Dataset:
             [sample.id, sample.fold or sample.split, sample.patient, sample.digest, *map(bool, sample.layers)]
             for sample in self.samples
         ]
-        return hashlib.sha256(json.dumps([content, repr(self.coding)]).encode()).hexdigest()
+        drawn = [self.drawn.digest] if self.drawn else []
+        return hashlib.sha256(json.dumps([content, repr(self.coding), *drawn]).encode()).hexdigest()
 
     def changed(self) -> list[str]:
         """Ids of the samples whose files are no longer those that `open_dataset` read. Reads every byte again."""
@@ -180,9 +186,9 @@ def inspect_dataset(config: DataConfig) -> Inspection:
         raise UserError("--data.root is empty; is a variable of the shell unset?")
     if config.phantoms and is_vacant(root):
         # Only here: SciPy, which draws them, takes about a second to import.
-        from pdrunet_jax.data.phantoms.files import PhantomOptions, write_phantoms
+        from pdrunet_jax.data.phantoms.surfaces.files import draw_dataset
 
-        write_phantoms(root, PhantomOptions(config.phantoms, config.split_seed, max(config.height_width)))
+        draw_dataset(root, config)
     # Find a dataset and its declarations before reading any image.
     if is_vacant(root) or not root.is_dir():
         state = "is empty" if root.is_dir() else "is a file" if root.exists() else "does not exist"

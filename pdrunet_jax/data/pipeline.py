@@ -2,20 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.cache import Resized, keeps
-from pdrunet_jax.data.dataset import Dataset
+from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.data.fit import Fit
 from pdrunet_jax.data.images import read_image
 from pdrunet_jax.data.layers import read_truth
 from pdrunet_jax.data.masks import IGNORE, read_soft_mask, resize_soft_mask
 from pdrunet_jax.data.split import Sample, split_counts
 from pdrunet_jax.runtime.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from pdrunet_jax.data.phantoms.surfaces.training import DrawnAnew
 
 Batch = dict[str, np.ndarray]
 Shard = tuple[int, int]
@@ -76,10 +79,25 @@ def position_after(batches: int) -> dict[str, Any]:
     return {"batches_done": batches}
 
 
+def open_training_data(config: DataConfig) -> Dataset:
+    """Open the dataset to train on, with training images from `config.surfaces` if that is set.
+
+    Raises as `open_dataset`, and `UserError` if the surfaces cannot be used.
+    """
+    dataset = open_dataset(config)
+    if config.surfaces is None:
+        return dataset
+    from pdrunet_jax.data.phantoms.surfaces.training import draws_anew  # with SciPy, which takes a second to import
+
+    return draws_anew(dataset, config)
+
+
 def train_batches(
     dataset: Dataset, config: DataConfig, *, batch_size: int, channels: int, seed: int, process_shard: Shard = ALL
 ) -> TrainBatches:
     """Endless batches of `dataset.of("train")`; each epoch has an order of its own, which depends only on `seed`.
+
+    Images that are drawn anew (`dataset.drawn`) have no epochs; their order, too, depends only on `seed`.
 
     Each batch holds image uint8 (N, H, W, C); mask uint8 (N, H, W), class indices with `IGNORE` and `PADDING`, or
     shares of 255 with `config.soft_masks`, or (N, H, W, K) if classes overlap (see `data/layers.py`); index int32 (N,)
@@ -88,12 +106,15 @@ def train_batches(
 
     Raises `UserError` if there are no training images.
     """
+    rows = rows_of(process_shard, batch_size)
+    if dataset.drawn is not None:
+        draw = _drawn_batches(dataset.drawn, batch_size, rows, channels, seed)
+        return TrainBatches(draw, config.threads, {"images": "drawn", "batch_size": batch_size, "seed": seed})
     samples = dataset.of("train")
     if not samples:
         raise UserError(f"--data.root {config.root}: no training images: {split_counts(dataset.samples)}")
     source = _Source(dataset, samples, config, channels)
     count = len(samples)
-    rows = rows_of(process_shard, batch_size)
 
     @lru_cache(maxsize=4)  # reading ahead spans a few epochs at most, unless they are tiny
     def order(epoch: int) -> np.ndarray:
@@ -112,6 +133,26 @@ def train_batches(
         }
 
     return TrainBatches(load, config.threads, {"images": count, "batch_size": batch_size, "seed": seed})
+
+
+def _drawn_batches(
+    drawn: "DrawnAnew", batch_size: int, rows: slice, channels: int, seed: int
+) -> Callable[[int], Batch]:
+    """What draws batch n of images that are never repeated; their index and epoch together number them."""
+
+    def load(number: int) -> Batch:
+        numbers = np.arange(number * batch_size, (number + 1) * batch_size)
+        images, masks = zip(*(drawn.image(each, seed, channels) for each in numbers[rows].tolist()), strict=True)
+        epoch, index = np.divmod(numbers, 1 << 31)
+        return {
+            "image": np.stack(images),
+            "mask": np.stack(masks),
+            "index": index[rows].astype(np.int32),
+            "epoch": epoch[rows].astype(np.int32),
+            _WHOLE: index.astype(np.int32),
+        }
+
+    return load
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -222,7 +222,7 @@ class StepLog:
         good = int(state.step)
         bad = next(step for step in self._unchecked if step.before.step == good)
         loss = float(bad.metrics["loss"])
-        samples = [self._samples[int(index)].id for index in bad.samples]
+        samples = [self._samples[index].id if self._samples else f"drawn X-ray {index}" for index in bad.samples]
         report = {"step": good + 1, "loss": loss if np.isfinite(loss) else None, "samples": samples}
         path = self._run.path / "not_finite.json"
         if self._writes:

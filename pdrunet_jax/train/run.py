@@ -14,8 +14,8 @@ import tomli_w
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pdrunet_jax.config import MAY_CHANGE, OF_A_PROCESS, Config, diff, parse, read, settings_digest, to_toml
-from pdrunet_jax.data.dataset import Dataset, open_dataset, require_same_data
-from pdrunet_jax.data.pipeline import train_batches
+from pdrunet_jax.data.dataset import Dataset, require_same_data
+from pdrunet_jax.data.pipeline import open_training_data, train_batches
 from pdrunet_jax.data.split import one_patient
 from pdrunet_jax.evaluate.training_images import write_training_images
 from pdrunet_jax.model.base import foreground_classes
@@ -64,7 +64,7 @@ def run(
     group.log(device)
     Execution.of(config.model.conv)  # refuses a path that does not run here, before anything is written
     with group.main_first():  # the main process may have to draw phantoms
-        dataset = open_dataset(config.data)
+        dataset = open_training_data(config.data)
     require_same_data(group, dataset)
     for note in dataset.notes:
         group.log(note)

@@ -128,10 +128,9 @@ def read_bodies(folder: Path) -> list[Body]:
     files: dict[str, list[Path]] = {}
     if not folder.is_dir():
         raise UserError(f"--surfaces {folder}: no such folder")
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in FORMATS and path.is_file():
-            within = path.relative_to(folder).parts
-            files.setdefault(within[0] if len(within) > 1 else _body_of(path.stem), []).append(path)
+    for path in surface_files(folder):
+        within = path.relative_to(folder).parts
+        files.setdefault(within[0] if len(within) > 1 else _body_of(path.stem), []).append(path)
     if not files:
         raise UserError(f"--surfaces {folder}: no surfaces there ({', '.join(FORMATS)})")
     bodies: list[Body] = []
@@ -144,6 +143,11 @@ def read_bodies(folder: Path) -> list[Body]:
     if problems:
         raise DataError(f"--surfaces {folder}", problems)
     return sorted(bodies, key=lambda body: body.name)
+
+
+def surface_files(folder: Path) -> list[Path]:
+    """The files of a folder of surfaces, sorted."""
+    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in FORMATS and path.is_file()]
 
 
 def make_body(name: str, bones: list[Bone]) -> Body:

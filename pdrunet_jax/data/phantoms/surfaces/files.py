@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.importers.common import write_description, write_mask
 from pdrunet_jax.data.manifest import write_manifest
-from pdrunet_jax.data.phantoms.files import PhantomOptions, assign_splits, check_range
+from pdrunet_jax.data.phantoms.files import PhantomOptions, assign_splits, check_range, write_phantoms
 from pdrunet_jax.data.phantoms.surfaces.bodies import Body, read_bodies
 from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, body_index, draw_xray
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View, views_of
@@ -39,6 +40,21 @@ class SurfaceOptions(PhantomOptions):
     """With --surfaces: the views to draw."""
     layers: bool = False
     """With --surfaces: one mask file for each bone, for data.multilabel; silhouettes overlap as bones do."""
+
+
+def draw_dataset(root: Path, config: DataConfig) -> None:
+    """Draw `config.phantoms` images into `root`: from `config.surfaces`, or of made-up limbs. Raises `UserError`."""
+    side, count, seed = max(config.height_width), config.phantoms, config.split_seed
+    if config.surfaces is None:
+        write_phantoms(root, PhantomOptions(count, seed, side))
+        return
+    surfaces = Path(config.surfaces)
+    write_xrays(root, SurfaceOptions(count, seed, training_size(side), surfaces=surfaces, layers=config.multilabel))
+
+
+def training_size(side: int) -> int:
+    """Longest side in pixels at which X-rays are drawn to train at `side` pixels: somewhat larger, as real ones are."""
+    return round(1.3 * side)
 
 
 def write_xrays(root: Path, drawing: SurfaceOptions) -> list[str]:
