@@ -286,7 +286,8 @@ class TrainConfig:
     __pydantic_config__ = STRICT
 
     weights: str | None = None
-    """Weights to start from instead of random ones: run folder, checkpoint, .safetensors or public .pth."""
+    """Weights to start from instead of random ones: run folder, checkpoint, .safetensors or public .pth, or a name of
+    weights that come with the package."""
     steps: Positive = 10_000
     """Weight updates in the whole run."""
     batch_size: Positive = 8

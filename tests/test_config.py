@@ -12,8 +12,8 @@ from tests.support import ROOT
 SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 
-def test_the_four_configurations_are_shipped() -> None:
-    assert SHIPPED == ["mura", "mura_baseline", "paper", "phantom"]
+def test_the_configurations_are_shipped() -> None:
+    assert SHIPPED == ["lower_limb", "lower_limb_bones", "mura", "mura_baseline", "paper", "phantom"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -74,7 +74,7 @@ def test_broken_toml_names_the_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_configuration_lists_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match="mura, mura_baseline, paper, phantom"):
+    with pytest.raises(UserError, match="lower_limb, lower_limb_bones, mura, mura_baseline, paper, phantom"):
         load("mira")
 
 

@@ -55,7 +55,8 @@ class EvaluateOptions:
     """
 
     weights: str = ""
-    """Run folder, checkpoint, .safetensors or public .pth. A folder of folds averages their probabilities."""
+    """Run folder, checkpoint, .safetensors or public .pth, or a name of weights that come with the package (`pdrunet
+    weights`). A folder of folds averages their probabilities."""
     predictions: Path | None = None
     """Score the masks in this folder, made elsewhere, instead of a model: NAME.png or NAME_mask.png for each image."""
     prediction_classes: dict[str, MaskValue] = field(default_factory=dict)

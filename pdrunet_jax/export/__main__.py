@@ -39,7 +39,7 @@ class ExportOptions:
     """
 
     weights: str
-    """Run folder, checkpoint, .safetensors or public .pth."""
+    """Run folder, checkpoint, .safetensors or public .pth, or a name of weights that come with the package."""
     format: Literal["onnx", "stablehlo", "html"]
     """onnx for onnxruntime and other runtimes, stablehlo for JAX, html for one page that works offline in a browser."""
     output: Path

@@ -20,6 +20,7 @@ from pdrunet_jax.model.build import build
 from pdrunet_jax.model.ensemble import Ensemble
 from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.folds import find_folds, started_folds
+from pdrunet_jax.model.shipped import resolve_weights, shipped_names
 from pdrunet_jax.model.sides import mirror_of
 from pdrunet_jax.model.weights import from_public, to_public
 from pdrunet_jax.runtime.devices import start_devices
@@ -103,7 +104,8 @@ def load_model(
     Args:
         weights: a run folder, a checkpoint in it, a `.safetensors` file, or a PyTorch checkpoint of the public network,
             as training scripts save it: what is taken of it and what is left is printed on standard error. A folder
-            with all folds of a cross-validation gives an `Ensemble`, which averages their probabilities.
+            with all folds of a cross-validation gives an `Ensemble`, which averages their probabilities. Or a name of
+            weights that come with the package, where no path has that name.
         shortcut: "conv1" for a `.pth` with the paper's wiring, which such files cannot state; other sources state it.
         up: likewise "bilinear_corners" for a `.pth` of a network with bilinear resizing that aligns the corners.
         dtype: arithmetic of the convolutions; the parameters' dtype when None.
@@ -188,11 +190,13 @@ def load_weights(
 
     Arguments and errors as for `load_model`, and `UserError` for a folder of folds.
     """
-    path = Path(weights)
     if which not in ("best", "latest"):
         raise ValueError(f"which = {which!r}; it is best or latest")
+    path = resolve_weights(weights)
     if not path.exists():
-        raise UserError(f"{path}: there is no such file or folder")
+        names = shipped_names()
+        known = f", and the weights that come with pdrunet-jax are {', '.join(names)}" if names else ""
+        raise UserError(f"{path}: there is no such file or folder{known}")
     if runs := started_folds(path):
         example = next(iter(runs.values())).path
         raise UserError(f"{path} holds {len(runs)} folds, and this takes one network: name a fold, as in {example}")

@@ -52,7 +52,8 @@ class PredictOptions:
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")]
     """Image files, folders (searched recursively), glob patterns, and @FILE for a list of them, one a line."""
     weights: str
-    """Run folder, checkpoint, .safetensors or public .pth. A folder of folds averages their probabilities."""
+    """Run folder, checkpoint, .safetensors or public .pth, or a name of weights that come with the package (`pdrunet
+    weights`). A folder of folds averages their probabilities."""
     output: Path
     """Output folder; created if needed."""
     size: tuple[int, ...] | Literal["own"] = ()

@@ -35,6 +35,7 @@ COMMANDS = {
     "convert": "convert weights or a whole training run between PyTorch and JAX",
     "export": "export a model to ONNX or StableHLO",
     "data": "import, check and split datasets; generate synthetic X-rays",
+    "weights": "list the weights that come with the package, and what they are for",
 }
 
 

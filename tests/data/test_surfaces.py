@@ -19,34 +19,15 @@ from pdrunet_jax.data.phantoms.surfaces.files import PRECEDENCE, label_image
 from pdrunet_jax.data.phantoms.surfaces.meshes import closed, half_thickness
 from pdrunet_jax.data.phantoms.surfaces.physics import ENERGIES, MATERIALS, measured, primary, spectrum
 from pdrunet_jax.data.phantoms.surfaces.raster import Camera, path_lengths
-from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh, ball, ellipses, rod, tube
+from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh, ball, rod
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS
 from pdrunet_jax.runtime.errors import DataError
+from tests.support.stick_man import stick_man
 
 
 def sphere(radius: float, centre: tuple[float, float, float], subdivisions: int = 4) -> Mesh:
     shape = trimesh.creation.icosphere(subdivisions, radius)
     return Mesh(np.asarray(shape.vertices, np.float64) + centre, np.asarray(shape.faces, np.int64))
-
-
-def stick_man(side: str = "right") -> list[Bone]:
-    """Bones of a leg and a pelvis, made of tubes and balls, in mm."""
-
-    def shaft(x: float, low: float, high: float, radius: float) -> Mesh:
-        path = np.column_stack([np.full(12, x), np.zeros(12), np.linspace(low, high, 12)])
-        wide = radius * np.interp(np.linspace(0, 1, 12), (0, 0.15, 0.85, 1), (1.7, 1, 1, 1.5))
-        return tube(path, ellipses(wide, wide, 24))
-
-    sign = 1 if side == "right" else -1
-    parts = [
-        ("femur", shaft(0, 0, 420, 17), side),
-        ("tibia", shaft(0, -380, -12, 15), side),
-        ("fibula", shaft(38 * sign, -385, -30, 6), side),
-        ("patella", ball(np.array((0, 40, 5.0)), (20, 9, 22)), side),
-        ("pelvis", ball(np.array((-20.0 * sign, 0, 450)), (50, 30, 70)), side),
-        ("pelvis", ball(np.array((-150.0 * sign, 0, 450)), (50, 30, 70)), "left" if side == "right" else "right"),
-    ]
-    return [Bone(name, mesh, of) for name, mesh, of in parts]
 
 
 @pytest.fixture(scope="module")

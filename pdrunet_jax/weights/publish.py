@@ -1,0 +1,92 @@
+"""Make a file of shipped weights and its card from a run."""
+
+import json
+import string
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pdrunet_jax.config import read
+from pdrunet_jax.model.files import read_weights, write_safetensors
+from pdrunet_jax.model.load import load_weights
+from pdrunet_jax.model.shipped import FOLDER, SUFFIX
+from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
+from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.opening import read_text
+from pdrunet_jax.runtime.run_folder import RunFolder
+from pdrunet_jax.weights.by_view import scores_by_view, table_of
+
+TEMPLATE = Path(__file__).with_name("card.txt")
+"""Text of a card, with $names for what comes from the run."""
+
+
+def publish(run: Path, name: str, scores: Sequence[tuple[str, Path]], folder: Path = FOLDER) -> tuple[Path, Path]:
+    """Write NAME.safetensors and NAME.md into `folder`; returns both paths.
+
+    Args:
+        run: a finished run folder.
+        name: letters, digits and hyphens.
+        scores: title and folder of each evaluation that the card shows, of images that `data phantom` drew.
+        folder: where weights are shipped from.
+
+    Raises `UserError` if the run is not finished or an evaluation is of other weights, `RunError` if nothing can be
+    written.
+    """
+    if not name or set(name) - set(string.ascii_lowercase + string.digits + "-"):
+        raise UserError(f"{name!r}: a name has small letters, digits and hyphens only")
+    if not scores:
+        raise UserError("give --scores TITLE FOLDER: weights are not shipped without scores")
+    place = RunFolder(run)
+    if not place.best.is_file():
+        raise UserError(f"{run} has no best.safetensors; publish a finished run")
+    loaded = load_weights(run)
+    if loaded.options.get("threshold") is None and (loaded.options["outputs"] == 1 or loaded.multilabel):
+        raise UserError(f"{run} is not finished: start the same training command again")
+    file = read_weights(place.best)
+    options = {key: value for key, value in file.options.items() if key not in (CONTENT, SETTINGS)}
+    tables = "\n\n".join(_scores(title, where, place) for title, where in scores)
+    card = string.Template(read_text(TEMPLATE)).substitute(_facts(place, name, options, file.arrays), scores=tables)
+    weights, text = folder / f"{name}{SUFFIX}", folder / f"{name}.md"
+    write_safetensors(weights, file.arrays, {**options, CONTENT: content_digest(file.arrays, options)})
+    with writing(text):
+        atomic_write(text, card)
+    return weights, text
+
+
+def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str, Any]) -> dict[str, str]:
+    """What the run says about itself, by the names in the template."""
+    config = read(run.config_file)
+    environment = tomllib.loads(read_text(run.config_file)).get("environment", {})
+    height, width = (options["size"][0], options["size"][-1])
+    images = options.get("step", config.train.steps) * config.train.batch_size
+    threshold = options.get("threshold")
+    thresholds = threshold if isinstance(threshold, list) else [threshold]
+    return {
+        "name": name,
+        "classes": ", ".join(options["class_names"]),
+        "network": f"{options['name']}, {options['filters']} filters",
+        "parameters": f"{sum(array.size for array in arrays.values()):,}",
+        "size": f"{height} x {width}",
+        "fit": str(options.get("fit", "stretch")),
+        "threshold": ", ".join("none" if each is None else f"{each:g}" for each in thresholds),
+        "images": f"{images:,}",
+        "steps": f"{options.get('step', config.train.steps):,}",
+        "revision": str(environment.get("git", "unknown")),
+        "version": str(environment.get("pdrunet_jax", "unknown")),
+        "dice": f"{options.get('val_dice', float('nan')):.3f}",
+    }
+
+
+def _scores(title: str, folder: Path, run: RunFolder) -> str:
+    """The scores of one evaluation by bone and view, under its title. Raises `UserError` if it is of other weights."""
+    path = folder / "summary.json"
+    try:
+        about = json.loads(read_text(path))["about"]
+        weights, data = Path(about["weights"]), Path(about["data"])
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not the summary that `evaluate --weights RUN --output {folder}` writes") from None
+    if weights.absolute() not in (run.path.absolute(), run.best.absolute()):
+        raise DataError(str(folder), [f"{folder} has the scores of {weights}, not of {run.path}"])
+    return f"### {title}\n\n{table_of(scores_by_view(folder, data))}"
