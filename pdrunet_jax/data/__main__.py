@@ -139,8 +139,8 @@ def phantom(options: Phantom) -> None:
         print(cli.printable("\n".join(notes)))
         print(f"{options.root}: {options.count} images with a longest side of {options.size} pixels")
         return
-    if options.layers or options.views != VIEWS:
-        raise UserError("--layers and --views need --surfaces FOLDER: phantoms have neither")
+    if options.layers or options.without or options.views != VIEWS:
+        raise UserError("--layers, --views and --without need --surfaces FOLDER: phantoms have none of them")
     write_phantoms(options.root, options)
     print(f"{options.root}: {options.count} images of {options.size}x{options.size} pixels")
 

@@ -257,6 +257,7 @@ def test_the_command_writes_every_layout(run: Callable[..., Any], folder: Path, 
 def test_options_that_do_not_go_together_are_refused(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
     for options, problem in (
         (["--layers"], "need --surfaces"),
+        (["--without", "noise"], "need --surfaces"),
         (["--surfaces", folder, "--layers", "--by-bone"], "choose one"),
         (["--surfaces", tmp_path / "none"], "no such folder"),
         (["--surfaces", folder, "--views", "foot"], "has no bones for any of them"),

@@ -88,6 +88,13 @@ def developed(signal: Picture, body: NDArray[np.bool_], rng: np.random.Generator
     return np.asarray(np.clip(shown, 0, 1) ** np.float32(2 ** rng.normal(0, 0.4)), np.float32)
 
 
+def plain(signal: Picture, body: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Turn the signal (H, W) into brightness in [0, 1], the same way for all pictures: logarithm and window."""
+    dense = -np.log(signal)
+    low, high = np.percentile(dense[body] if body.any() else dense, (1, 99.5))
+    return np.asarray(np.clip((dense - low) / max(high - low, 0.25), 0, 1), np.float32)
+
+
 def lettered(shown: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.float32]:
     """Write a line or two of text into a corner, as workstations do."""
     image = Image.fromarray(shown)

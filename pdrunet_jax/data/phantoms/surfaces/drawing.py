@@ -1,19 +1,20 @@
 """X-ray number k: a scene, its rays, the detector and the picture, all from the seed and k alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pdrunet_jax.data.phantoms.phantom import Difficulty, generator
-from pdrunet_jax.data.phantoms.surfaces.appearance import MAKERS, developed, lettered, stitched
+from pdrunet_jax.data.phantoms.surfaces.appearance import MAKERS, developed, lettered, plain, stitched
 from pdrunet_jax.data.phantoms.surfaces.bodies import Body
-from pdrunet_jax.data.phantoms.surfaces.lead import calibration_ball, collimator, marker, ruler
+from pdrunet_jax.data.phantoms.surfaces.lead import calibration_ball, collimator, cushion, marker, ruler
 from pdrunet_jax.data.phantoms.surfaces.physics import measured, primary, spectrum
 from pdrunet_jax.data.phantoms.surfaces.raster import Picture
 from pdrunet_jax.data.phantoms.surfaces.render import Rendered, render
 from pdrunet_jax.data.phantoms.surfaces.scene import Chances, Scene, draw_scene
+from pdrunet_jax.data.phantoms.surfaces.variations import Variation
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View
 
 CLASSES = ("femur", "tibia", "fibula", "patella", "pelvis", "foot")
@@ -50,8 +51,9 @@ def draw_xray(
     size: int = 512,
     difficulty: Difficulty = "standard",
     views: Sequence[View] = VIEWS,
+    without: Collection[Variation] = (),
 ) -> Drawing:
-    """Draw X-ray number `index` of a seed; its longest side is `size` pixels.
+    """Draw X-ray number `index` of a seed; its longest side is `size` pixels. Variations in `without` are left out.
 
     It depends on nothing but the arguments: neither on how many are drawn nor in which order. The same processor,
     NumPy, SciPy and Pillow give the same bits.
@@ -59,33 +61,36 @@ def draw_xray(
     rng = generator(seed, _PICTURE, index)
     hard = _HARDSHIP[difficulty]
     body = bodies[body_index(len(bodies), index, seed)]
-    scene = draw_scene(body, rng, size, Chances(min(0.12 * hard, 0.5), min(0.05 * hard, 0.5)), views)
-    rendered = render(scene, rng)
+    metal = "implants" not in without
+    chances = Chances(metal * min(0.12 * hard, 0.5), metal * min(0.05 * hard, 0.5), float("shape" not in without))
+    scene = draw_scene(body, rng, size, chances, views)
+    rendered = render(scene, rng, without)
     traits = [scene.projection, scene.side]
-    signal, field = _exposed(scene, rendered, rng, hard, traits)
+    signal, field = _exposed(scene, rendered, rng, hard, traits, without)
     for name, kinds in (("implant", ("titanium", "steel")), ("cast", ("plaster",))):
         if any((rendered.lengths[kind] > 1)[field].any() for kind in kinds if kind in rendered.lengths):
             traits.append(name)
     masks = {name: mask & field for name, mask in rendered.masks.items() if (mask & field).any()}
     body_seen = rendered.body & field
-    if scene.view in ("leg", "legs") and rng.random() < 0.55:
+    if scene.view in ("leg", "legs") and rng.random() < 0.55 and "seams" not in without:
         signal, masks = stitched(signal, masks, rng)
         traits.append("stitched")
 
     # The picture.
+    alike = "exposure" in without
     maker = MAKERS[int(rng.integers(len(MAKERS)))]
-    traits.append(maker.name)
-    shown = developed(signal, body_seen, rng, maker)
+    traits += [] if alike else [maker.name]
+    shown = plain(signal, body_seen) if alike else developed(signal, body_seen, rng, maker)
     if not field.all() and rng.random() < 0.3:
         shown = np.where(field, shown, np.float32(rng.choice([0, 0, 1])))
         traits.append("shutter")
-    if rng.random() < 0.12 * hard:
+    if rng.random() < 0.12 * hard and "objects" not in without:
         shown = lettered(shown, rng)
         traits.append("text")
-    if rng.random() < 0.1:  # MONOCHROME1 taken for MONOCHROME2
+    if rng.random() < 0.1 and not alike:  # MONOCHROME1 taken for MONOCHROME2
         shown = 1 - shown
         traits.append("inverted")
-    image, quality = _coded(shown, rng, traits)
+    image, quality = (np.round(shown * 255).astype(np.uint8), None) if alike else _coded(shown, rng, traits)
     return Drawing(image, masks, body.name, scene.view, tuple(traits), quality)
 
 
@@ -95,35 +100,29 @@ def body_index(count: int, index: int, seed: int) -> int:
 
 
 def _exposed(
-    scene: Scene, rendered: Rendered, rng: np.random.Generator, hard: float, traits: list[str]
+    scene: Scene,
+    rendered: Rendered,
+    rng: np.random.Generator,
+    hard: float,
+    traits: list[str],
+    without: Collection[Variation],
 ) -> tuple[Picture, NDArray[np.bool_]]:
     """What the detector measures (H, W), and the field of the collimator (H, W)."""
     camera, lengths = scene.camera, dict(rendered.lengths)
     shape = camera.shape
-    shadow = collimator(shape, rng)
+    shadow = None if "collimation" in without else collimator(shape, rng)
     field = np.ones(shape, np.bool_) if shadow is None else shadow > 0.5
     if shadow is not None:
         traits.append("collimated")
-    long = scene.view in ("leg", "legs")
-    lead = np.zeros(shape, np.float32)
-    if rng.random() < 0.65:
-        busy = rendered.body & np.logical_or.reduce(list(rendered.masks.values()) or [rendered.body])
-        lead += marker(shape, scene.side, busy, field, rng)
-        traits.append("marker")
-    if rng.random() < (0.35 if long else 0.04 * hard):
-        lead += ruler(shape, camera.pitch, rng)
-        traits.append("ruler")
-    if lead.any():
-        lengths["lead"] = lead
-    if rng.random() < 0.04 * hard:
-        lengths["steel"] = lengths.get("steel", np.float32(0)) + calibration_ball(shape, camera.pitch, rng)
-        traits.append("ball")
+    if "objects" not in without:
+        _add_objects(lengths, scene, rendered, field, rng, hard, traits)
 
+    alike = "exposure" in without
     thick = scene.view in ("hip", "pelvis", "thigh")
-    peak = rng.uniform(68, 95) if thick or long else rng.uniform(48, 72)
-    signal = primary(lengths, spectrum(peak, rng.uniform(2.5, 4.5)))
+    peak = rng.uniform(68, 95) if thick or scene.view in ("leg", "legs") else rng.uniform(48, 72)
+    signal = primary(lengths, spectrum(70.0 if alike else peak, 3.5 if alike else rng.uniform(2.5, 4.5)))
     rows, columns = (np.linspace(-0.5, 0.5, side, dtype=np.float32) for side in shape)
-    heel = rng.normal(0, 0.12, 2).astype(np.float32)
+    heel = rng.normal(0, 0.0 if alike else 0.12, 2).astype(np.float32)
     signal *= np.exp(heel[0] * rows[:, None] + heel[1] * columns)
     if shadow is not None:
         signal *= shadow
@@ -131,24 +130,53 @@ def _exposed(
     # The automatic exposure sees the patient inside the field.
     seen = rendered.body & field
     mean = float(signal[seen].mean()) if seen.any() else 1.0
-    aim = 10 ** rng.uniform(2.9, 4.6) / hard**2
+    aim = 1e9 if "noise" in without else 10 ** rng.uniform(2.9, 4.6) / hard**2
     gridded = thick or rng.random() < 0.3
     scatter = hard * (rng.uniform(0.03, 0.2) if gridded else rng.uniform(0.1, 0.5)) * (1.4 if thick else 1.0)
     signal = measured(
         signal,
         rng,
-        scatter=scatter,
+        scatter=0.2 if alike else scatter,
         spread=rng.uniform(25, 60) / camera.pitch,
-        blur=rng.uniform(0.2, 0.9) * max(shape) / 512,
+        blur=0.4 if alike else rng.uniform(0.2, 0.9) * max(shape) / 512,
         grain=rng.uniform(0.0, 0.7),
         quanta=max(aim / mean, 50.0),
     )
-    if gridded and rng.random() < 0.4:
+    if gridded and rng.random() < 0.4 and not alike:
         wave = np.sin(np.arange(max(shape), dtype=np.float32) * np.float32(rng.uniform(0.8, 3.0)))
         lines = 1 + np.float32(rng.uniform(0.003, 0.02)) * wave
         signal = signal * (lines[: shape[0], None] if rng.random() < 0.5 else lines[: shape[1]])
         traits.append("grid")
     return signal.astype(np.float32), field
+
+
+def _add_objects(
+    lengths: dict[str, Picture],
+    scene: Scene,
+    rendered: Rendered,
+    field: NDArray[np.bool_],
+    rng: np.random.Generator,
+    hard: float,
+    traits: list[str],
+) -> None:
+    """Add letters, a ruler, a calibration ball and a cushion to the path lengths."""
+    shape, pitch = scene.camera.shape, scene.camera.pitch
+    lead = np.zeros(shape, np.float32)
+    if rng.random() < 0.65:
+        busy = rendered.body & np.logical_or.reduce(list(rendered.masks.values()) or [rendered.body])
+        lead += marker(shape, scene.side, busy, field, rng)
+        traits.append("marker")
+    if rng.random() < (0.35 if scene.view in ("leg", "legs") else 0.04 * hard):
+        lead += ruler(shape, pitch, rng)
+        traits.append("ruler")
+    if lead.any():
+        lengths["lead"] = lead
+    if rng.random() < 0.04 * hard:
+        lengths["steel"] = lengths.get("steel", np.float32(0)) + calibration_ball(shape, pitch, rng)
+        traits.append("ball")
+    if rng.random() < 0.2:
+        lengths["muscle"] = lengths["muscle"] + cushion(shape, rng)
+        traits.append("cushion")
 
 
 def _coded(

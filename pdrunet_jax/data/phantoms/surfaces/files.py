@@ -17,6 +17,7 @@ from pdrunet_jax.data.manifest import write_manifest
 from pdrunet_jax.data.phantoms.files import PhantomOptions, assign_splits, check_range, write_phantoms
 from pdrunet_jax.data.phantoms.surfaces.bodies import Body, read_bodies
 from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, body_index, draw_xray
+from pdrunet_jax.data.phantoms.surfaces.variations import Variation
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View, views_of
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import new_folder
@@ -38,6 +39,8 @@ class SurfaceOptions(PhantomOptions):
     """Folder of closed bone surfaces (glTF, PLY, STL, OBJ) to draw from, instead of the made-up limbs."""
     views: tuple[View, ...] = VIEWS
     """With --surfaces: the views to draw."""
+    without: tuple[Variation, ...] = ()
+    """With --surfaces: what not to vary, to find out what it brings."""
     layers: bool = False
     """With --surfaces: one mask file for each bone, for data.multilabel; silhouettes overlap as bones do."""
 
@@ -125,6 +128,7 @@ def _write_all(
             size=drawing.size,
             difficulty=drawing.difficulty,
             views=drawing.views,
+            without=drawing.without,
         )
         return _write_xray(drawn, folder, f"xray_{index:05d}", drawing, names, splits[index])
 

@@ -19,10 +19,11 @@ def collimator(shape: tuple[int, int], rng: np.random.Generator) -> Picture | No
     along = np.cos(angle) * rows - np.sin(angle) * columns
     # Each pair of blades is closed or not; a narrow limb is often taken in a narrow field.
     inward = np.full(shape, np.inf, np.float32)
+    reach = (0.1, 0.33) if rng.random() < 0.2 else (-0.02, 0.22)  # of a small field on a large detector
     for place, side, closed in zip((across, along), shape[::-1], rng.random(2) < 0.75, strict=True):
         if not closed:
             continue
-        first, second = (0.5 - rng.uniform(-0.02, 0.22, 2) * (rng.random(2) < 0.8)) * side
+        first, second = (0.5 - rng.uniform(*reach, 2) * (rng.random(2) < 0.8)) * side
         inward = np.minimum(inward, np.minimum(place + first, second - place))
     if not np.isfinite(inward).all():
         return None
@@ -81,6 +82,18 @@ def ruler(shape: tuple[int, int], pitch: float, rng: np.random.Generator) -> Pic
     if rng.random() < 0.6:
         draw.line((left, 0, left, shape[0]), 1.0)
     return np.asarray(image, np.float32) * np.float32(rng.uniform(0.05, 0.4))
+
+
+def cushion(shape: tuple[int, int], rng: np.random.Generator) -> Picture:
+    """A cushion, table or stand behind the patient (H, W), in mm of soft tissue: a rectangle, slightly turned."""
+    rows, columns = _grid(shape)
+    angle = np.radians(rng.choice([0, 90]) + rng.normal(0, 8))
+    place = rng.uniform(-0.5, 0.5, 2) * shape
+    across = np.cos(angle) * (columns - place[1]) + np.sin(angle) * (rows - place[0])
+    along = np.cos(angle) * (rows - place[0]) - np.sin(angle) * (columns - place[1])
+    half = rng.uniform((0.1, 0.3), (0.5, 1.2)) * max(shape)
+    inward = np.minimum(half[0] - np.abs(across), half[1] - np.abs(along)) / rng.uniform(0.5, 12)
+    return np.asarray(np.clip(inward + 0.5, 0, 1) * rng.uniform(0.5, 8), np.float32)
 
 
 def calibration_ball(shape: tuple[int, int], pitch: float, rng: np.random.Generator) -> Picture:

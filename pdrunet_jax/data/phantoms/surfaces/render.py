@@ -1,5 +1,6 @@
 """From a scene to path lengths through each material, and the silhouette of each bone."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,9 @@ from pdrunet_jax.data.phantoms.surfaces.lead import bowel_gas
 from pdrunet_jax.data.phantoms.surfaces.raster import Camera, Picture, path_lengths, resized
 from pdrunet_jax.data.phantoms.surfaces.scene import TRUNK, Placed, Scene
 from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh
+from pdrunet_jax.data.phantoms.surfaces.variations import Variation
 
+_SOLID = 0.3  # share of mineral in bones that are of one density
 _TOUCH = 0.02  # length in mm from which a ray counts as passing through a bone
 
 
@@ -26,7 +29,7 @@ class Rendered:
     """Where the patient is."""
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Rendered:
+def render(scene: Scene, rng: np.random.Generator, without: Collection[Variation] = ()) -> Rendered:
     """Cast the rays of a scene; `rng` draws the density of spongy bone and the texture of bone and muscle."""
     shape = scene.camera.shape
     bone, solid = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
@@ -35,19 +38,23 @@ def render(scene: Scene, rng: np.random.Generator) -> Rendered:
     trabeculae = _trabeculae(shape, rng, scene.camera.pitch)
     ends, canal = float(rng.uniform(0.1, 0.24)), float(rng.uniform(0.0, 0.03))
     density = float(rng.uniform(0.8, 1.1))
+    plates = _growth_plates(rng) if rng.random() < 0.08 and "growth" not in without else None
     for each in scene.bones:
         window, outer, inner, along = _cast_bone(each, scene.camera)
         if not outer.size:
             continue
-        if each.part == "wall":
+        if each.part == "wall" and "cortex" not in without:
             bone[window] += outer * np.float32(density)
             inner = np.zeros_like(outer)
         elif inner is None:  # spongy bone with a surface of its own
             inner = outer
         spongy = np.full_like(outer, ends) if along is None else _spongy_share(along, ends, canal)
         spongy *= 1 + trabeculae[window]
-        if each.part != "wall":
-            bone[window] += np.float32(density) * ((outer - inner) + spongy * inner)
+        if "cortex" in without:
+            inner, spongy = outer, np.full_like(outer, _SOLID)
+        if each.part != "wall" or "cortex" in without:
+            mineral = np.float32(density) * ((outer - inner) + spongy * inner)
+            bone[window] += mineral if plates is None or along is None else mineral * plates(along)
         marrow[window] += (1 - spongy) * inner
         solid[window] += outer
         if each.name:
@@ -64,6 +71,8 @@ def render(scene: Scene, rng: np.random.Generator) -> Rendered:
         "fat": np.maximum(skin - np.maximum(fascia, solid), 0) + inside * streaks + np.maximum(marrow, 0),
         "bone": np.maximum(bone, 0),
     }
+    if "soft-tissue" in without:
+        lengths |= {"muscle": np.zeros(shape, np.float32), "fat": np.zeros(shape, np.float32)}
     trunk = [skin for skin in scene.skins if skin.group == TRUNK]
     if trunk:
         depth = _whole(trunk[0].fascia, scene.camera)
@@ -131,6 +140,20 @@ def _spongy_share(along: Picture, ends: float, canal: float) -> Picture:
     """Share of mineral inside the cortex of a long bone: spongy ends, marrow in the shaft."""
     end = np.clip((np.float32(0.26) - np.minimum(along, 1 - along)) / np.float32(0.2), 0, 1)
     return np.asarray(canal + (ends - canal) * end * end * (3 - 2 * end), np.float32)
+
+
+def _growth_plates(rng: np.random.Generator) -> Callable[[Picture], Picture]:
+    """What is left of the mineral, given the place along a long bone: little in a plate near either end."""
+    places, width = rng.uniform(0.03, 0.075, 2), float(rng.uniform(0.003, 0.006))
+    lost, turns = np.float32(rng.uniform(0.4, 0.8)), float(rng.uniform(4, 9))
+
+    def left(along: Picture) -> Picture:
+        """The plates undulate along the rows."""
+        bent = along + np.float32(width) * np.sin(np.linspace(0, turns, along.shape[1], dtype=np.float32))
+        nearest = np.minimum(np.abs(bent - places[0]), np.abs(1 - bent - places[1])) / width
+        return np.asarray(1 - lost * np.exp(-(nearest**2)), np.float32)
+
+    return left
 
 
 def _trabeculae(shape: tuple[int, int], rng: np.random.Generator, pitch: float) -> Picture:

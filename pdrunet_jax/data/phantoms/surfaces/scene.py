@@ -86,6 +86,8 @@ class Chances:
 
     implant: float = 0.12
     cast: float = 0.05
+    uneven: float = 1.0
+    """Factor of what makes bones of one body differ: bumps, and narrow joint spaces."""
 
 
 TRUNK = 2
@@ -169,10 +171,11 @@ def _draw_leg(
 
     bent = rotation(-flexion, rng.normal(0, 3), rng.normal(0, 3))
     sunk = np.array((0, -0.06, -0.04)) * flexion  # a bent knee has it nearer to the femur
+    worn = np.array((0, 0, chances.uneven * rng.uniform(0, 4) * (rng.random() < 0.3)))  # narrow joint space
     glide = rotation(-0.6 * flexion, rng.normal(0, 3), rng.normal(0, 3))
 
     def with_shin(points: Points) -> Points:
-        return at_hip((points - knee) @ bent.T + knee)
+        return at_hip((points + worn - knee) @ bent.T + knee)
 
     def with_patella(points: Points) -> Points:
         return at_hip((points - knee) @ glide.T + knee + sunk)
@@ -182,8 +185,9 @@ def _draw_leg(
 
     # Bones: a patient's cortex is thinner or thicker than the body's.
     cortex = float(rng.uniform(0.6, 1.4))
+    bumps = _bumps(rng, chances.uneven)
     placed = [
-        _place(bone, moves[bone.name], growth, cortex)
+        _place(bone, _after(bumps, moves[bone.name]), growth, cortex)
         for bone in body.bones
         if bone.name != "pelvis" and bone.side != "left"
     ]
@@ -205,6 +209,20 @@ def _draw_leg(
         thick = rng.uniform(4, 10)
         leg.casts.append((Mesh(skin.vertices + thick * normals(skin), skin.faces), skin))
     return leg
+
+
+def _bumps(rng: np.random.Generator, strength: float) -> Move:
+    """A smooth displacement of at most a few mm: six waves of 25 to 150 mm."""
+    lengths = rng.uniform(25, 150, 6)
+    directions = rng.normal(size=(6, 3))
+    waves = 2 * np.pi * (directions / np.linalg.norm(directions, axis=1)[:, None] / lengths[:, None]).T
+    phases = rng.uniform(0, 2 * np.pi, 6)
+    heights = strength * rng.normal(size=(6, 3)) * (lengths / 150)[:, None]
+    return lambda points: np.asarray(points + np.sin(points @ waves + phases) @ heights)
+
+
+def _after(first: Move, second: Move) -> Move:
+    return lambda points: second(first(points))
 
 
 def _place(bone: Bone, move: Move, growth: NDArray[np.float64], cortex: float, name: str | None = None) -> Placed:
