@@ -20,6 +20,7 @@ from pdrunet_jax.data.phantoms.surfaces.meshes import closed, half_thickness
 from pdrunet_jax.data.phantoms.surfaces.physics import ENERGIES, MATERIALS, measured, primary, spectrum
 from pdrunet_jax.data.phantoms.surfaces.raster import Camera, path_lengths
 from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh, ball, rod
+from pdrunet_jax.data.phantoms.surfaces.variations import VARIATIONS
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS
 from pdrunet_jax.runtime.errors import DataError
 from tests.support.stick_man import stick_man
@@ -200,6 +201,37 @@ def test_a_drawing_depends_on_seed_and_number_alone(folder: Path, drawings: list
         assert all(np.array_equal(again.masks[name], mask) for name, mask in drawings[index].masks.items())
         assert again.traits == drawings[index].traits
     assert draw_xray(bodies, 3, seed=6, size=72, difficulty="hard").traits != drawings[3].traits
+
+
+def test_each_variation_can_be_left_out(folder: Path) -> None:
+    bodies = read_bodies(folder)
+    hard: dict[str, Any] = {"size": 48, "difficulty": "hard", "views": ("knee", "legs")}
+    usual = [draw_xray(bodies, index, **hard) for index in range(14)]
+    gone = {
+        "implants": {"implant", "cast"},
+        "collimation": {"collimated", "shutter"},
+        "objects": {"marker", "ruler", "ball", "cushion", "text"},
+        "exposure": {"inverted", "jpeg", "16-bit", "grid", "film", "plain", "enhanced", "flat"},
+        "seams": {"stitched"},
+    }
+    for name in VARIATIONS:
+        without = [draw_xray(bodies, index, **hard, without=(name,)) for index in range(14)]
+        changed = [not np.array_equal(first.image, then.image) for first, then in zip(usual, without, strict=True)]
+        assert any(changed), name
+        seen = {trait for drawing in usual for trait in drawing.traits}
+        assert seen & gone.get(name, seen), name
+        assert not {trait for drawing in without for trait in drawing.traits} & gone.get(name, set()), name
+        # What is no matter of geometry moves no bone.
+        if name in ("cortex", "soft-tissue", "noise", "exposure"):
+            assert all(
+                np.array_equal(first.masks[bone], then.masks[bone])
+                for first, then in zip(usual, without, strict=True)
+                if first.view == "knee"
+                for bone in first.masks
+            ), name
+    alike = draw_xray(bodies, 0, size=48, without=VARIATIONS)
+    assert np.array_equal(alike.image, draw_xray(bodies, 0, size=48, without=VARIATIONS[::-1]).image)
+    assert set(alike.traits) <= {"ap", "lateral", "oblique", "right", "left", "both"}
 
 
 def test_the_fibula_is_on_the_outer_side_of_either_leg(folder: Path) -> None:
