@@ -4,7 +4,9 @@ The frame of every body is the same: x to the patient's right, y forward, z up, 
 a right one; a left leg is mirrored.
 """
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -133,15 +135,19 @@ def read_bodies(folder: Path) -> list[Body]:
         files.setdefault(within[0] if len(within) > 1 else _body_of(path.stem), []).append(path)
     if not files:
         raise UserError(f"--surfaces {folder}: no surfaces there ({', '.join(FORMATS)})")
-    bodies: list[Body] = []
     problems: list[str] = []
-    for name, paths in files.items():
+
+    def read(name: str) -> Body | None:
         try:
-            bodies.append(make_body(name, [bone for path in paths for bone in _read(path)]))
+            return make_body(name, [bone for path in files[name] for bone in _read(path)])
         except DataError as error:
-            problems += error.problems
+            problems.extend(error.problems)
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bodies = [body for body in pool.map(read, files) if body is not None]
     if problems:
-        raise DataError(f"--surfaces {folder}", problems)
+        raise DataError(f"--surfaces {folder}", sorted(problems))
     return sorted(bodies, key=lambda body: body.name)
 
 

@@ -13,12 +13,16 @@ def half_thickness(mesh: Mesh) -> NDArray[np.float64]:
     vertices, outward = mesh.vertices, normals(mesh)
     tree = cKDTree(vertices)
     radius = np.full(len(vertices), 40.0)
+    shrinking = np.arange(len(vertices))
     for _ in range(8):
-        nearest = tree.query(vertices - radius[:, None] * outward)[1]
-        way = vertices - vertices[nearest]
-        depth = (way * outward).sum(axis=1)
+        own, before = vertices[shrinking], radius[shrinking]
+        nearest = tree.query(own - before[:, None] * outward[shrinking])[1]
+        way = own - vertices[nearest]
+        depth = (way * outward[shrinking]).sum(axis=1)
         smaller = (way**2).sum(axis=1) / (2 * np.maximum(depth, 1e-9))
-        radius = np.where(depth > 1e-6, np.minimum(radius, np.maximum(smaller, 0.5)), radius)
+        after = np.where(depth > 1e-6, np.minimum(before, np.maximum(smaller, 0.5)), before)
+        radius[shrinking] = after
+        shrinking = shrinking[after < before]  # the others would meet the same vertex again
     return radius
 
 

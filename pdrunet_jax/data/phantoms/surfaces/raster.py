@@ -74,8 +74,11 @@ def path_lengths(points: Points, faces: Faces, shape: tuple[int, int]) -> tuple[
     # The linear function of each triangle in view.
     first, second = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
     area = first[:, 0] * second[:, 1] - second[:, 0] * first[:, 1]
-    seen = (np.abs(area) > _FLAT) & (corners[:, :, 0].max(axis=1) >= 0) & (corners[:, :, 0].min(axis=1) <= width)
-    seen &= (corners[:, :, 1].max(axis=1) >= 0) & (corners[:, :, 1].min(axis=1) <= height)
+    seen = np.abs(area) > _FLAT
+    for axis, end in ((0, width), (1, height)):
+        before, behind = (moved[:, axis] < 0)[faces], (moved[:, axis] > end)[faces]
+        for off in (before, behind):
+            seen &= ~(off[:, 0] & off[:, 1] & off[:, 2])
     faces, first, second, area = faces[seen], first[seen], second[seen], area[seen]
     across = (first[:, 2] * second[:, 1] - second[:, 2] * first[:, 1]) / area
     along = (first[:, 0] * second[:, 2] - second[:, 0] * first[:, 2]) / area

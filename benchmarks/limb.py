@@ -1,0 +1,268 @@
+"""python -m benchmarks.limb: what weights trained on drawn X-rays are worth, by bone and view.
+
+    held-out    scores of a run on X-rays of bodies that it has not seen
+    ablation    training without each of the variations of drawn X-rays, all scored on the same images, which have all
+    fine-tune   starting from weights against starting from nothing, with few images of a body never trained on
+
+Every image is drawn from surfaces (docs/phantoms.md). What is finished is not repeated: give the same folder of work.
+"""
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from benchmarks import machine, output
+from pdrunet_jax.data.manifest import read_manifest, write_manifest
+from pdrunet_jax.data.phantoms.surfaces.variations import VARIATIONS, Variation
+from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View
+from pdrunet_jax.evaluate import compare, scores
+from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
+from pdrunet_jax.model.load import load_weights
+from pdrunet_jax.weights.by_view import scores_by_view, table_of
+
+_TEST_SEED = 1000
+"""Seed of the images to score; those to train on have lower ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Score weights on X-rays of bodies that they were not trained on."""
+
+    weights: str
+    """Run folder, file or name of weights."""
+    surfaces: Path
+    """Folder of surfaces of those bodies."""
+    work: Path = Path("runs/limb")
+    """Folder for drawn images and scores."""
+    count: int = 400
+    """Images."""
+    size: int = 512
+    """Longest side of the images in pixels."""
+    views: tuple[View, ...] = VIEWS
+    """Views to draw."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """Train without each variation; score on images with all of them."""
+
+    surfaces: Path
+    """Folder of surfaces to train on."""
+    held_out: Path
+    """Folder of surfaces of other bodies, to score on."""
+    without: tuple[Variation, ...] = VARIATIONS
+    """Variations to leave out, one at a time; training with all of them comes first."""
+    work: Path = Path("runs/limb")
+    """Folder for drawn images and runs."""
+    count: int = 2000
+    """Images to train on and to choose the best weights by."""
+    test_count: int = 200
+    """Images to score on."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Training seeds."""
+    steps: int = 1000
+    """Training steps."""
+    size: int = 128
+    """Height and width that the network works at."""
+    filters: int = 16
+    """Filters."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTune:
+    """Train from weights and from nothing, on a few images of a body that the weights have not seen."""
+
+    weights: str
+    """Run folder, file or name of weights."""
+    surfaces: Path
+    """Folder of surfaces of that body or those bodies."""
+    work: Path = Path("runs/limb")
+    """Folder for drawn images and runs."""
+    images: tuple[int, ...] = (10, 20)
+    """Training images; a fifth as many, at least 4, choose the best weights."""
+    draws: tuple[int, ...] = (1, 2, 3)
+    """Seeds of the images and of the training."""
+    test_count: int = 100
+    """Images to score on."""
+    steps: int = 300
+    """Training steps, the same for both."""
+    learning_rates: tuple[float, float] = (3e-3, 1e-3)
+    """Peak learning rate from nothing, and from weights."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+
+def draw(root: Path, surfaces: Path, count: int, size: int, seed: int, *more: str) -> Path:
+    """Draw a dataset folder unless it is there."""
+    if not root.exists():
+        run("data", "phantom", root, "--surfaces", surfaces, "--count", count, "--size", size, "--seed", seed, *more)
+    return root
+
+
+def run(command: str, *arguments: object) -> None:
+    """Run a command of the package. Raises `CalledProcessError` if it fails."""
+    subprocess.run([sys.executable, "-m", f"pdrunet_jax.{command}", *map(str, arguments)], check=True)
+
+
+def scored(weights: str | Path, data: Path, folder: Path) -> list[ImageScores]:
+    """Scores of weights on every image of a dataset folder; kept in `folder`."""
+    if not (folder / "per_image.csv").exists():
+        run("evaluate", "--weights", weights, "--data.root", data, "--split", "all", "--output", folder)
+    return scores.read_csv(folder / "per_image.csv")
+
+
+def train(folder: Path, data: Path, settings: dict[str, object]) -> Path:
+    """Train unless that is done; returns the run folder."""
+    if not (folder / "evaluation").exists():
+        steps = settings["train.steps"]
+        given = {
+            "data.root": data,
+            "train.eval-every": steps,
+            "train.save-every": steps,
+            "train.samples": 0,
+            "tracking.wandb": "disabled",
+            "workdir": folder,
+            **settings,
+        }
+        words = [word for name, value in given.items() if value is not False for word in (f"--{name}", value)]
+        run("train", "--config", "lower_limb", *(word for word in words if word is not True))
+    return folder
+
+
+def mean_of(runs: Sequence[Sequence[ImageScores]]) -> tuple[ImageScores, ...]:
+    """Dice of each image averaged over runs."""
+    return tuple(
+        dataclasses.replace(rows[0], dice=float(np.mean([row.dice for row in rows])))
+        for rows in zip(*runs, strict=True)
+    )
+
+
+def difference(title: str, these: Sequence[ImageScores], others: Sequence[ImageScores]) -> dict[str, Any]:
+    """Print and return the mean Dice of both and their paired difference, these minus others."""
+    dice = compare.compare(these, compare.Other("other", tuple(others)), ScoringOptions()).macro["dice"]
+    interval = f"{dice.mean:+.3f} ({dice.low:+.3f} to {dice.high:+.3f})"
+    print(f"| {title} | {dice.this:.3f} | {dice.other:.3f} | {interval} | {dice.images} |", flush=True)
+    return dataclasses.asdict(dice)
+
+
+def held_out(options: HeldOut) -> dict[str, Any]:
+    """Draw, score, print the table of bones and views."""
+    several = load_weights(options.weights).multilabel
+    kind = "layers" if several else "bone"
+    views = () if options.views == VIEWS else options.views
+    name = "_".join(("held_out", options.surfaces.name, kind, str(options.count), str(options.size), *views))
+    more = [*(["--layers"] if several else []), *(["--views", *views] if views else [])]
+    data = draw(options.work / name, options.surfaces, options.count, options.size, _TEST_SEED, *more)
+    folder = options.work / f"scores_{Path(options.weights).name}_{name}"
+    scored(options.weights, data, folder)
+    found = scores_by_view(folder, data)
+    print(table_of(found))
+    return {"scores": [dataclasses.asdict(each) for each in found], "evaluation": str(folder)}
+
+
+def ablation(options: Ablation) -> dict[str, Any]:
+    """Train with all variations, then without each; print the differences."""
+    side, work, found = round(1.3 * options.size), options.work, {}
+    count = options.test_count
+    test = draw(work / f"ablation_test_{count}_{side}", options.held_out, count, side, _TEST_SEED)
+    settings = {"data.size": options.size, "model.filters": options.filters, "train.steps": options.steps}
+    print("| without | Dice | with all | difference, 95 % interval | images |\n|---|---|---|---|---|")
+    usual: tuple[ImageScores, ...] = ()
+    for name in ("", *options.without):
+        more = ("--without", name) if name else ()
+        data = draw(work / f"ablation_{name}_{options.count}_{side}", options.surfaces, options.count, side, 0, *more)
+        runs = []
+        for seed in options.seeds:
+            folder = work / f"ablation_run_{name}_{options.steps}_{options.size}_{options.filters}_{seed}"
+            train(folder, data, {**settings, "seed": seed, "data.phantoms": 0})
+            runs.append(scored(folder, test, folder / "held_out"))
+        mean = mean_of(runs)
+        usual = usual or mean
+        if name:
+            found[name] = difference(name, mean, usual)
+    return {"without minus with": found}
+
+
+def fine_tune(options: FineTune) -> dict[str, Any]:
+    """Train both ways on each draw of each number of images; print the differences."""
+    loaded, work = load_weights(options.weights), options.work
+    several = loaded.multilabel
+    layers = ["--layers"] if several else []
+    assert loaded.size is not None
+    side = round(1.3 * max(loaded.size))
+    place = f"{options.surfaces.name}_{'layers' if several else 'bone'}_{side}"
+    drawn = work / f"tune_test_{place}_{options.test_count}"
+    test = draw(drawn, options.surfaces, options.test_count, side, _TEST_SEED, *layers)
+    found: dict[str, Any] = {}
+    print("| images | from weights | from nothing | difference, 95 % interval | test images |\n|---|---|---|---|---|")
+    for count in options.images:
+        pair: dict[str, list[list[ImageScores]]] = {"weights": [], "nothing": []}
+        for seed in options.draws:
+            data = work / f"tune_{place}_{count}_{seed}"
+            if not data.exists():
+                fresh = data.with_name(f"{data.name}_new")
+                split(draw(fresh, options.surfaces, count + max(4, count // 5), side, seed, *layers), count)
+                fresh.rename(data)
+            for way, rate in zip(("nothing", "weights"), options.learning_rates, strict=True):
+                folder = work / f"tune_run_{place}_{count}_{seed}_{way}_{options.steps}"
+                settings: dict[str, object] = {
+                    "data.size": loaded.size[0],
+                    "data.phantoms": 0,
+                    "data.multilabel": several,
+                    "model.filters": loaded.options["filters"],
+                    "optim.learning-rate": rate,
+                    "train.steps": options.steps,
+                    "train.batch-size": 4,
+                    "seed": seed,
+                }
+                settings |= {"train.weights": options.weights} if way == "weights" else {}
+                train(folder, data, settings)
+                pair[way].append(scored(folder, test, folder / "held_out"))
+        found[str(count)] = difference(str(count), mean_of(pair["weights"]), mean_of(pair["nothing"]))
+    return {"weights minus nothing, by number of training images": found}
+
+
+def split(data: Path, count: int) -> None:
+    """Make the first `count` images of a drawn folder its training images, and the others its validation images."""
+    if (data / "manifest.csv").exists():
+        rows = read_manifest(data).rows
+        write_manifest(data, [{**row, "split": "train" if at < count else "val"} for at, row in enumerate(rows)])
+        return
+    with (data / "drawn.csv").open(encoding="utf-8") as file:
+        images = [row["image"] for row in csv.DictReader(file)]
+    for at, image in enumerate(images):  # one folder of masks a bone
+        old, new = image.split("/")[0], "train" if at < count else "val"
+        for path in [data / image, *data.glob(f"{old}/masks/*/{Path(image).stem}.png")]:
+            target = data / new / path.relative_to(data / old)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+
+
+def main() -> None:
+    """Run the command."""
+    commands: Any = (
+        Annotated[HeldOut, tyro.conf.subcommand("held-out")]
+        | Annotated[Ablation, tyro.conf.subcommand("ablation")]
+        | Annotated[FineTune, tyro.conf.subcommand("fine-tune")]
+    )
+    options = tyro.cli(commands, prog="python -m benchmarks.limb", description=__doc__)
+    options.work.mkdir(parents=True, exist_ok=True)
+    functions: dict[type, Any] = {HeldOut: held_out, Ablation: ablation, FineTune: fine_tune}
+    found = functions[type(options)](options)
+    settings = {key: str(value) for key, value in vars(options).items() if key not in ("work", "output")}
+    output.write({"machine": machine.facts(), "settings": settings, **found}, options.output)
+
+
+if __name__ == "__main__":
+    main()
