@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdrunet_jax.data.phantoms.surfaces.files import DRAWN
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS
-from pdrunet_jax.evaluate.scores import ImageScores, Statistic, read_csv, statistic
+from pdrunet_jax.evaluate.scores import Statistic, read_csv, statistic
 from pdrunet_jax.runtime.errors import UserError
 
 ALL = "all views"
@@ -22,6 +22,8 @@ class ViewScore:
     view: str
     """A view, or `ALL`."""
     dice: Statistic
+    """The interval is for other bodies if there are at least three, else for other images of the same bodies."""
+    bodies: int
 
 
 def scores_by_view(evaluation: Path, data: Path) -> list[ViewScore]:
@@ -31,17 +33,18 @@ def scores_by_view(evaluation: Path, data: Path) -> list[ViewScore]:
     one is not in the other.
     """
     rows = read_csv(evaluation / "per_image.csv")
-    views = _views(data / DRAWN)
-    if missing := sorted({row.image for row in rows} - views.keys()):
+    drawn = _read_drawn(data / DRAWN)
+    if missing := sorted({row.image for row in rows} - drawn.keys()):
         raise UserError(f"{data / DRAWN} has no line for {missing[0]}: {evaluation} is of other images")
-    shown = [row for row in rows if row.pixels_true and not math.isnan(row.dice)]
     result = []
-    for bone in dict.fromkeys(row.class_name for row in shown):
-        own = [row for row in shown if row.class_name == bone]
-        result.append(ViewScore(bone, ALL, _dice(own)))
-        for view in dict.fromkeys(views.values()):
-            if part := [row for row in own if views[row.image] == view]:
-                result.append(ViewScore(bone, view, _dice(part)))
+    for bone in dict.fromkeys(row.class_name for row in rows):
+        own = [row for row in rows if row.class_name == bone and row.pixels_true and not math.isnan(row.dice)]
+        for view in (ALL, *sorted({view for view, _ in drawn.values()}, key=_order)):
+            part = [row for row in own if view in (ALL, drawn[row.image][0])]
+            bodies = [drawn[row.image][1] for row in part]
+            groups = bodies if len({*bodies}) >= 3 else [row.image for row in part]
+            dice = statistic([row.dice for row in part], groups, bounds=(0.0, 1.0))
+            result += [ViewScore(bone, view, dice, len({*bodies}))] if part else []
     return result
 
 
@@ -51,19 +54,19 @@ def table_of(scores: Iterable[ViewScore]) -> str:
     for each in scores:
         dice = each.dice
         interval = "" if math.isnan(dice.low) else f"{dice.low:.3f} to {dice.high:.3f}"
-        lines.append(f"| {each.bone} | {each.view} | {dice.mean:.3f} | {interval} | {dice.images} | {dice.patients} |")
+        lines.append(f"| {each.bone} | {each.view} | {dice.mean:.3f} | {interval} | {dice.images} | {each.bodies} |")
     return "\n".join(lines)
 
 
-def _views(path: Path) -> dict[str, str]:
-    """View of each image, by its path, in the order of `views.VIEWS`."""
+def _read_drawn(path: Path) -> dict[str, tuple[str, str]]:
+    """View and body of each image, by its path. Raises `UserError`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = [(row["image"], row["view"]) for row in csv.DictReader(file)]
+            return {row["image"]: (row["view"], row["body"]) for row in csv.DictReader(file)}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
         raise UserError(f"{path}: cannot be read as the table of `data phantom --surfaces` ({error})") from None
-    return dict(sorted(rows, key=lambda row: VIEWS.index(row[1]) if row[1] in VIEWS else len(VIEWS)))
 
 
-def _dice(rows: list[ImageScores]) -> Statistic:
-    return statistic([row.dice for row in rows], [row.patient for row in rows], bounds=(0.0, 1.0))
+def _order(view: str) -> int:
+    """Place of a view in `VIEWS`."""
+    return VIEWS.index(view) if view in VIEWS else len(VIEWS)
