@@ -1,9 +1,15 @@
 """Training images drawn anew from surfaces: image k depends on the seed and k alone, and held-out bodies stay out."""
 
 import csv
+import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,9 +17,13 @@ from pdrunet_jax.config import Config, DataConfig, check
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.masks import PADDING
 from pdrunet_jax.data.phantoms.surfaces.files import DRAWN
+from pdrunet_jax.data.phantoms.surfaces.training import draws_anew
 from pdrunet_jax.data.pipeline import Batch, TrainBatches, open_training_data, train_batches
+from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.runtime.errors import UserError
+from tests.support import ROOT
 from tests.support.stick_man import write_bodies
+from tests.support.tiny import run_command
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +103,6 @@ def test_masks_are_of_the_classes_of_the_dataset(dataset: Dataset) -> None:
 
 
 def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConfig, tmp_path: Path) -> None:
-    from pdrunet_jax.data.phantoms.surfaces.training import draws_anew
-
     with pytest.raises(UserError, match=r"has the classes femur, humerus, and what is drawn from data\.surfaces"):
         draws_anew(replace(dataset, class_names=("femur", "humerus")), config)
     with pytest.raises(UserError, match=f"--data.surfaces {tmp_path}: no surfaces there"):
@@ -106,3 +114,25 @@ def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConf
     real = draws_anew(replace(dataset, root=tmp_path), config)
     assert real.drawn is not None
     assert len(real.drawn.bodies) == 4
+
+
+@pytest.mark.stress
+def test_a_killed_run_goes_on_with_the_next_image_and_ends_bit_equal(config: DataConfig, tmp_path: Path) -> None:
+    settings: list[object] = ["--config", "lower_limb", "--data.surfaces", config.surfaces, "--data.root", config.root]
+    settings += ["--data.size", 40, "--data.phantoms", 0, "--model.filters", 4, "--train.batch-size", 2]
+    settings += ["--train.steps", 12, "--train.eval-every", 6, "--train.save-every", 1, "--train.samples", 0]
+    settings += ["--optim.warmup-steps", 0, "--tracking.wandb", "disabled", "--train.log-every", 1]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_command("train", *settings, "--workdir", whole, cwd=tmp_path).returncode == 0
+    command = [sys.executable, "-m", "pdrunet_jax.train", *map(str, settings), "--workdir", str(killed)]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    while process.poll() is None and not (killed / "checkpoints" / "4").is_dir():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert run_command("train", *settings, "--workdir", killed, "--data.threads", 1, cwd=tmp_path).returncode == 0
+    ends = [load_weights(run, which="latest") for run in (whole, killed)]
+    first, then = (jax.tree.leaves((end.params, end.stats)) for end in ends)
+    assert all(np.array_equal(a, b) for a, b in zip(first, then, strict=True))
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-2]) for run in (whole, killed)]
+    assert last[0].get("data/sequence") == last[1].get("data/sequence")
