@@ -128,6 +128,8 @@ def train(folder: Path, data: Path, settings: dict[str, object]) -> Path:
         steps = settings["train.steps"]
         given = {
             "data.root": data,
+            "data.surfaces": None,
+            "data.phantoms": 0,
             "train.eval-every": steps,
             "train.save-every": steps,
             "train.samples": 0,
@@ -185,7 +187,7 @@ def ablation(options: Ablation) -> dict[str, Any]:
         runs = []
         for seed in options.seeds:
             folder = work / f"ablation_run_{name}_{options.steps}_{options.size}_{options.filters}_{seed}"
-            train(folder, data, {**settings, "seed": seed, "data.phantoms": 0})
+            train(folder, data, {**settings, "seed": seed})
             runs.append(scored(folder, test, folder / "held_out"))
         mean = mean_of(runs)
         usual = usual or mean
@@ -218,7 +220,6 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
                 folder = work / f"tune_run_{place}_{count}_{seed}_{way}_{options.steps}"
                 settings: dict[str, object] = {
                     "data.size": loaded.size[0],
-                    "data.phantoms": 0,
                     "data.multilabel": several,
                     "model.filters": loaded.options["filters"],
                     "optim.learning-rate": rate,

@@ -105,7 +105,7 @@ def test_masks_are_of_the_classes_of_the_dataset(dataset: Dataset) -> None:
 def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has the classes femur, humerus, and what is drawn from data\.surfaces"):
         draws_anew(replace(dataset, class_names=("femur", "humerus")), config)
-    with pytest.raises(UserError, match=f"--data.surfaces {tmp_path}: no surfaces there"):
+    with pytest.raises(UserError, match=f"surfaces {tmp_path}: no file of surfaces there"):
         draws_anew(dataset, replace(config, surfaces=str(tmp_path)))
     for setting in ({"soft_masks": True, "fit": "stretch"}, {"spacing": 0.5}, {"fold": "1/2"}):
         with pytest.raises(UserError, match=r"is not for training images that are drawn from data\.surfaces"):

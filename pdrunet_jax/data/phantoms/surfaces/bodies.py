@@ -129,12 +129,12 @@ def read_bodies(folder: Path) -> list[Body]:
     """
     files: dict[str, list[Path]] = {}
     if not folder.is_dir():
-        raise UserError(f"--surfaces {folder}: no such folder")
+        raise UserError(f"surfaces {folder}: no such folder; docs/phantoms.md tells where to get surfaces")
     for path in surface_files(folder):
         within = path.relative_to(folder).parts
         files.setdefault(within[0] if len(within) > 1 else _body_of(path.stem), []).append(path)
     if not files:
-        raise UserError(f"--surfaces {folder}: no surfaces there ({', '.join(FORMATS)})")
+        raise UserError(f"surfaces {folder}: no file of surfaces there ({', '.join(FORMATS)})")
     problems: list[str] = []
 
     def read(name: str) -> Body | None:
@@ -147,7 +147,7 @@ def read_bodies(folder: Path) -> list[Body]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bodies = [body for body in pool.map(read, files) if body is not None]
     if problems:
-        raise DataError(f"--surfaces {folder}", sorted(problems))
+        raise DataError(f"surfaces {folder}", sorted(problems))
     return sorted(bodies, key=lambda body: body.name)
 
 

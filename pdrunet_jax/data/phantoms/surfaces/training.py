@@ -68,10 +68,7 @@ def draws_anew(dataset: Dataset, config: DataConfig) -> Dataset:
             f"{dataset.root} has the classes {', '.join(dataset.class_names)}, and what is drawn from data.surfaces "
             f"has {', '.join(CLASSES)}, or one class for all bones: choose data.classes among them"
         )
-    try:
-        bodies = read_bodies(folder)
-    except UserError as error:
-        raise UserError(str(error).replace("--surfaces", "--data.surfaces")) from None
+    bodies = read_bodies(folder)
     kept = tuple(sample for sample in dataset.samples if sample.split != "train")
     held = _bodies_of(dataset.root, {sample.id for sample in kept})
     free = [body for body in bodies if body.name not in held]
