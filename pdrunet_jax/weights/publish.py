@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pdrunet_jax.config import read
+from pdrunet_jax.config import MAY_CHANGE, diff, read
 from pdrunet_jax.model.files import read_weights, write_safetensors
-from pdrunet_jax.model.load import load_weights
+from pdrunet_jax.model.load import find_run, load_weights
 from pdrunet_jax.model.shipped import FOLDER, SUFFIX
 from pdrunet_jax.runtime.digest import CONTENT, SETTINGS, content_digest
 from pdrunet_jax.runtime.errors import DataError, UserError
@@ -17,6 +17,9 @@ from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.opening import read_text
 from pdrunet_jax.runtime.run_folder import RunFolder
 from pdrunet_jax.weights.by_view import scores_by_view, table_of
+
+_OF_THE_DATA = (*(name for name in MAY_CHANGE if name != "train.steps"), "data.phantoms", "data.split_seed", "seed")
+"""Settings in which runs of one recipe may differ."""
 
 TEMPLATE = Path(__file__).with_name("card.txt")
 """Text of a card, with $names for what comes from the run."""
@@ -28,10 +31,12 @@ def publish(run: Path, name: str, scores: Sequence[tuple[str, Path]], folder: Pa
     Args:
         run: a finished run folder.
         name: letters, digits and hyphens.
-        scores: title and folder of each evaluation that the card shows, of images that `data phantom` drew.
+        scores: title and folder of each evaluation that the card shows, of images that `data phantom` drew. It scores
+            this run, or another of the same recipe that was trained on other bodies: weights that were trained on all
+            bodies are scored on none.
         folder: where weights are shipped from.
 
-    Raises `UserError` if the run is not finished or an evaluation is of other weights, `RunError` if nothing can be
+    Raises `UserError` if the run is not finished or an evaluation is of another recipe, `RunError` if nothing can be
     written.
     """
     if not name or set(name) - set(string.ascii_lowercase + string.digits + "-"):
@@ -80,13 +85,18 @@ def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str,
 
 
 def _scores(title: str, folder: Path, run: RunFolder) -> str:
-    """The scores of one evaluation by bone and view, under its title. Raises `UserError` if it is of other weights."""
+    """The scores of one evaluation by bone and view, under its title. Raises `UserError` if it is of another recipe."""
     path = folder / "summary.json"
     try:
         about = json.loads(read_text(path))["about"]
         weights, data = Path(about["weights"]), Path(about["data"])
     except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is not the summary that `evaluate --weights RUN --output {folder}` writes") from None
-    if weights.absolute() not in (run.path.absolute(), run.best.absolute()):
-        raise DataError(str(folder), [f"{folder} has the scores of {weights}, not of {run.path}"])
-    return f"### {title}\n\n{table_of(scores_by_view(folder, data))}"
+    other = find_run(weights)
+    if other is None:
+        raise UserError(f"{folder} has the scores of {weights}, whose settings are unknown: evaluate a run folder")
+    if differing := diff(read(run.config_file), read(other.config_file), ignore=_OF_THE_DATA):
+        raise DataError(f"{folder} has the scores of {weights}, which is of another recipe than {run.path}", differing)
+    own = other.path.resolve() == run.path.resolve()
+    whose = "These weights." if own else "Weights of the same recipe, trained without these bodies."
+    return f"### {title}\n\n{whose}\n\n{table_of(scores_by_view(folder, data))}"

@@ -89,12 +89,12 @@ def test_publishing_writes_weights_and_a_card_with_their_scores(tmp_path: Path) 
         for image, body, dice, pixels in (("a.png", "A", 0.5, 9), ("b.png", "A", 0.9, 9), ("c.png", "B", 1.0, 0))
     ]
     (scores / "per_image.csv").write_text("\n".join([",".join(CSV_COLUMNS), *rows]) + "\n")
-    about = {"weights": str(run), "data": str(data)}
+    about = {"weights": str(finished_run(tmp_path / "on other bodies")), "data": str(data)}
     (scores / "summary.json").write_text(json.dumps({"about": about}))
     (tmp_path / "out").mkdir()
     made, card = publish(run, "lower-limb", [("Bodies never trained on", scores)], tmp_path / "out")
     text = card.read_text()
-    assert "### Bodies never trained on" in text
+    assert "### Bodies never trained on\n\nWeights of the same recipe, trained without these bodies." in text
     assert "| bone | all views | 0.700 | " in text  # c.png shows no bone
     assert text.index("| bone | knee | 0.900 |  | 1 | 1 |") < text.index("| bone | pelvis | 0.500 |  | 1 | 1 |")
     assert "revision abc123" in text
@@ -108,8 +108,12 @@ def test_publishing_writes_weights_and_a_card_with_their_scores(tmp_path: Path) 
         publish(run, "lower-limb", [], tmp_path / "out")
     with pytest.raises(UserError, match="small letters"):
         publish(run, "../x", [("a", scores)], tmp_path / "out")
-    (scores / "summary.json").write_text(json.dumps({"about": {**about, "weights": "other"}}))
-    with pytest.raises(UserError, match="has the scores of other, not of"):
+    other = finished_run(tmp_path / "other")
+    (other / "config.toml").write_text((other / "config.toml").read_text().replace("[data]", "[data]\nthreads = 1"))
+    (scores / "summary.json").write_text(json.dumps({"about": {**about, "weights": str(other)}}))
+    publish(run, "lower-limb", [("a", scores)], tmp_path / "out")
+    (other / "config.toml").write_text("[train]\nsteps = 9\n" + (other / "config.toml").read_text())
+    with pytest.raises(UserError, match=r"is of another recipe(.|\n)*train\.steps: 10000 -> 9"):
         publish(run, "lower-limb", [("a", scores)], tmp_path / "out")
     (scores / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is not the summary"):
