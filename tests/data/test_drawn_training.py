@@ -102,6 +102,16 @@ def test_masks_are_of_the_classes_of_the_dataset(dataset: Dataset) -> None:
         assert (layers[1][..., place] == 1)[label == place + 1].all()
 
 
+def test_bones_that_overlap_are_drawn_into_both_folders(config: DataConfig, tmp_path: Path) -> None:
+    several = replace(config, root=str(tmp_path / "layers"), multilabel=True)
+    dataset = open_training_data(several)
+    assert set(dataset.class_names) == {"femur", "tibia", "fibula", "patella", "pelvis"}
+    assert dataset.drawn is not None
+    assert 0 < len(dataset.drawn.bodies) < 4
+    (batch,) = taken(batches_of(dataset, several), 1)
+    assert batch["mask"].shape == (4, 40, 40, 5)
+
+
 def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has the classes femur, humerus, and what is drawn from data\.surfaces"):
         draws_anew(replace(dataset, class_names=("femur", "humerus")), config)
