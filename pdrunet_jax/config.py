@@ -511,7 +511,7 @@ def _conflicts(config: Config) -> list[str]:
     if data.surfaces is not None:
         problems += [
             f"data.{name} is not for training images that are drawn from data.surfaces; leave it out"
-            for name in ("soft_masks", "spacing", "fold")
+            for name in ("soft_masks", "spacing")
             if getattr(data, name)
         ]
     if data.soft_masks and data.fit == "pad":

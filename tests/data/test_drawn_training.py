@@ -117,9 +117,11 @@ def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConf
         draws_anew(replace(dataset, class_names=("femur", "humerus")), config)
     with pytest.raises(UserError, match=f"surfaces {tmp_path}: no file of surfaces there"):
         draws_anew(dataset, replace(config, surfaces=str(tmp_path)))
-    for setting in ({"soft_masks": True, "fit": "stretch"}, {"spacing": 0.5}, {"fold": "1/2"}):
+    for setting in ({"soft_masks": True, "fit": "stretch"}, {"spacing": 0.5}):
         with pytest.raises(UserError, match=r"is not for training images that are drawn from data\.surfaces"):
             check(Config(data=replace(config, **setting)), "here")
+    with pytest.raises(UserError, match="have no folds"):
+        draws_anew(dataset, replace(config, fold="1/2"))
     # Without a table of bodies, as in a folder of real X-rays, all of them are trained on.
     real = draws_anew(replace(dataset, root=tmp_path), config)
     assert real.drawn is not None

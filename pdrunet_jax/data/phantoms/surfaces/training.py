@@ -62,6 +62,8 @@ def draws_anew(dataset: Dataset, config: DataConfig) -> Dataset:
     """
     assert config.surfaces is not None
     folder = Path(config.surfaces)
+    if config.fold:
+        raise UserError("training images that are drawn from data.surfaces have no folds; leave one of both out")
     bones = [name for name in dataset.class_names if name in CLASSES]
     if bones != list(dataset.class_names) and len(dataset.class_names) > 1:
         raise UserError(
