@@ -131,7 +131,7 @@ def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConf
 @pytest.mark.stress
 def test_a_killed_run_goes_on_with_the_next_image_and_ends_bit_equal(config: DataConfig, tmp_path: Path) -> None:
     settings: list[object] = ["--config", "lower_limb", "--data.surfaces", config.surfaces, "--data.root", config.root]
-    settings += ["--data.size", 40, "--data.phantoms", 0, "--model.filters", 4, "--train.batch-size", 2]
+    settings += ["--data.size", 40, "--data.phantoms", 8, "--model.filters", 4, "--train.batch-size", 2]
     settings += ["--train.steps", 12, "--train.eval-every", 6, "--train.save-every", 1, "--train.samples", 0]
     settings += ["--optim.warmup-steps", 0, "--tracking.wandb", "disabled", "--train.log-every", 1]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

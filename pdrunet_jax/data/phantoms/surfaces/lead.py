@@ -19,7 +19,7 @@ def collimator(shape: tuple[int, int], rng: np.random.Generator) -> Picture | No
     along = np.cos(angle) * rows - np.sin(angle) * columns
     # Each pair of blades is closed or not; a narrow limb is often taken in a narrow field.
     inward = np.full(shape, np.inf, np.float32)
-    reach = (0.1, 0.33) if rng.random() < 0.2 else (-0.02, 0.22)  # of a small field on a large detector
+    reach = (0.1, 0.33) if rng.random() < 0.3 else (-0.02, 0.22)  # of a small field on a large detector
     for place, side, closed in zip((across, along), shape[::-1], rng.random(2) < 0.75, strict=True):
         if not closed:
             continue
