@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,9 +25,13 @@ from pdrunet_jax.runtime.run_folder import MOST_STEPS
 OF_A_PROCESS = ("tracking", "data.root", "data.surfaces", "data.threads", "data.cache")
 """Settings that each of several processes may have for itself. The data must have the same fingerprint."""
 
+OF_THE_END = ("train.steps", "train.patience", "optim.restarts")
+"""Settings that decide when a run ends, and the learning rate on the way there."""
+
 MAY_CHANGE = (
     *OF_A_PROCESS,
-    *("train.steps", "train.log_every", "train.save_every", "train.keep_latest", "train.keep_best", "train.samples"),
+    *OF_THE_END,
+    *("train.log_every", "train.save_every", "train.keep_latest", "train.keep_best", "train.samples"),
     "train.eval_batch_size",
 )
 """Settings that a resumed run may change: without effect on its results, or on its end alone. The data must still have
@@ -230,9 +235,10 @@ class LossConfig:
     and tversky take either. If unset: bce_dice for one output and data.multilabel, else ce_dice."""
     dice_weight: Fraction = 0.5
     """Weight of the Dice term in bce_dice and ce_dice; cross-entropy has the rest."""
-    class_weights: tuple[NonNegative, ...] = ()
+    class_weights: Literal["balanced"] | tuple[NonNegative, ...] = ()
     """Class weights in the loss, background first: one per output, or two for a single output. With data.multilabel
-    one per class, without background."""
+    one per class, without background, or two per class: outside and inside it. balanced: computed from the training
+    masks, so that each class has the same weight in all (docs/going_on.md)."""
     focal_gamma: NonNegative = 2.0
     """Focusing exponent of the focal loss."""
     tversky_alpha: NonNegative = 0.3
@@ -255,6 +261,8 @@ class OptimConfig:
     """Learning-rate schedule after the warm-up. onecycle includes a warm-up over 30 % of the run."""
     warmup_steps: Count = 0
     """Steps of linear warm-up from zero."""
+    restarts: tuple[Positive, ...] = ()
+    """Steps at which the schedule starts again, each time for the steps up to the next restart or the end."""
     final_fraction: Fraction = 0.0
     """Final learning rate of cosine and polynomial, as a fraction of the peak."""
     power: PositiveFloat = 0.9
@@ -288,8 +296,13 @@ class TrainConfig:
     weights: str | None = None
     """Weights to start from instead of random ones: run folder, checkpoint, .safetensors or public .pth, or a name of
     weights that come with the package."""
+    freeze: tuple[str, ...] = ()
+    """Layers of train.weights to freeze, by name or pattern: e1 or 'encoder_*' (docs/going_on.md). Their weights and
+    running statistics stay as they are."""
     steps: Positive = 10_000
     """Weight updates in the whole run."""
+    patience: Count = 0
+    """Early stopping: end after this many validations without a better Dice; 0 turns it off."""
     batch_size: Positive = 8
     """Images per update."""
     eval_batch_size: Positive | None = None
@@ -502,6 +515,14 @@ def _conflicts(config: Config) -> list[str]:
         problems.append(f"optim.accumulate = {optim.accumulate} must divide train.batch_size = {train.batch_size}")
     if optim.warmup_steps >= train.steps:
         problems.append(f"optim.warmup_steps = {optim.warmup_steps} must be less than train.steps = {train.steps}")
+    starts = (0, *optim.restarts, train.steps)
+    if optim.restarts and min(after - before for before, after in pairwise(starts)) <= optim.warmup_steps:
+        problems.append(
+            f"optim.restarts = {list(optim.restarts)} must rise, be less than train.steps = {train.steps}, and leave "
+            f"more than optim.warmup_steps = {optim.warmup_steps} steps each"
+        )
+    if train.freeze and train.weights is None:
+        problems.append("train.freeze keeps layers as they are, and without train.weights they would be random")
     if data.val_fraction + data.test_fraction >= 1:
         problems.append("data.val_fraction + data.test_fraction must be less than 1, to leave patients to train on")
     if data.fold_of and not (data.fold_of[0] <= data.fold_of[1] >= 2):

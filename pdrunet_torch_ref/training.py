@@ -1,6 +1,7 @@
 """Losses of the PyTorch twin, built from PyTorch's own functions, and its training step."""
 
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,19 @@ def soft_tversky(
     return 1 - (index * weight).sum(1).mean() / weight.sum()
 
 
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the arrays, layers and blocks of `model` whose names match one of `patterns`, as `train.freeze` does.
+
+    Their parameters need no gradient. `train_step` leaves a normalisation without trainable parameters in evaluation
+    mode, so that it uses its running statistics and keeps them.
+    """
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        inside = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        if any(fnmatchcase(each, pattern) for each in inside for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -117,6 +131,9 @@ def train_step(
             model with `dropout=0` for none).
     """
     model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not any(each.requires_grad for each in module.parameters()):
+            module.eval()
     optimizer.zero_grad(set_to_none=True)
     everything = torch.ones(target.shape, dtype=torch.bool, device=target.device)
     with dropout_masks(model, masks):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pdrunet_torch_ref import TWINS
+from pdrunet_torch_ref.training import freeze
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
@@ -78,6 +79,7 @@ def load(path: str | Path) -> TrainingState:
     kernel = content["model"]["final_conv.weight"]
     model = make_twin({**options, "outputs": kernel.shape[0]}).to(kernel.dtype)
     model.load_state_dict(content["model"], strict=True)
+    freeze(model, header["config"].get("train", {}).get("freeze", ()))
     optimizer = make_optimizer(model, header["config"]["optim"])
     optimizer.load_state_dict(content["optimizer"])
     return TrainingState(model, optimizer, content["step"], content.get("ema", {}), header)

@@ -29,9 +29,10 @@ from pdrunet_jax.model.files import write_pth
 from pdrunet_jax.model.load import find_run
 from pdrunet_jax.model.state_dict import find_state_dict
 from pdrunet_jax.model.torch_files import import_torch
-from pdrunet_jax.model.weights import DEAD_BLOCK, Entry, Imported, from_public, name_table, to_public
+from pdrunet_jax.model.weights import DEAD_BLOCK, Entry, Imported, from_public, parameter_table, to_public
 from pdrunet_jax.runtime.checkpoint import Checkpoints, read_checkpoint
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.train.freeze import is_frozen
 from pdrunet_jax.train.optim import make_schedule
 from pdrunet_jax.train.progress import Progress
 from pdrunet_jax.train.run import open_run
@@ -89,8 +90,8 @@ def run_to_torch(src: Path, dst: Path) -> list[str]:
         raise UserError(f"{src}: the optimizer has done {updates_done(state.opt_state)} updates at step {step}")
 
     arrays = to_public(state.params, state.stats)
-    rows = _parameter_rows(config, arrays["final_conv.bias"].shape[0])
-    buffers = to_torch(config.optim, rows, state.opt_state)
+    rows = parameter_table(config.model, arrays["final_conv.bias"].shape[0])
+    buffers = to_torch(config.optim, _trained(rows, config), state.opt_state)
     header = {"config": configuration.to_dict(config), "data": restored.extra.get("data", "")}
     content: dict[str, Any] = {
         "model": arrays,
@@ -274,12 +275,9 @@ def _outputs(arrays: Mapping[str, Any], src: Path) -> int:
         raise UserError(f"{src} contains no parameters of a network of this project") from None
 
 
-def _parameter_rows(config: Config, outputs: int) -> list[Entry]:
-    model = config.model
-    rows = name_table(
-        model.in_channels, outputs, model.filters, model.norm, model.name, model.depth, model.down, model.up
-    )
-    return [row for row in rows if row.parameter]
+def _trained(rows: Sequence[Entry], config: Config) -> list[Entry]:
+    """The rows of parameters that are not frozen: PyTorch keeps nothing for parameters without a gradient."""
+    return [row for row in rows if not is_frozen(row.public, config.train.freeze)]
 
 
 def _parameter_names(arrays: Mapping[str, Any]) -> list[str]:
@@ -383,7 +381,7 @@ def _train_state(config: Config, training: TorchTraining, src: Path) -> TrainSta
         ema = from_public({**arrays, **training.ema}, f"{src}, ema").params
     opt_state = blank.opt_state
     if training.step or training.buffers:  # PyTorch keeps nothing before the first update
-        rows = _parameter_rows(config, training.weights.options["outputs"])
+        rows = _trained(parameter_table(config.model, training.weights.options["outputs"]), config)
         opt_state = from_torch(config.optim, rows, blank.opt_state, training.buffers, training.step)
     step: Any = np.asarray(training.step, np.int32)
     return dataclasses.replace(blank, params=params, stats=stats, opt_state=opt_state, ema=ema, step=step)

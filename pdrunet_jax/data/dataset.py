@@ -98,6 +98,15 @@ class Dataset:
         """Shape of a mask behind (H, W): the number of classes if they overlap."""
         return (len(self.class_names),) if self.multilabel else ()
 
+    def class_shares(self, split: str) -> list[float]:
+        """Mean share of each class in the pixels of a split, the background's first unless classes overlap.
+
+        Each image counts the same, whatever its size; ignored pixels do not count.
+        """
+        rows = np.array([sample.shares[self.multilabel :] for sample in self.of(split)])
+        counted = rows[rows.any(axis=1)] if not self.multilabel else rows
+        return [float(share) for share in counted.mean(axis=0)] if len(counted) else [0.0] * rows.shape[1]
+
     def spacing_of(self, sample: Sample) -> Spacing | None:
         """(row, column) spacing in mm from the manifest, else the image file, else dataset.toml. Raises `DataError`."""
         return _spacing_of(sample, self.spacing)
@@ -134,7 +143,10 @@ class Dataset:
         coding = replace(self.coding, classes=ordered(self.coding.classes))
         if isinstance(coding, LayersCoding):
             coding = replace(coding, files=ordered(coding.files))
-        samples = tuple(replace(sample, layers=ordered(sample.layers)) for sample in self.samples)
+        samples = tuple(
+            replace(each, layers=ordered(each.layers), shares=(*each.shares[:1], *ordered(each.shares[1:])))
+            for each in self.samples
+        )
         return replace(self, class_names=coding.names, coding=coding, samples=samples)
 
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data import folds
 from pdrunet_jax.data.folder import SPLITS, Pair
 from pdrunet_jax.data.masks import MaskCoding
-from pdrunet_jax.data.scan import ScanResult, foreground_share
+from pdrunet_jax.data.scan import ScanResult, class_shares, foreground_share
 
 _COLUMN, _PATH, ALONE = "the patient column", "the word patient with digits in the path", "the image itself"
 _PATIENT = r"(?i:(?<![a-z])patient[-_ ]?\d+)"  # not an inpatient
@@ -41,6 +41,9 @@ class Sample:
     """As `Pair.layers`."""
     fold: int = 0
     """The fold, from 1, that tests on this image; 0 if there are no folds, or for held-out images."""
+    shares: tuple[float, ...] = ()
+    """Share of the background (NaN if classes have files of their own) and of each class in the mask's pixels, without
+    ignored ones; all 0 if every pixel is ignored."""
 
     @property
     def mask_files(self) -> list[Path]:
@@ -115,7 +118,17 @@ def partition(
     notes += _twins(identical(ids, pixels))
     samples = tuple(
         Sample(
-            pair.id, pair.image, pair.mask, patient, split, item.digest, item.pixels, pair.spacing, pair.layers, fold
+            pair.id,
+            pair.image,
+            pair.mask,
+            patient,
+            split,
+            digest=item.digest,
+            pixels=item.pixels,
+            spacing=pair.spacing,
+            layers=pair.layers,
+            fold=fold,
+            shares=tuple(class_shares(item.codes, coding)),
         )
         for pair, item, patient, split, fold in zip(pairs, scanned, patients, splits, numbers, strict=True)
     )

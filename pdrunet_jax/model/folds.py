@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 from pdrunet_jax import config
-from pdrunet_jax.config import MAY_CHANGE, Config
+from pdrunet_jax.config import MAY_CHANGE, OF_THE_END, Config
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.run_folder import RunFolder
 
-MAY_DIFFER = ("data.fold", *(name for name in MAY_CHANGE if name != "train.steps"))
+MAY_DIFFER = ("data.fold", *(name for name in MAY_CHANGE if name not in OF_THE_END))
 """Settings in which the runs of a cross-validation may differ."""
 
 

@@ -85,6 +85,7 @@ class BatchNorm(nnx.Module):
         scale, bias: (channels,), parameters.
         running_mean, running_var: (channels,).
         num_batches_tracked: number of batches in the running statistics, int32.
+        frozen: use and keep the running statistics in training too, as torch's layer does after `eval()`.
     """
 
     def __init__(self, channels: int, *, dtype: DTypeLike) -> None:
@@ -93,6 +94,7 @@ class BatchNorm(nnx.Module):
         self.running_mean = nnx.BatchStat(jnp.zeros((channels,), dtype))
         self.running_var = nnx.BatchStat(jnp.ones((channels,), dtype))
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.frozen = False
 
     def track(self, mean: jax.Array, var: jax.Array, pixels: int) -> None:
         """Update the running statistics with a batch's mean and biased variance, (channels,), of `pixels` values."""
@@ -197,7 +199,7 @@ def batch_norm(z: jax.Array, norm: BatchNorm, train: bool) -> jax.Array:
 
     Raises `ValueError` in training for a single pixel a channel.
     """
-    if train:
+    if train and not norm.frozen:
         _check_pixels(pixel_count(z))
         mean, var = moments(z)
         norm.track(mean, var, pixel_count(z))

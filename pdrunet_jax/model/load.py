@@ -239,34 +239,6 @@ def _with_assumptions(loaded: Loaded, path: Path, given: Mapping[str, str | None
     return loaded._replace(options=options, notes=loaded.notes + notes)
 
 
-def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
-    """Load weights for a network whose `WIRING` is given, and "multilabel" if classes overlap.
-
-    Raises as `load_model`, and `UserError` that names each option that differs.
-    """
-    loaded = load_weights(weights)
-    mine, theirs = network.get("multilabel", False), loaded.multilabel
-    other = [f"--data.multilabel is {mine}, there it is {theirs}"] if mine != theirs else []
-    names = WIRING if network["name"] == loaded.options["name"] else ("name",)
-    problems = other + [
-        f"--model.{name.replace('_', '-')} is {network[name]}, there it is {loaded.options[name]}"
-        for name in names
-        if network[name] != loaded.options.get(name, network[name])
-    ]
-    if problems:
-        raise DataError(f"--train.weights {weights} is another network", problems)
-    return loaded
-
-
-def start_from(model: Network, weights: str | Path) -> None:
-    """Replace the arrays of `model` by those of `weights`, in the model's dtype. Raises as `load_same`."""
-    loaded = load_same(weights, {**vars(model.config), "outputs": model.outputs, "multilabel": model.multilabel})
-    report(loaded)
-    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    given = nnx.merge_state(loaded.params, loaded.stats)
-    nnx.update(model, jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state, given))
-
-
 def find_run(weights: str | Path) -> RunFolder | None:
     """Find the run folder that `weights` is or belongs to; None if there is none."""
     path = Path(weights)

@@ -85,8 +85,8 @@ class Block(BlockBase):
 
     @property
     def pair(self) -> tuple[tuple[Conv, BatchNorm], tuple[Conv, BatchNorm]] | None:
-        """Both layers, for `layers.fused_training_block`; None without normalisation."""
-        if self.bnorm1 is None or self.bnorm2 is None:
+        """Both layers, for `layers.fused_training_block`; None without normalisation by the batch's statistics."""
+        if self.bnorm1 is None or self.bnorm2 is None or self.bnorm1.frozen or self.bnorm2.frozen:
             return None
         return (self.first, self.bnorm1), (self.second, self.bnorm2)
 

@@ -6,6 +6,7 @@ convolution, or (I, O, H, W) of a transposed one, is a `kernel` (H, W, I, O), an
 `scale`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,6 +51,11 @@ class Entry:
     def to_public(self, value: np.ndarray) -> np.ndarray:
         """Change from the Flax model's layout to the public one."""
         return np.transpose(value, IOHW if self.transposed else OIHW) if value.ndim == 4 else value
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     @property
     def parameter(self) -> bool:
@@ -99,6 +105,14 @@ def name_table(
             if part.normalised and norm == "batch":
                 rows += _norm(f"{public}.bnorm", (part.name, "bnorm"), part.outputs)
     return (*rows, *_conv("final_conv", ("final_conv",), (outputs, filters, 1, 1)))
+
+
+def parameter_table(config: ModelConfig, outputs: int) -> list[Entry]:
+    """List the parameters of a network with `outputs` output channels, as in `name_table`."""
+    rows = name_table(
+        config.in_channels, outputs, config.filters, config.norm, config.name, config.depth, config.down, config.up
+    )
+    return [row for row in rows if row.parameter]
 
 
 def dead_entries(filters: int, norm: str) -> tuple[Entry, ...]:
@@ -172,7 +186,7 @@ def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block
     """
     flat = (leaf for state in (params, stats) for leaf in nnx.to_flat_state(nnx.State(state)))
     leaves = {tuple(map(str, path)): np.asarray(value[...]) for path, value in flat}
-    options = _options({_public_key(path): _shape_in_public(array) for path, array in leaves.items()})
+    options = _options({public_key(path): _shape_in_public(array) for path, array in leaves.items()})
     title, rows = TITLES[options["name"]], name_table(**options)
     by_path = {row.path: row for row in rows}
     values = {path: by_path[path].to_public(array) if path in by_path else array for path, array in leaves.items()}
@@ -192,7 +206,8 @@ def to_public(params: Mapping[Any, Any], stats: Mapping[Any, Any], *, dead_block
     return result
 
 
-def _public_key(path: tuple[str, ...]) -> str:
+def public_key(path: tuple[str, ...]) -> str:
+    """The public name of the array at `path` in the Flax model."""
     return ".".join(
         (public_name(path[0]), *path[1:-1], {"kernel": "weight", "scale": "weight"}.get(path[-1], path[-1]))
     )

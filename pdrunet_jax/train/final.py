@@ -136,7 +136,9 @@ def choose_threshold(
     return Choice(chosen if model.multilabel else chosen[0], float(np.mean(dice)), float(np.mean(half)))
 
 
-def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: Tracker, stop: StopFlag) -> str | None:
+def final_evaluation(
+    config: Config, run: RunFolder, dataset: Dataset, progress: Progress, tracker: Tracker, stop: StopFlag
+) -> str | None:
     """Pick a threshold on the validation set, score the best weights on the test set, and write the report.
 
     The threshold is stored with the weights; the scores are those at 0.5. Raises `DataError` if the data has
@@ -147,6 +149,10 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
     """
     model, batch_size = load_model(run.path), config.train.batch_size
     about: dict[str, Any] = {"weights": str(run.best), "threshold": 0.5, "steps": config.train.steps}
+    if config.train.patience:
+        about["patience"] = config.train.patience
+    if progress.stopped_early(config.train) and progress.step < config.train.steps:
+        about["stopped_early"] = progress.step
     choice = None
     if model.outputs == 1 or model.multilabel:
         choice = choose_threshold(model, dataset, config.data, batch_size=batch_size, stop=stop)
@@ -168,7 +174,7 @@ def final_evaluation(config: Config, run: RunFolder, dataset: Dataset, tracker: 
     require_inside(run.path, run.evaluation / split)
     write_evaluation(result, run.evaluation / split, about)
     report = write_report(run.path)
-    tracker.scores(split, _numbers(result), _table(result), _pictures(result))
+    tracker.scores(progress.step, split, _numbers(result), _table(result), _pictures(result))
     print(result.text())
     if len(dataset.class_names) == 1:
         print(f"for comparison, the best global threshold scores {threshold_baseline(dataset, split):.3f}")

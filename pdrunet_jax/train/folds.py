@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pdrunet_jax.config import Config
+from pdrunet_jax.config import OF_THE_END, Config, TrainConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.evaluation import EvaluationOptions, write_evaluation
@@ -42,14 +42,14 @@ def train_folds(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
         The exit code.
     """
     numbers, count = arguments.fold_numbers
-    parent, steps = arguments.run_folder, arguments.settings.train.steps
+    parent, settings = arguments.run_folder, arguments.settings.train
     if RunFolder(parent).config_file.exists():
         raise UserError(f"{parent} holds a run of its own; choose another --workdir for folds")
     if group.is_main:
-        require_alike(started_folds(parent), arguments.settings, count, ("train.steps", *SETTLED))
+        require_alike(started_folds(parent), arguments.settings, count, (*OF_THE_END, *SETTLED))
     for number in numbers:
         fold = fold_folder(parent, number)
-        if group.broadcast("finished" if group.is_main and is_finished(fold, steps) else ""):
+        if group.broadcast("finished" if group.is_main and is_finished(fold, settings) else ""):
             group.log(f"fold {number} of {count} is finished: {fold.path}")
             continue
         group.log(f"fold {number} of {count}: {fold.path}")
@@ -58,25 +58,24 @@ def train_folds(arguments: TrainOptions, group: Group, stop: StopFlag) -> int:
             return code
     if not group.is_main:
         return 0
-    if missing := [str(each) for each in range(1, count + 1) if not is_finished(fold_folder(parent, each), steps)]:
+    if missing := [str(each) for each in range(1, count + 1) if not is_finished(fold_folder(parent, each), settings)]:
         print(f"{parent}: no scores of all images yet; of {count} folds, to train: {', '.join(missing)}", flush=True)
         return 0
     return 0 if _score(parent, arguments.settings, count, stop) else cli.STOPPED
 
 
-def is_finished(fold: RunFolder, steps: int) -> bool:
-    """Whether `fold` was trained for `steps`, scored and reported on."""
+def is_finished(fold: RunFolder, settings: TrainConfig) -> bool:
+    """Whether `fold` was trained to its end, scored and reported on."""
     summary = fold.evaluation / "test" / "summary.json"
     try:
-        stated = json.loads(read_text(summary))["about"].get("steps")
-        return bool(stated == steps and fold.report.stat().st_mtime_ns >= summary.stat().st_mtime_ns)
+        about = json.loads(read_text(summary))["about"]
+        ended = (about.get("steps"), about.get("patience", 0)) == (settings.steps, settings.patience)
+        return bool(ended and fold.report.stat().st_mtime_ns >= summary.stat().st_mtime_ns)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 
 
-def require_one_training(
-    parent: Path, config: Config, dataset: Dataset, ignore: tuple[str, ...] = ("train.steps",)
-) -> None:
+def require_one_training(parent: Path, config: Config, dataset: Dataset, ignore: tuple[str, ...] = OF_THE_END) -> None:
     """Raise `DataError` that names the folds in `parent` that were trained with other settings or data.
 
     Settings to `ignore` may differ: while training goes on, some folds may have been prolonged.

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -47,13 +47,15 @@ class Training:
     progress: Progress
     resumed: bool
     """Whether state and progress are those of a checkpoint."""
+    notes: Sequence[str] = ()
+    """Sentences for the log on what training starts from."""
 
 
-def train(training: Training, tracker: Tracker, stop: StopFlag) -> bool:
-    """Train to `config.train.steps`, or until asked to stop.
+def train(training: Training, tracker: Tracker, stop: StopFlag) -> Progress | None:
+    """Train to `config.train.steps`, or until `train.patience` runs out, or until asked to stop.
 
     Returns:
-        Whether all steps are done: false if asked to stop. Everything is saved in either case.
+        Where training ended; None if it was asked to stop. Everything is saved in either case.
 
     Raises:
         DivergedError: the loss or a gradient was not finite; the state before that step is saved.
@@ -71,7 +73,7 @@ def train(training: Training, tracker: Tracker, stop: StopFlag) -> bool:
                 log.flush(state)
                 result = score_validation(training, state, stop)
                 if result is not None:
-                    progress = progress.scored(result.dice)
+                    progress = progress.scored(result.dice, settings)
                     keep_validation(training, progress, result, tracker)
                     save(training, state, progress, dice=result.dice)
                     saved = progress.step
@@ -110,7 +112,13 @@ def train(training: Training, tracker: Tracker, stop: StopFlag) -> bool:
         raise
     if stop:
         tracker.say(f"asked to stop ({stop.signal}): saved at step {progress.step}; the same command resumes")
-    return not stop
+        return None
+    if progress.stopped_early(settings) and progress.step < settings.steps:
+        tracker.say(
+            f"stopped early at step {progress.step}: no better Dice in {progress.stale} validations than "
+            f"{progress.best_dice:.4f} at step {progress.best_step}; a higher --train.patience goes on"
+        )
+    return progress
 
 
 def save(training: Training, state: TrainState, progress: Progress, dice: float | None = None) -> None:

@@ -2,8 +2,8 @@
 
 All take logits (N, H, W, K), a target and `valid` (N, H, W), bool. With K = 1 the target is the probability of the
 foreground, float (N, H, W) in [0, 1]; with K >= 2 it is the class index, int (N, H, W). Overlapping classes have a
-sigmoid each: target and `valid` are (N, H, W, K) then, and weights are one a class, without background. All return a
-scalar in the dtype of the logits.
+sigmoid each: target and `valid` are (N, H, W, K) then, and weights are one a class, without background, or two a class,
+outside and inside it. All return a scalar in the dtype of the logits.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,8 @@ Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 def make_loss(config: LossConfig, outputs: int, *, multilabel: bool = False) -> Loss:
     """Build the loss that `config` names, for `outputs` logits a pixel, of classes that overlap with `multilabel`.
 
+    `config.class_weights` are numbers; `class_weights.balance` turns "balanced" into some.
+
     Raises:
         UserError: the loss or its class weights do not fit the number of outputs.
     """
@@ -32,17 +34,19 @@ def make_loss(config: LossConfig, outputs: int, *, multilabel: bool = False) -> 
         setting = "data.multilabel = true" if multilabel else f"model.outputs = {outputs}"
         raise UserError(f"loss.name = {name} does not fit {setting}; with that it is one of {', '.join(allowed)}")
     classes = outputs if multilabel else max(outputs, 2)
-    if config.class_weights and len(config.class_weights) != classes:
+    weights = regions = _numbers(config) or (1.0,) * classes
+    if multilabel and len(weights) == 2 * classes:  # they weigh pixels; a class as a whole has none
+        regions = (1.0,) * classes
+    elif len(weights) != classes:
         needs = (
-            f"data.multilabel needs {classes}, one a class"
+            f"data.multilabel needs {classes}, one a class, or {2 * classes}, two a class"
             if multilabel
             else (f"model.outputs = {outputs} needs {classes}, background first")
         )
-        raise UserError(f"loss.class_weights has {len(config.class_weights)} numbers; {needs}")
-    weights = config.class_weights or (1.0,) * classes
+        raise UserError(f"loss.class_weights has {len(weights)} numbers; {needs}")
 
     entropy = partial(cross_entropy, weights=weights)
-    dice = partial(soft_tversky, weights=weights, alpha=0.5, smooth=config.smooth)
+    dice = partial(soft_tversky, weights=regions, alpha=0.5, smooth=config.smooth)
 
     def both(logits: jax.Array, target: jax.Array, valid: jax.Array) -> jax.Array:
         share = config.dice_weight
@@ -55,9 +59,15 @@ def make_loss(config: LossConfig, outputs: int, *, multilabel: bool = False) -> 
         "bce_dice": both,
         "ce_dice": both,
         "focal": partial(focal_loss, weights=weights, gamma=config.focal_gamma),
-        "tversky": partial(soft_tversky, weights=weights, alpha=config.tversky_alpha, smooth=config.smooth),
+        "tversky": partial(soft_tversky, weights=regions, alpha=config.tversky_alpha, smooth=config.smooth),
     }
     return losses[name]
+
+
+def _numbers(config: LossConfig) -> tuple[float, ...]:
+    if config.class_weights == "balanced":
+        raise ValueError("balanced class weights depend on the data: see class_weights.balance")
+    return config.class_weights
 
 
 def cross_entropy(logits: jax.Array, target: jax.Array, valid: jax.Array, weights: tuple[float, ...]) -> jax.Array:
@@ -68,7 +78,7 @@ def cross_entropy(logits: jax.Array, target: jax.Array, valid: jax.Array, weight
     """
     if target.ndim == logits.ndim:
         pixel = _binary_cross_entropy(logits, target)
-        weight = _by_class(weights, logits)
+        weight = _by_class(weights, target)
     elif logits.shape[-1] == 1:
         pixel = _binary_cross_entropy(logits[..., 0], target)
         weight = weights[1] * target + weights[0] * (1 - target)
@@ -87,7 +97,7 @@ def focal_loss(
     logit = logits if overlap else logits[..., 0]
     p = jax.nn.sigmoid(logit)
     missing = p * (1 - target) + (1 - p) * target
-    weight = _by_class(weights, logits) if overlap else weights[1] * target + weights[0] * (1 - target)
+    weight = _by_class(weights, target) if overlap else weights[1] * target + weights[0] * (1 - target)
     # The power's gradient at 0 is infinite below gamma = 1; the smallest normal number keeps it finite.
     modulation = jnp.maximum(missing, jnp.finfo(logit.dtype).tiny) ** gamma if gamma else 1.0
     return _mean(weight * modulation * _binary_cross_entropy(logit, target), valid)
@@ -120,9 +130,13 @@ def soft_tversky(
     return 1 - (index.mean(0) * share).sum()
 
 
-def _by_class(weights: tuple[float, ...], logits: jax.Array) -> jax.Array:
-    """`weights`, one a class, for each element of logits (N, H, W, K)."""
-    return jnp.broadcast_to(jnp.asarray(weights, logits.dtype), logits.shape)
+def _by_class(weights: tuple[float, ...], target: jax.Array) -> jax.Array:
+    """`weights`, one or two a class, for each element of a target (N, H, W, K) of overlapping classes."""
+    table = jnp.asarray(weights, target.dtype)
+    if table.size == target.shape[-1]:
+        return jnp.broadcast_to(table, target.shape)
+    outside, inside = (jnp.broadcast_to(each, target.shape) for each in (table[::2], table[1::2]))
+    return inside * target + outside * (1 - target)
 
 
 def _binary_cross_entropy(logit: jax.Array, target: jax.Array) -> jax.Array:

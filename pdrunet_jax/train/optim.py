@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules, every hyperparameter explicit, with PyTorch's semantics."""
 
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,6 +21,13 @@ ONECYCLE_END = 1e4
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate as a function of the number of the update, 0 to `steps` - 1."""
+    starts = (0, *config.restarts, steps)
+    parts = [_make_part(config, after - before) for before, after in pairwise(starts)]
+    return optax.join_schedules(parts, list(config.restarts)) if config.restarts else parts[0]
+
+
+def _make_part(config: OptimConfig, steps: int) -> optax.Schedule:
+    """The schedule without restarts."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     if config.schedule == "onecycle":
         return one_cycle(steps, peak)

@@ -33,6 +33,7 @@ class Progress:
         best_dice: best validation Dice so far; below 0 before the first.
         best_step: step of the best validation Dice.
         validated: step of the last validation.
+        stale: validations in sequence without a better Dice, as `train.patience` counts them.
     """
 
     __pydantic_config__ = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -43,20 +44,28 @@ class Progress:
     best_dice: float = -1.0
     best_step: int = 0
     validated: int = 0
+    stale: int = 0
 
     def advanced(self, index: np.ndarray) -> "Progress":
         """One step further, with the samples `index`."""
         digest = hashlib.sha256(self.sequence.encode() + index.astype("<i4").tobytes()).hexdigest()
         return replace(self, step=self.step + 1, sequence=digest)
 
-    def scored(self, dice: float) -> "Progress":
+    def scored(self, dice: float, settings: TrainConfig) -> "Progress":
         """After a validation at this step."""
         after = replace(self, validated=self.step)
-        return replace(after, best_dice=dice, best_step=self.step) if dice > self.best_dice else after
+        if dice > self.best_dice:
+            return replace(after, best_dice=dice, best_step=self.step, stale=0)
+        # One that ends a run early, with --finish, does not count: the run may go on.
+        return replace(after, stale=self.stale + (self.step % settings.eval_every == 0))
+
+    def stopped_early(self, settings: TrainConfig) -> bool:
+        """Whether `train.patience` has run out."""
+        return 0 < settings.patience <= self.stale
 
     def finished(self, settings: TrainConfig) -> bool:
-        """Whether all steps are done."""
-        return self.step >= settings.steps
+        """Whether all steps are done, or no more are wanted."""
+        return self.step >= settings.steps or self.stopped_early(settings)
 
     def validation_due(self, settings: TrainConfig) -> bool:
         """Whether to validate now."""

@@ -18,7 +18,8 @@ def end_here(config: Config, run: RunFolder, group: Group) -> Config:
     step = int(group.broadcast(str(newest_step(run) if group.is_main else 0)))
     if not step:
         raise UserError(f"--finish: {run.path} has no checkpoint to score; train first, without --finish")
-    shortened = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=step))
+    optim = dataclasses.replace(config.optim, restarts=tuple(each for each in config.optim.restarts if each < step))
+    shortened = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=step), optim=optim)
     return check(shortened, f"--finish at step {step}")
 
 
@@ -43,12 +44,16 @@ def describe_changes(run: RunFolder, config: Config) -> list[str]:
         return []
     old = read(run.config_file)
     lines = [f"changed {line}" for line in diff(old, config)]
-    step, steps = newest_step(run), config.train.steps
-    if old.train.steps != steps > step:
+    step, steps, optim = newest_step(run), config.train.steps, config.optim
+    if (old.train.steps, old.optim.restarts) != (steps, optim.restarts) and steps > step:
         before, after = (float(make_schedule(each.optim, each.train.steps)(step)) for each in (old, config))
         if before != after:
-            lines.append(
-                f"the {config.optim.schedule} schedule spans the whole run, now {steps} steps: the learning rate goes "
-                f"on at {after:.3g}, not {before:.3g}"
-            )
+            first = max((each for each in optim.restarts if each <= step), default=0)
+            last = min((each for each in optim.restarts if each > step), default=steps)
+            span = f"goes from step {first} to {last}" if optim.restarts else f"spans the whole run, now {steps} steps"
+            here = " ".join(str(each) for each in (*optim.restarts, step) if each <= step)
+            offered = step and step not in optim.restarts
+            choice = f". To start it again here instead: --optim.restarts {here}" if offered else ""
+            rate = f"the learning rate goes on at {after:.3g}, not {before:.3g}"
+            lines.append(f"the {optim.schedule} schedule {span}: {rate}{choice}")
     return lines

@@ -3,9 +3,10 @@
 import dataclasses
 import tomllib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,9 @@ from pdrunet_jax.evaluate.training_images import write_training_images
 from pdrunet_jax.model.base import foreground_classes
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.folds import started_folds
-from pdrunet_jax.model.load import load_same, load_weights, start_from
+from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.model.sides import swapped
+from pdrunet_jax.model.start import load_same, start_from
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.checkpoint import Checkpoints, checkpoint_steps, choose_intact, read_meta
 from pdrunet_jax.runtime.devices import Placement, describe_device, make_mesh, require_divisible
@@ -33,8 +35,11 @@ from pdrunet_jax.runtime.opening import read_text
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
 from pdrunet_jax.runtime.stop import SIGNALS, UNHEARD, StopFlag
+from pdrunet_jax.train.class_weights import balance, balanced_weights, describe_weights
 from pdrunet_jax.train.final import final_evaluation, save_best
+from pdrunet_jax.train.freeze import describe_frozen
 from pdrunet_jax.train.loop import Training, train
+from pdrunet_jax.train.losses import make_loss
 from pdrunet_jax.train.options import TrainOptions
 from pdrunet_jax.train.progress import Progress
 from pdrunet_jax.train.resume import describe_changes, end_here, require_ahead
@@ -71,18 +76,25 @@ def run(
     outputs = choose_outputs(config, dataset)
     require_validation(dataset)
     config = settle_flips(config, dataset)
+    facts: dict[str, Any] = {}
+    if config.loss.class_weights == "balanced":
+        weights = balanced_weights(dataset)
+        facts["class_weights"] = list(weights)
+        group.log(describe_weights(weights, dataset))
+    make_loss(balance(config, dataset).loss, outputs, multilabel=dataset.multilabel)  # refuses what does not fit
+    if config.train.freeze:
+        group.log(describe_frozen(config.model, outputs, config.train.freeze))
     if group.is_main:
         check(config, dataset)
     if group.is_main and config.train.weights is not None and not folder.config_file.exists():
         # Before the folder is made: it would record settings that cannot be used.
-        network = {**dataclasses.asdict(config.model), "outputs": outputs, "multilabel": dataset.multilabel}
-        load_same(config.train.weights, network)
+        load_same(config.train.weights, dataclasses.asdict(config.model))
     group.wait()
 
     # Train, then score the best weights. The run folder stays locked, and W&B is closed before the last line.
     agreed = AgreedStop(stop) if group.count > 1 else stop
     changes = describe_changes(folder, config) if group.is_main else []
-    folder = open_run(arguments.run_folder, config, device) if group.is_main else folder
+    folder = open_run(arguments.run_folder, config, device, facts) if group.is_main else folder
     line = None
     with folder.lock() if group.is_main else nullcontext():
         if agreed:
@@ -95,11 +107,12 @@ def run(
             if training.resumed:
                 tracker.say("\n".join([f"resumed {folder.path} at step {step}", *changes]))
             elif config.train.weights is not None:
-                tracker.say(f"started from the weights of {config.train.weights}")
-            if not train(training, tracker, agreed):
+                tracker.say("\n".join([f"started from the weights of {config.train.weights}", *training.notes]))
+            end = train(training, tracker, agreed)
+            if end is None:
                 tracker.status = "stopped"
             elif group.is_main:
-                line = final_evaluation(config, folder, dataset, tracker, stop)
+                line = final_evaluation(config, folder, dataset, end, tracker, stop)
     if line is not None:
         print(line, flush=True)
     return cli.STOPPED if stop or agreed else 0
@@ -116,9 +129,9 @@ def prepare(
     """
     settings = config.train
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_latest, settings.keep_best, group)
-    model = build_model(config, outputs)
+    model, notes = build_model(config, outputs), []
     if settings.weights is not None and group.is_main and checkpoints.latest_step() is None:
-        start_from(model, settings.weights)
+        notes = start_from(model, settings.weights, dataset.class_names)
     graphdef, state = create_state(config, model)
     batches = train_batches(
         dataset,
@@ -151,6 +164,7 @@ def prepare(
                 save_best(folder, config, dataset, outputs, state, progress)
     elif group.is_main:
         folder.require_new(first_save(config))
+    weighted = balance(config, dataset)
     return Training(
         config,
         folder,
@@ -160,13 +174,14 @@ def prepare(
         place,
         checkpoints,
         make_train_step(
-            config, graphdef, outputs, place.mesh, swapped=swapped(dataset.class_names, dataset.swap_on_flip or ())
+            weighted, graphdef, outputs, place.mesh, swapped=swapped(dataset.class_names, dataset.swap_on_flip or ())
         ),
-        make_eval_step(config, graphdef, outputs, place.mesh),
+        make_eval_step(weighted, graphdef, outputs, place.mesh),
         batches,
         place.replicate(group.broadcast_arrays(state)),
         progress,
         resumed=restored is not None,
+        notes=notes,
     )
 
 
@@ -236,15 +251,15 @@ def choose_devices(batch_size: int) -> tuple[Mesh | None, str]:
     return mesh, f"{used} devices"
 
 
-def record(run: RunFolder, config: Config, device: str = "") -> None:
+def record(run: RunFolder, config: Config, device: str = "", facts: Mapping[str, Any] | None = None) -> None:
     """Write config.toml, or compare `config` with the settings that the run was started with.
 
-    A restart adds its time and the settings and versions that changed. Raises `UserError` with the differences, or if
-    the run is past its last step, or if the existing config.toml cannot be read, or is gone and the rest of the run is
-    of other settings.
+    `facts` go into its section on the environment. A restart adds its time and the settings and versions that changed.
+    Raises `UserError` with the differences, or if the run is past its last step, or if the existing config.toml cannot
+    be read, or is gone and the rest of the run is of other settings.
     """
     header = "Settings of this run, written by the program. Start it again with the same settings to resume."
-    now = environment(device)
+    now = environment(device) | dict(facts or {})
     if is_present(run.config_file):
         remedy = "Give the earlier settings to resume it, or choose another --workdir for a new run."
         old = read(run.config_file)
@@ -280,8 +295,10 @@ def _require_saved_with(run: RunFolder, config: Config) -> None:
         )
 
 
-def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
+def open_run(path: str | Path, config: Config, device: str = "", facts: Mapping[str, Any] | None = None) -> RunFolder:
     """Make the run folder `path` with its config.toml, or reopen it if it holds a run with the same settings.
+
+    `device` and `facts` are recorded there.
 
     Raises:
         UserError: the settings differ (except `MAY_CHANGE`), or another process is using the folder.
@@ -297,7 +314,7 @@ def open_run(path: str | Path, config: Config, device: str = "") -> RunFolder:
     with writing(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
     with run.lock():
-        record(run, config, device)
+        record(run, config, device, facts)
     return run
 
 

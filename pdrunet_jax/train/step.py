@@ -26,6 +26,7 @@ from pdrunet_jax.model.layers import State, split_state
 from pdrunet_jax.model.pixels import predict_classes, unit_range
 from pdrunet_jax.runtime.compile import jit
 from pdrunet_jax.runtime.devices import batch_sharding, replicated
+from pdrunet_jax.train.freeze import freeze_norms, join_params, split_params
 from pdrunet_jax.train.losses import Loss, make_loss
 from pdrunet_jax.train.optim import make_optimizer, make_schedule
 
@@ -45,7 +46,7 @@ class TrainState:
     Attributes:
         params: parameters by path.
         stats: BatchNorm's running statistics by path.
-        opt_state: optax's state.
+        opt_state: optax's state, for the parameters that are not frozen.
         ema: exponential moving average of the parameters, or None.
         step: number of updates, int32.
         diverged: a loss or gradient was not finite; no later step changes anything.
@@ -71,13 +72,15 @@ def dropout_key(seed: int, step: int | jax.Array) -> jax.Array:
 
 def build_model(config: Config, outputs: int) -> Network:
     """Build the network of `config` with initial weights drawn from `config.seed`."""
-    return build(
+    model = build(
         dataclasses.replace(config.model, outputs=outputs),
         dtype=jnp.bfloat16 if config.train.precision == "bfloat16" else _dtype(config),
         multilabel=config.data.multilabel,
         param_dtype=_dtype(config),
         rngs=nnx.Rngs(params=random_stream(config.seed, _INIT)),
     )
+    freeze_norms(model, config.train.freeze)
+    return model
 
 
 def create_state(config: Config, model: Network) -> tuple[Graph, TrainState]:
@@ -86,7 +89,7 @@ def create_state(config: Config, model: Network) -> tuple[Graph, TrainState]:
     state = TrainState(
         params=params,
         stats=stats,
-        opt_state=make_optimizer(config.optim, config.train.steps).init(params),
+        opt_state=make_optimizer(config.optim, config.train.steps).init(split_params(params, config.train.freeze)[0]),
         # A copy, because the step donates its buffers and none may be donated twice.
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
         step=jnp.zeros((), jnp.int32),
@@ -144,21 +147,26 @@ def train_step(
     target, valid = targets(mask, outputs=outputs, soft=soft, dtype=dtype)
 
     # Loss, logits and gradients; the forward pass also updates the running statistics.
+    trained, frozen = split_params(state.params, config.train.freeze)
     loss, logits, gradients, stats = accumulate(
         graphdef,
         Execution.of(config.model.conv, remat=config.train.remat, mesh=mesh),
         make_loss(config.loss, outputs, multilabel=config.data.multilabel),
-        (state.params, state.stats),
+        (trained, state.stats),
         (images, target, valid),
         dropout_key(config.seed, state.step),
         config.optim.accumulate,
+        frozen=frozen,
     )
 
     # Update the parameters and their moving average.
     optimizer = make_optimizer(config.optim, config.train.steps)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1 - config.optim.ema)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    params, ema = join_params(trained, frozen), None
+    if state.ema is not None:
+        average, _ = split_params(state.ema, config.train.freeze)
+        ema = join_params(optax.incremental_update(trained, average, 1 - config.optim.ema), frozen)
 
     # Keep the old state if the loss or a gradient is not finite.
     norm = optax.tree.norm(gradients)
@@ -188,16 +196,19 @@ def accumulate(
     data: tuple[jax.Array, jax.Array, jax.Array],
     dropout_key: jax.Array,
     parts: int,
+    *,
+    frozen: State | None = None,
 ) -> tuple[jax.Array, jax.Array, State, State]:
     """Compute the loss, logits, mean gradient and new statistics of a batch, in `parts` micro-batches one by one.
 
-    `weights` are parameters and running statistics; `data` is images (N, H, W, C) in [0, 1], and target and valid
-    pixels as from `targets`. `parts` must divide N.
+    `weights` are parameters and running statistics; `frozen` are further parameters, without gradients. `data` is
+    images (N, H, W, C) in [0, 1], and target and valid pixels as from `targets`. `parts` must divide N.
     """
+    others = (frozen,) if frozen else ()
 
     def forward(params: State, stats: State, part: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, State]]:
         images, target, valid = part
-        model = nnx.merge(graphdef, params, stats, copy=True)
+        model = nnx.merge(graphdef, params, *others, stats, copy=True)
         logits = model(images, train=True, dropout_key=key, execution=execution)
         return loss_function(logits, target, valid), (logits, nnx.state(model, nnx.BatchStat))
 

@@ -77,11 +77,13 @@ class Tracker:
             self.say(f"validation at step {step}: {', '.join(shown)}")
             self._wandb.log(step, numbers, pictures)
 
-    def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
-        """Report the final scores of a split to W&B, and close the progress bar."""
+    def scores(
+        self, step: int, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]
+    ) -> None:
+        """Report the final scores of a split, after the last `step`, to W&B, and close the progress bar."""
         if self._active:
             self._bar.close()
-            self._wandb.scores(split, summary, table, pictures)
+            self._wandb.scores(step, split, summary, table, pictures)
 
     def say(self, line: str) -> None:
         """Print a line on standard output."""

@@ -79,7 +79,7 @@ class WandbRun:
         self._wandb: Any = None  # the module, imported if W&B is enabled
         self._run: Any = None
         self._failed = False
-        self._scores: tuple[str, Mapping[str, float], ScoreTable, Iterable[Picture]] | None = None
+        self._scores: tuple[int, str, Mapping[str, float], ScoreTable, Iterable[Picture]] | None = None
         mode: str = config.tracking.wandb
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
@@ -110,9 +110,11 @@ class WandbRun:
         if self._run is not None and not self._failed:
             self._attempt("log", CALL_TIMEOUT, log)
 
-    def scores(self, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]) -> None:
-        """Take the final scores of `split`, which `finish` logs as `SPLIT/...`: a summary, a table and pictures."""
-        self._scores = split, summary, table, pictures
+    def scores(
+        self, step: int, split: str, summary: Mapping[str, float], table: ScoreTable, pictures: Iterable[Picture]
+    ) -> None:
+        """Take the final scores of `split`, which `finish` logs at `step` as `SPLIT/...`: summary, table, pictures."""
+        self._scores = step, split, summary, table, pictures
 
     def finish(self, status: str, message: str = "") -> None:
         """Upload what is left and close; `status` is "finished", "stopped" or "failed".
@@ -176,9 +178,10 @@ class WandbRun:
         return run
 
     def _log_last(self, status: str, message: str) -> None:
-        run, step = self._run, max(self._run.step, self._config.train.steps)
+        run = self._run
         if self._scores is not None:
-            split, summary, (columns, rows), pictures = self._scores
+            step, split, summary, (columns, rows), pictures = self._scores
+            step = max(run.step, step)
             run.summary.update({f"{split}/{name}": value for name, value in summary.items() if value == value})
             if images := [self._image(picture) for picture in pictures]:
                 run.log({f"{split}/images": images}, step=step)

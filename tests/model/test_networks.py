@@ -11,7 +11,8 @@ import pytest
 from pdrunet_jax.config import ModelConfig, from_dict
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.files import read_weights, write_safetensors
-from pdrunet_jax.model.load import load_model, load_same, load_weights
+from pdrunet_jax.model.load import load_model, load_weights
+from pdrunet_jax.model.start import load_same
 from pdrunet_jax.runtime.errors import DataError, UserError
 from tests.support.tiny import network, save_model
 

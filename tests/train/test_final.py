@@ -14,6 +14,7 @@ from pdrunet_jax.runtime.digest import CONTENT, content_digest
 from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.stop import StopFlag
 from pdrunet_jax.train.final import final_evaluation
+from pdrunet_jax.train.progress import Progress
 from pdrunet_jax.train.run import open_run
 from pdrunet_jax.train.tracking import Tracker
 from tests.support.tiny import brightness_model, save_dataset, save_model
@@ -39,11 +40,11 @@ def trained(tmp_path, monkeypatch):
     write_safetensors(run.best, file.arrays, {**file.options, CONTENT: content_digest(file.arrays, file.options)})
     tracker = Tracker(run, config, class_names=dataset.class_names)
     tracker.log(20, {"train/loss": 0.5})
-    return config, run, dataset, tracker, StopFlag()
+    return config, run, dataset, Progress("", 20), tracker, StopFlag()
 
 
 def test_scores_and_report_are_written_and_wandb_has_table_summary_pictures_and_artifact(trained):
-    run, tracker = trained[1], trained[3]
+    run, tracker = trained[1], trained[4]
     with tracker:
         line = final_evaluation(*trained)
     assert line is not None
@@ -76,7 +77,7 @@ def test_scores_and_report_are_written_and_wandb_has_table_summary_pictures_and_
 
 
 def test_a_stopped_evaluation_is_left_to_the_next_start(trained, capsys):
-    run, tracker, stop = trained[1], trained[3], trained[4]
+    run, tracker, stop = trained[1], trained[4], trained[5]
     stop.request()
     with tracker:
         assert final_evaluation(*trained) is None
@@ -88,7 +89,7 @@ def test_a_stopped_evaluation_is_left_to_the_next_start(trained, capsys):
 
 
 def test_a_failure_is_reported_to_wandb_and_raised(trained):
-    run, tracker = trained[1], trained[3]
+    run, tracker = trained[1], trained[4]
     (run.path / "evaluation").write_text("a file where a folder should be")
     with pytest.raises(RunError, match="evaluation"), tracker:
         final_evaluation(*trained)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pdrunet_jax.config import TrainConfig
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder
@@ -39,18 +40,18 @@ def test_wrong_folds_are_refused_before_anything_is_loaded(options: str, message
 def test_a_fold_is_finished_with_scores_and_report_of_its_last_step(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     summary = run.evaluation / "test" / "summary.json"
-    assert not is_finished(run, 24)
+    assert not is_finished(run, TrainConfig(steps=24))
     summary.parent.mkdir(parents=True)
     summary.write_text(json.dumps({"about": {"steps": 24}}))
-    assert not is_finished(run, 24)  # killed before the report
+    assert not is_finished(run, TrainConfig(steps=24))  # killed before the report
     run.report.touch()
-    assert is_finished(run, 24)
-    assert not is_finished(run, 36)  # prolonged
+    assert is_finished(run, TrainConfig(steps=24))
+    assert not is_finished(run, TrainConfig(steps=36))  # prolonged
     os.utime(run.report, ns=(0, 0))
-    assert not is_finished(run, 24)  # the report of an earlier end
+    assert not is_finished(run, TrainConfig(steps=24))  # the report of an earlier end
     for text in ("{", "[]", '{"about": 3}', '{"about": {}}'):
         summary.write_text(text)
-        assert not is_finished(run, 24)
+        assert not is_finished(run, TrainConfig(steps=24))
 
 
 def test_folds_do_not_mix_with_a_run_of_its_own(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@ import numpy as np
 import optax
 import pytest
 
-from pdrunet_jax.config import OptimConfig
+from pdrunet_jax.config import OptimConfig, from_dict
+from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.train.optim import make_optimizer, make_schedule
 
 
@@ -33,6 +34,16 @@ def test_one_cycle_peaks_after_three_tenths() -> None:
     assert values.argmax() == 29  # the 30th update
     assert values[0] == pytest.approx(1 / 25, rel=1e-5)
     assert values[99] == values[100] == pytest.approx(1 / 25 / 1e4, rel=1e-2)
+
+
+def test_a_restart_begins_a_schedule_of_its_own_and_changes_nothing_before() -> None:
+    settings = {"schedule": "cosine", "warmup_steps": 5}
+    whole = rates(100, restarts=(30, 70), **settings)
+    parts = [rates(steps, **settings)[:steps] for steps in (30, 40, 30)]
+    np.testing.assert_array_equal(whole[:100], np.concatenate(parts))
+    for restarts in ((70, 30), (30, 30), (100,), (97,), (4,)):
+        with pytest.raises(UserError, match=r"optim\.restarts = .* must rise, be less than train\.steps = 100"):
+            from_dict({"train": {"steps": 100}, "optim": {**settings, "restarts": restarts}}, "test")
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,23 @@ def test_the_sequence_depends_on_every_index_and_their_order() -> None:
 def test_the_best_is_kept_and_of_equal_ones_the_first() -> None:
     progress = Progress(data="x")
     for step, dice in ((10, 0.5), (20, 0.7), (30, 0.7), (40, float("nan"))):
-        progress = Progress(**{**vars(progress), "step": step}).scored(dice)
+        progress = Progress(**{**vars(progress), "step": step}).scored(dice, SETTINGS)
     assert (progress.best_step, progress.best_dice, progress.validated) == (20, 0.7, 40)
+
+
+def test_patience_counts_regular_validations_without_a_better_one() -> None:
+    settings = replace(SETTINGS, patience=2)
+    progress = Progress(data="x")
+    seen = []
+    for step, dice in ((12, 0.5), (24, 0.4), (25, 0.3), (36, 0.6), (48, 0.6), (60, float("nan"))):
+        progress = replace(progress, step=step).scored(dice, settings)
+        seen.append((progress.stale, progress.stopped_early(settings)))
+    assert seen == [(0, False), (1, False), (1, False), (0, False), (1, False), (2, True)]
+    assert replace(progress, step=1).finished(settings)
+    assert not progress.stopped_early(replace(settings, patience=3))  # raised: it goes on
+    assert not progress.stopped_early(SETTINGS)
+    saved = {name: value for name, value in progress.to_dict().items() if name != "stale"}  # of an earlier version
+    assert Progress.resumed(saved, 60, "x", "s", Path("run")).stale == 0
 
 
 def test_a_run_is_not_resumed_on_other_data() -> None:

@@ -25,9 +25,17 @@ def run(tmp_path: Path) -> RunFolder:
 
 
 def test_other_steps_say_what_happens_to_the_learning_rate(run: RunFolder) -> None:
-    rate = "the cosine schedule spans the whole run, now 200 steps: the learning rate goes on at 0.000854, not 0.0005"
+    rate = (
+        "the cosine schedule spans the whole run, now 200 steps: the learning rate goes on at 0.000854, not 0.0005. "
+        "To start it again here instead: --optim.restarts 50"
+    )
     assert describe_changes(run, longer(200)) == ["changed train.steps: 100 -> 200", rate]
     assert describe_changes(run, longer(50)) == ["changed train.steps: 100 -> 50"]  # no step is left
+    again = replace(longer(200), optim=replace(OLD.optim, restarts=(50,)))
+    rate = "the cosine schedule goes from step 50 to 200: the learning rate goes on at 0.001, not 0.0005"
+    assert describe_changes(run, again)[1:] == ["changed train.steps: 100 -> 200", rate]
+    assert settings_digest(again) == settings_digest(OLD)
+    assert end_here(again, run, Group()).optim.restarts == ()
     constant = replace(OLD, optim=OptimConfig())
     other = open_run(run.path / "other", constant)
     (other.checkpoints / "50").mkdir(parents=True)

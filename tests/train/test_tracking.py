@@ -149,7 +149,7 @@ def test_a_tracker_without_a_folder_prints_and_writes_nothing(capfd: pytest.Capt
         tracker.say("a line")
         tracker.log(10, {"train/loss": 0.5})
         tracker.validation(10, {"val/dice": 0.5})
-        tracker.scores("test", {}, ((), ()), ())
+        tracker.scores(10, "test", {}, ((), ()), ())
     assert capfd.readouterr() == ("", "")
 
 
@@ -302,7 +302,7 @@ with Tracker(RunFolder(sys.argv[1]), from_dict({"tracking": {"wandb": "offline"}
     print(service := wandb_service())
     os.kill(service, int(sys.argv[2]))
     tracker.log(10, {"train/loss": 0.5})
-    tracker.scores("test", {"dice": 0.5}, (["dice"], [[0.5]]), [])
+    tracker.scores(10, "test", {"dice": 0.5}, (["dice"], [[0.5]]), [])
 """
 
 

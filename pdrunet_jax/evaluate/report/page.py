@@ -41,7 +41,8 @@ def write_report(run_folder: str | Path) -> Path:
         ("configuration", "Configuration", settings({"": top} | groups)),
     ]
     subtitle = f"PDR-UNet on {scored.summary['dataset']['name']}" if scored else "PDR-UNet"
-    numbers = key_numbers(scored) + _training_numbers(metrics)
+    early = bool(scored) and "stopped_early" in scored.summary["about"]
+    numbers = key_numbers(scored) + _training_numbers(metrics, early)
     return _write(run.report, run.path.resolve().name, subtitle, environment, numbers, sections)
 
 
@@ -105,14 +106,14 @@ def _write(
     return path
 
 
-def _training_numbers(metrics: Mapping[str, Points]) -> list[tuple[str, str]]:
+def _training_numbers(metrics: Mapping[str, Points], early: bool) -> list[tuple[str, str]]:
     """Best validation Dice and number of steps, each with its description, for the top of the page."""
     numbers = []
     if validation := metrics.get("val/dice"):
         step, best = max(validation, key=lambda point: point[1])
         numbers.append((format_score(best), f"best validation Dice, at step {step:,.0f}"))
     if loss := metrics.get("train/loss"):
-        numbers.append((f"{loss[-1][0]:,.0f}", "training steps"))
+        numbers.append((f"{loss[-1][0]:,.0f}", "training steps, stopped early" if early else "training steps"))
     return numbers
 
 
