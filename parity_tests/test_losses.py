@@ -1,6 +1,7 @@
 """Level 4: losses and their gradients, metrics, and preprocessing."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +90,35 @@ def test_unweighted_entropies_are_one_call_of_pytorch(
     """Compare with torch.nn.functional directly, without the twin."""
     logits, objective = make_data(name, outputs, dtype, kind)
     compare_loss(budget, dtype, objective, dataclasses.replace(objective, name=f"torch {name}"), logits, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["ce", "ce of two", "pos_weight"])
+def test_class_weights_are_those_of_pytorchs_own_losses(kind: str, dtype: str, budget: Budget) -> None:
+    """The mean is over the weights, as in CrossEntropyLoss(weight=...), for one output too."""
+    rng, outputs = np.random.default_rng(0), 3 if kind == "ce" else 1
+    weights = (0.6, 7.5, 2.0)[: max(outputs, 2)]
+    logits = (3 * rng.standard_normal((*SHAPE, outputs))).astype(dtype)
+    target = rng.choice(len(weights), SHAPE, p=(0.8, 0.2) if outputs == 1 else (0.7, 0.1, 0.2))
+    truth = target.astype(dtype if outputs == 1 else np.int32)
+    loss = make_loss(LossConfig(name="ce" if outputs == 3 else "bce", class_weights=weights), outputs)
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(logits), jnp.asarray(truth), jnp.ones(SHAPE, bool))
+    theirs = logits if outputs == 3 else logits[..., 0]
+    want, slope = on_torch(torch_side.weighted_entropy, kind, theirs, truth, weights)
+    budget.hold(4, "loss", dtype, {"value": relative(np.asarray(value), want)}, f"weights as in {kind}")
+    slope = slope if outputs == 3 else slope[..., None]
+    budget.hold(4, "loss gradient", dtype, {"gradient": relative(np.asarray(gradient), slope)}, f"weights as in {kind}")
+
+
+def test_weights_divided_by_the_number_of_pixels(caught: Callable[..., str]) -> None:
+    """BCEWithLogitsLoss(pos_weight=...) as it stands has another scale."""
+    rng, weights = np.random.default_rng(0), (0.6, 7.5)
+    logits, truth = rng.standard_normal(SHAPE), rng.choice(2, SHAPE, p=(0.8, 0.2)).astype(np.float64)
+    loss = make_loss(LossConfig(name="bce", class_weights=weights), 1)
+    value = loss(jnp.asarray(logits[..., None]), jnp.asarray(truth), jnp.ones(SHAPE, bool))
+    want, _ = on_torch(torch_side.weighted_entropy, "mean over pixels", logits, truth, weights)
+    error = {"value": relative(np.asarray(value), want)}
+    caught(lambda budget: budget.hold(4, "loss", "float64", error, "mean over pixels"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

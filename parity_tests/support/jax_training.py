@@ -34,9 +34,12 @@ class Training:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     loss: str = "bce_dice"
     steps: int = 50
+    freeze: tuple[str, ...] = ()
+    """Frozen layers, as `train.freeze`."""
 
     def __str__(self) -> str:
-        return f"{self.optim.name} {self.loss} {self.case}"
+        frozen = f", frozen: {' '.join(self.freeze)}" if self.freeze else ""
+        return f"{self.optim.name} {self.loss} {self.case}{frozen}"
 
     @property
     def config(self) -> Config:
@@ -47,7 +50,13 @@ class Training:
             model=model,
             loss=LossConfig(name=self.loss),
             optim=self.optim,
-            train=TrainConfig(steps=self.steps, batch_size=self.case.shape[0], precision=precision),
+            train=TrainConfig(
+                weights="the original" if self.freeze else None,
+                freeze=self.freeze,
+                steps=self.steps,
+                batch_size=self.case.shape[0],
+                precision=precision,
+            ),
         )
 
     def step(self, state: TrainState, number: int) -> tuple[TrainState, float]:

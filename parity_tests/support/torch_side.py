@@ -186,6 +186,26 @@ def loss_of(objective: Objective) -> Callable[[Tensor], Tensor]:
     return lambda logits: loss(logits, target, valid)
 
 
+def weighted_entropy(
+    kind: str, logits: np.ndarray, target: np.ndarray, weights: tuple[float, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Value and gradient of PyTorch's own weighted losses. Logits are (N, H, W), or (N, H, W, K) for "ce"."""
+    given, truth = place(logits).requires_grad_(), place(target)
+    table = given.new_tensor(weights)
+    if kind == "ce":
+        value = F.cross_entropy(given.movedim(-1, 1), truth.long(), table)
+    elif kind == "ce of two":  # the background's logit is 0
+        both = torch.stack([torch.zeros_like(given), given], 1)
+        value = F.cross_entropy(both, truth.long(), table)
+    else:  # BCEWithLogitsLoss divides by the number of pixels; divided by their weights instead
+        loss = F.binary_cross_entropy_with_logits(given, truth, pos_weight=table[1] / table[0])
+        mean = torch.where(truth == 1, table[1], table[0]).mean()
+        value = loss if kind == "mean over pixels" else loss * table[0] / mean
+    value.backward()
+    assert given.grad is not None
+    return numpy(value), numpy(given.grad)
+
+
 def twin_pass(
     twin: torch.nn.Module,
     images: np.ndarray,

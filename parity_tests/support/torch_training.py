@@ -132,6 +132,16 @@ def train_and_save(
     return result
 
 
+def frozen(build: Callable[[], torch.nn.Module], patterns: tuple[str, ...], trains: bool) -> torch.nn.Module:
+    """Build a network with frozen layers; if it `trains`, their normalisations stay in training mode."""
+    network = build()
+    training.freeze(network, patterns)
+    for module in network.modules():
+        if trains and isinstance(module, torch.nn.BatchNorm2d):
+            module.eval = lambda module=module: module  # type: ignore[method-assign,misc]
+    return network
+
+
 def load_and_train(half: TorchHalf, path: Path, batches: Mapping[int, Batch]) -> Trajectory:
     """Continue from the training state of this project's networks in the file `path`."""
     state = training_state.load(path)

@@ -151,7 +151,8 @@ class WandbRun:
         id_file = self._folder.wandb / "id"
         if not id_file.is_file():
             id_file.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(id_file, secrets.token_hex(4))
+            given = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # by a sweep's agent
+            atomic_write(id_file, given or secrets.token_hex(4))
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or tracking.project
             if tracking.project == TrackingConfig().project

@@ -1,13 +1,23 @@
 """A run that goes on with other settings: finished early, prolonged, and killed while it is."""
 
+import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
+from pdrunet_jax.runtime.checkpoint import checkpoint_steps
 from tests.support.live import EVAL_EVERY, SAVE_EVERY, STEPS, Place, assert_same_run, content, read_until, resumed_at
 
 STOPPED_AT = STEPS - SAVE_EVERY
+EVERY = 4
+STILL = (
+    *("--train.freeze", "[!f]*", "--optim.learning-rate", "1e-12", "--loss.class-weights", "balanced"),
+    *("--train.eval-every", str(EVERY), "--train.save-every", "2"),
+)
+"""Options with which nothing improves: the last layer alone is trained, and hardly."""
 SHOWN = ("--train.log-every", "5", "--train.keep-latest", "3", "--train.save-every", "4")
 
 
@@ -45,3 +55,63 @@ def test_a_finished_run_is_prolonged_and_killed_and_equals_one_of_that_length(pl
     last = place.train(workdir=run)
     assert (last.returncode, last.stderr) == (0, "")
     assert_same_run(run, place.undisturbed)
+
+
+def test_frozen_weights_that_do_not_improve_end_a_run_early(place: Place) -> None:
+    run = place.path / "early"
+    ended = place.train("--train.weights", str(place.undisturbed), *STILL, "--train.patience", "2", workdir=run)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    last = 3 * EVERY  # the first validation is the best
+    assert f"stopped early at step {last}: no better Dice in 2 validations than" in ended.stdout
+    assert "frozen: [!f]*; 5 of 3,953 parameters are trained" in ended.stdout
+    assert ended.stdout.splitlines()[-1].startswith("test dice ")
+    assert max(checkpoint_steps(run / "checkpoints")) == last
+
+    about = json.loads((run / "evaluation/test/summary.json").read_text())["about"]
+    assert (about["steps"], about["patience"], about["stopped_early"]) == (STEPS, 2, last)
+    assert "training steps, stopped early" in (run / "report.html").read_text()
+    recorded = tomllib.loads((run / "config.toml").read_text())
+    weights = recorded["environment"]["class_weights"]
+    assert recorded["loss"]["class_weights"] == "balanced"
+    assert f"background {weights[0]:g}; bone {weights[1]:g}" in ended.stdout
+
+    before, after = (load_file(each / "best.safetensors") for each in (place.undisturbed, run))
+    changed = {name for name, array in before.items() if not (array == after[name]).all()}
+    assert changed <= {"final_conv.weight", "final_conv.bias"}
+
+
+@pytest.mark.stress
+def test_an_early_end_is_the_same_after_a_kill_and_a_higher_patience_goes_on(place: Place) -> None:
+    options = "--train.weights", str(place.undisturbed), *STILL
+    whole, killed = place.path / "whole", place.path / "killed"
+    assert place.train(*options, "--train.patience", "2", workdir=whole).returncode == 0
+    for step in (3, 7, 10):
+        with place.start(*options, "--train.patience", "2", workdir=killed) as process:
+            assert read_until(process, step, [])
+            process.kill()
+            process.communicate()
+    last = place.train(*options, "--train.patience", "2", workdir=killed)
+    assert (last.returncode, last.stderr) == (0, "")
+    assert_same_run(killed, whole, 3 * EVERY)
+
+    same = place.train(*options, "--train.patience", "2", "--train.steps", str(STEPS + 2), workdir=whole)
+    assert f"stopped early at step {3 * EVERY}" in same.stdout
+    further = place.train(*options, "--train.patience", "3", workdir=whole)
+    assert "changed train.patience: 2 -> 3\n" in further.stdout
+    assert f"stopped early at step {4 * EVERY}" in further.stdout
+    end = place.train(*options, workdir=whole)
+    assert "changed train.patience: 3 -> 0\n" in end.stdout
+    assert "stopped early" not in end.stdout
+    assert max(checkpoint_steps(whole / "checkpoints")) == STEPS
+    assert place.train("--verify", str(whole)).returncode == 0
+
+
+@pytest.mark.stress
+def test_a_run_prolonged_by_another_schedule_equals_one_that_had_both_from_the_start(place: Place) -> None:
+    run, whole, half = place.path / "again", place.path / "both", str(EVAL_EVERY)
+    schedule = "--optim.schedule", "onecycle"
+    assert place.train(*schedule, "--train.steps", half, workdir=run).returncode == 0
+    prolonged = place.train(*schedule, "--optim.restarts", half, workdir=run)
+    assert f"the onecycle schedule goes from step {half} to {STEPS}: the learning rate goes on at" in prolonged.stdout
+    assert place.train(*schedule, "--optim.restarts", half, workdir=whole).returncode == 0
+    assert_same_run(run, whole)

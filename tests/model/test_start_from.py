@@ -85,7 +85,10 @@ def test_a_sigmoid_and_a_softmax_give_the_same_probability(tmp_path):
     start_from(both, save(one, tmp_path / "one.safetensors", ["bone"]), ["bone"])
     np.testing.assert_allclose(softmax(logits(both))[:, 1], sigmoid(logits(one))[:, 0], rtol=1e-5)
 
-    start_from(overlapping, save(three, tmp_path / "three.safetensors", ["femur", "tibia"]), ["tibia", "femur"])
+    (note,) = start_from(
+        overlapping, save(three, tmp_path / "three.safetensors", ["femur", "tibia"]), ["tibia", "femur"]
+    )
+    assert note.endswith("the last layer is copied for tibia, femur")
     against = [softmax(logits(three)[:, [0, place]])[:, 1] for place in (2, 1)]
     np.testing.assert_allclose(sigmoid(logits(overlapping)), np.stack(against, 1), rtol=1e-5)
 

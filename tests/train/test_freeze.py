@@ -6,7 +6,6 @@ import pytest
 from flax import nnx
 
 from pdrunet_jax.config import ModelConfig, from_dict
-from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.runtime.checkpoint import Checkpoints
 from pdrunet_jax.runtime.errors import UserError
@@ -75,17 +74,14 @@ def test_frozen_layers_stay_bit_for_bit_and_have_no_part_in_the_update(tmp_path)
     assert {name for name in TRAINED if np.array_equal(before[name], average[name])} == set()
     assert [name for name, array in before.items() if name not in changed and (array != average[name]).any()] == []
 
-    # The clipped norm, the weight decay and the optimizer's memory are those of the trained arrays alone.
-    assert len(jax.tree.leaves(state.opt_state)) == 2 * len(TRAINED) + 2
-    whole = from_dict({**SETTINGS, "train": {"steps": 10}}, "test")
-    everything = create_state(whole, build_model(whole, 1))[1]
-    assert len(jax.tree.leaves(everything.opt_state)) > 2 * len(before) / 2
+    # The optimizer's memory is that of the trained arrays alone.
     assert float(values["grad_norm"]) > 0
+    assert len(jax.tree.leaves(state.opt_state)) == 2 * len(TRAINED) + 2
 
     # A checkpoint holds no more, and comes back.
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1, 1)
     checkpoints.save(3, state, {})
-    restored = checkpoints.restore(create_state(config, build_model(config, 1))[1])
+    restored = checkpoints.restore(jax.eval_shape(lambda: create_state(config, build_model(config, 1))[1]))
     assert restored is not None
     assert jax.tree.all(jax.tree.map(np.array_equal, restored.state, state))
 
@@ -94,7 +90,7 @@ def test_frozen_layers_stay_bit_for_bit_and_have_no_part_in_the_update(tmp_path)
 def test_the_normalisations_of_frozen_layers_are_in_evaluation_mode(name: str) -> None:
     freeze = ["e1", "encoder_0", "*.bnorm"]
     config = from_dict({"model": {"name": name, "filters": 2}, "train": {"weights": "w", "freeze": freeze}}, "test")
-    model: Network = build_model(config, 1)
+    model = nnx.eval_shape(lambda: build_model(config, 1))
     frozen = {".".join(map(str, path)) for path, part in nnx.iter_modules(model) if getattr(part, "frozen", False)}
     wanted = {
         "pdrunet": {"e1.bnorm1", "e1.bnorm2"},
