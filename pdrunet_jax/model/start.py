@@ -11,7 +11,7 @@ from flax import nnx
 
 from pdrunet_jax.config import WIRING
 from pdrunet_jax.model.base import Network
-from pdrunet_jax.model.load import Loaded, load_weights, report
+from pdrunet_jax.model.load import Loaded, class_names, load_weights, report
 from pdrunet_jax.runtime.errors import DataError
 
 BACKGROUND = "the background"
@@ -42,8 +42,9 @@ def start_from(model: Network, weights: str | Path, classes: Sequence[str]) -> l
     """Replace the arrays of `model` by those of `weights`, in the model's dtype. Raises as `load_same`.
 
     In the last layer, an output is copied from the output of the same class, whatever its place. It keeps the initial
-    weights of `model` if there is none. A softmax and a sigmoid are converted into each other: the logit of a sigmoid
-    is that of its class relative to the background's.
+    weights of `model` if there is none. A class without a name of its own is taken for the only one of the other network.
+    A softmax and a sigmoid are converted into each other: the logit of a sigmoid is that of its class relative to the
+    background's.
 
     Args:
         model: of the same options as `weights`, except for the outputs.
@@ -59,12 +60,15 @@ def start_from(model: Network, weights: str | Path, classes: Sequence[str]) -> l
     given, notes = dict(nnx.to_flat_state(nnx.merge_state(loaded.params, loaded.stats))), []
     names, own = list(loaded.options.get("class_names") or ()), list(classes)
     alike = (loaded.options["outputs"], loaded.multilabel) == (model.outputs, model.multilabel)
+    if len(names) == len(own) == 1 and names != own and class_names(model, None)[0] in names + own:
+        notes = [f"the class {names[0]} of {weights} is taken for {own[0]}"]
+        names, loaded = own, loaded._replace(options={**loaded.options, "class_names": own})
     if not names and alike:
         notes = [f"{weights} does not name its classes; taken for {', '.join(own)}, in this order"]
     elif not alike or names != own:
         kernel, bias, what = _last_layer(model, loaded, own)
         stated = f"has the classes {', '.join(names)}" if names else "does not name its classes"
-        notes = [f"{weights} {stated}; the last layer is {what}"]
+        notes.append(f"{weights} {stated}; the last layer is {what}")
         given |= {_KERNEL: nnx.Param(kernel), _BIAS: nnx.Param(bias)}
     arrays = nnx.from_flat_state(given)
     nnx.update(model, jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), state, arrays))

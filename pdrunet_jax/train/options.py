@@ -18,9 +18,9 @@ from pdrunet_jax.runtime.processes import DetectCluster, Distributed
 class TrainOptions:
     """Train PDR-UNet. Started again on the same run folder, training resumes exactly where it stopped.
 
-    A resumed run may have other --train.steps, more to prolong it or fewer to end it sooner, and other --tracking,
-    --train.log-every, --train.save-every, --train.keep-latest, --train.keep-best, --train.samples and
-    --train.eval-batch-size. All other settings have to stay.
+    A resumed run may have other --train.steps, more to prolong it or fewer to end it sooner, another --train.patience,
+    other --optim.restarts, and other --tracking, --train.log-every, --train.save-every, --train.keep-latest,
+    --train.keep-best, --train.samples and --train.eval-batch-size. All other settings have to stay.
 
     Exit codes: 0 done, 2 bad input, 1 failure, 75 stopped by a signal (or a closed pipe) with everything saved.
     """

@@ -93,6 +93,15 @@ def test_a_sigmoid_and_a_softmax_give_the_same_probability(tmp_path):
     np.testing.assert_allclose(sigmoid(logits(overlapping)), np.stack(against, 1), rtol=1e-5)
 
 
+def test_a_class_that_was_never_named_is_the_only_one_of_the_other_dataset(tmp_path):
+    for before, after in (("foreground", "bone"), ("bone", "foreground")):
+        trained, model = network(), network(2)
+        (note,) = start_from(model, save(trained, tmp_path / "w.safetensors", [before]), [after])
+        assert note.startswith(f"the class {before} of ")
+        assert note.endswith(f"is taken for {after}")
+        np.testing.assert_array_equal(logits(model), logits(trained))
+
+
 def test_weights_without_names_and_other_outputs_give_a_new_last_layer(tmp_path):
     model = network(2, outputs=3)
     (note,) = start_from(model, save(network(), tmp_path / "w.safetensors"), ["femur", "tibia"])
