@@ -2,17 +2,14 @@
 
 import dataclasses
 import tomllib
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tomli_w
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from pdrunet_jax.config import MAY_CHANGE, OF_A_PROCESS, Config, diff, parse, read, settings_digest, to_toml
 from pdrunet_jax.data.dataset import Dataset, require_same_data
@@ -34,7 +31,8 @@ from pdrunet_jax.runtime.files import atomic_write, is_present, writing
 from pdrunet_jax.runtime.opening import read_text
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder, environment
-from pdrunet_jax.runtime.stop import SIGNALS, UNHEARD, StopFlag
+from pdrunet_jax.runtime.stop import StopFlag
+from pdrunet_jax.train.agreed_stop import AgreedStop
 from pdrunet_jax.train.class_weights import balance, balanced_weights, describe_weights
 from pdrunet_jax.train.final import final_evaluation, save_best
 from pdrunet_jax.train.freeze import describe_frozen
@@ -331,30 +329,3 @@ def _require_equal(old: Config, new: Config, what: str, remedy: str, ignore: tup
     if changed := diff(old, new, ignore=ignore):
         listing = "\n".join(f"  - {line}" for line in changed)
         raise UserError(f"{what}:\n{listing}\n{remedy}")
-
-
-class AgreedStop(StopFlag):
-    """One stop flag for all processes, set in all of them at the same step.
-
-    Each `ask` sends this process's flag to the others, as a device computation queued behind the training steps, and
-    receives the flags sent two asks ago, so that the devices never wait. All processes must ask equally often.
-    """
-
-    BEHIND = 2
-
-    def __init__(self, own: StopFlag) -> None:
-        super().__init__()
-        self._own = own
-        mesh = Mesh(np.array(jax.devices()), ("devices",))
-        self._spread = NamedSharding(mesh, PartitionSpec("devices"))
-        self._highest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._sent: deque[jax.Array] = deque()
-
-    def ask(self) -> bool:
-        """Exchange flags; return whether any process had been asked to stop two asks ago."""
-        names = ["", "request", UNHEARD, *(number.name for number in SIGNALS)]
-        flags = np.full(jax.local_device_count(), names.index(self._own.signal or ""), np.int32)
-        self._sent.append(self._highest(jax.make_array_from_process_local_data(self._spread, flags)))
-        if len(self._sent) > self.BEHIND:
-            self.signal = self.signal or names[int(self._sent.popleft())] or None
-        return bool(self)
