@@ -41,10 +41,9 @@ def load_same(weights: str | Path, network: Mapping[str, Any]) -> Loaded:
 def start_from(model: Network, weights: str | Path, classes: Sequence[str]) -> list[str]:
     """Replace the arrays of `model` by those of `weights`, in the model's dtype. Raises as `load_same`.
 
-    In the last layer, an output is copied from that of the same class, whatever its place, and keeps the initial weights
-    of `model` if there is none. A class without a name of its own is taken for the only one of the other weights. A
-    softmax and a sigmoid are converted into each other: the logit of a sigmoid is that of its class relative to the
-    background's.
+    In the last layer, an output is copied from that of the same class, whatever its place. If there is none, it keeps
+    its initial weights. A class without a name of its own is taken for the only one of the other weights. A softmax and
+    a sigmoid are converted into each other: the logit of a sigmoid is that of its class relative to the background's.
 
     Args:
         model: of the same options as `weights`, except for the outputs.
