@@ -103,9 +103,11 @@ class Dataset:
 
         Each image counts the same, whatever its size; ignored pixels do not count.
         """
-        rows = np.array([sample.shares[self.multilabel :] for sample in self.of(split)])
-        counted = rows[rows.any(axis=1)] if not self.multilabel else rows
-        return [float(share) for share in counted.mean(axis=0)] if len(counted) else [0.0] * rows.shape[1]
+        first = 1 if self.multilabel else 0
+        rows = [each.shares[first:] for each in self.of(split) if self.multilabel or any(each.shares)]
+        if not rows:
+            return [0.0] * (len(self.class_names) + 1 - first)
+        return [float(share) for share in np.mean(rows, axis=0)]
 
     def spacing_of(self, sample: Sample) -> Spacing | None:
         """(row, column) spacing in mm from the manifest, else the image file, else dataset.toml. Raises `DataError`."""

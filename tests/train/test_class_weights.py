@@ -45,6 +45,8 @@ def test_overlapping_classes_are_balanced_one_by_one() -> None:
 def test_a_class_in_no_training_mask_is_named() -> None:
     with pytest.raises(UserError, match=r"give numbers instead.*\n.*b is in no training mask"):
         balanced_weights(dataset(("a", "b"), (0.5, 0.5, 0.0)))
+    with pytest.raises(UserError, match="background is in no training mask"):
+        balanced_weights(dataset(("a",)))  # no training images at all, or none that counts
     with pytest.raises(UserError, match="a fills every training mask"):
         balanced_weights(dataset(("a", "b"), (np.nan, 1.0, 0.5), overlapping=True))
 
