@@ -85,7 +85,7 @@ def test_an_early_end_is_the_same_after_a_kill_and_a_higher_patience_goes_on(pla
     options = "--train.weights", str(place.undisturbed), *STILL
     whole, killed = place.path / "whole", place.path / "killed"
     assert place.train(*options, "--train.patience", "2", workdir=whole).returncode == 0
-    for step in (3, 7, 10):
+    for step in (3, 10):
         with place.start(*options, "--train.patience", "2", workdir=killed) as process:
             assert read_until(process, step, [])
             process.kill()
@@ -94,8 +94,6 @@ def test_an_early_end_is_the_same_after_a_kill_and_a_higher_patience_goes_on(pla
     assert (last.returncode, last.stderr) == (0, "")
     assert_same_run(killed, whole, 3 * EVERY)
 
-    same = place.train(*options, "--train.patience", "2", "--train.steps", str(STEPS + 2), workdir=whole)
-    assert f"stopped early at step {3 * EVERY}" in same.stdout
     further = place.train(*options, "--train.patience", "3", workdir=whole)
     assert "changed train.patience: 2 -> 3\n" in further.stdout
     assert f"stopped early at step {4 * EVERY}" in further.stdout
@@ -103,7 +101,6 @@ def test_an_early_end_is_the_same_after_a_kill_and_a_higher_patience_goes_on(pla
     assert "changed train.patience: 3 -> 0\n" in end.stdout
     assert "stopped early" not in end.stdout
     assert max(checkpoint_steps(whole / "checkpoints")) == STEPS
-    assert place.train("--verify", str(whole)).returncode == 0
 
 
 @pytest.mark.stress
