@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,27 +45,30 @@ class Sides:
 def jax_side(variant: str, work: Work) -> Sides:
     """Compile the package's own training step and forward pass, with `variant` as `model.conv`.
 
-    "naive" is `plain` with XLA's default compiler options; "remat" is the default path with rematerialisation. Options
-    of the network may follow, as in "auto name=unet depth=3".
+    "naive" is `plain` with XLA's default compiler options; "remat" is the default path with rematerialisation. The name
+    of a network may follow, as in "auto unet depth=3".
     """
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+    from pdrunet_jax.model.build import with_network
     from pdrunet_jax.model.pixels import unit_range
     from pdrunet_jax.runtime.compile import compiler_options, enable_compilation_cache
     from pdrunet_jax.runtime.devices import configure_jax, describe_device
     from pdrunet_jax.train.step import build_model, create_state, train_step
 
-    variant, *others = variant.split()
+    variant, _, network = variant.partition(" ")
     conv: Any = {"naive": "plain", "remat": "auto"}.get(variant, variant)
     precision: Any = work.precision
     config = Config(
-        model=ModelConfig(**({"filters": FILTERS, "conv": conv} | model_options(others))),
+        model=ModelConfig(filters=FILTERS, conv=conv),
         data=DataConfig(size=(work.size,)),
         train=TrainConfig(batch_size=work.batch, precision=precision, remat=variant == "remat"),
     )
+    if network:
+        config = with_network(config, network)
     configure_jax(precision)
     enable_compilation_cache()
     options = {} if variant == "naive" else compiler_options()
@@ -106,12 +109,6 @@ def jax_side(variant: str, work: Work) -> Sides:
         return None if stats is None else int(stats["peak_bytes_in_use"])
 
     return Sides(train, lambda: jax.block_until_ready(forward(params, stats, batch["image"])), notes, device_memory)
-
-
-def model_options(words: Sequence[str]) -> dict[str, Any]:
-    """Options of `ModelConfig` from NAME=VALUE."""
-    pairs = (word.split("=") for word in words)
-    return {name: int(value) if value.isdecimal() else value for name, value in pairs}
 
 
 def _temporary(compiled: Any) -> int:

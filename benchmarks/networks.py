@@ -13,9 +13,10 @@ from typing import Any
 import tyro
 
 from benchmarks import machine, output
-from benchmarks.contenders import Work, model_options
+from benchmarks.contenders import Work
 from benchmarks.steps import Contender
-from pdrunet_jax.config import ModelConfig
+from pdrunet_jax.config import Config
+from pdrunet_jax.model.build import with_network
 from pdrunet_jax.model.weights import name_table
 
 NETWORKS = (
@@ -36,7 +37,7 @@ class Options:
     """Compare networks by parameters and time."""
 
     networks: tuple[str, ...] = NETWORKS
-    """Options of each network, as NAME=VALUE separated by spaces."""
+    """Name and options of each network, as in "unet filters=32"."""
     size: int = 128
     """Image size, in pixels."""
     batch: int = 4
@@ -49,7 +50,7 @@ class Options:
 
 def parameters(network: str) -> int:
     """Number of parameters of a network with one input and one output channel."""
-    settings = ModelConfig(**model_options(network.split()))
+    settings = with_network(Config(), network).model
     options = {key: value for key, value in settings.wiring().items() if key != "shortcut"} | {"outputs": 1}
     return sum(math.prod(row.shape) for row in name_table(**options) if row.parameter)
 

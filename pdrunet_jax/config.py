@@ -213,6 +213,12 @@ class ModelConfig:
             others.append(f"model.conv = pallas is for pdrunet; use model.conv = auto with {self.name}")
         return others
 
+    def of(self, name: str) -> dict[str, Any]:
+        """These options for the network `name`, without those that it lacks."""
+        absent = ModelConfig(name=name)._absent()  # type: ignore[arg-type]
+        kept = {key: value for key, value in dataclasses.asdict(self).items() if key not in absent}
+        return {**kept, "name": name}
+
     def wiring(self) -> dict[str, Any]:
         """The options that decide which arrays the network has and what they mean."""
         return {option: getattr(self, option) for option in WIRING if option not in self._absent()}

@@ -7,8 +7,10 @@ from pathlib import Path
 from tests.support import ROOT
 
 PACKAGE = ROOT / "pdrunet_jax"
-ORDER = ("runtime", "config", "model", "data", "predict", "evaluate", "train", "convert", "export", "weights")
-DEFERRED = ("model/load.py", "train/__main__.py")
+ORDER = (
+    *("runtime", "config", "model", "data", "predict", "evaluate", "train", "compare", "convert", "export", "weights"),
+)
+DEFERRED = ("model/load.py", "train/__main__.py", "compare/__main__.py")
 """May import other packages inside functions: `load_model` works without Orbax, SIGTERM is handled from the start."""
 
 

@@ -30,6 +30,7 @@ BROKEN_PIPE = os.strerror(errno.EPIPE)
 
 COMMANDS = {
     "train": "train a model, or resume a run",
+    "compare": "train several networks on the same images and seeds, and compare their scores",
     "evaluate": "score a model on a dataset: metrics with intervals, report, comparison of two models",
     "predict": "segment images: masks, probabilities, overlays, contours",
     "convert": "convert weights or a whole training run between PyTorch and JAX",

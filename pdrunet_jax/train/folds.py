@@ -84,7 +84,7 @@ def require_one_training(parent: Path, config: Config, dataset: Dataset, ignore:
     _, count = config.data.fold_of or (1, 1)
     require_alike(runs, config, count, ignore)
     data = dataset.fingerprint()
-    problems = [f"{run.path} was trained on other data" for run in runs.values() if _data_of(run) not in ("", data)]
+    problems = [f"{run.path} was trained on other data" for run in runs.values() if data_of(run) not in ("", data)]
     if problems:
         remedy = "restore the images, masks and patients, or choose another --workdir for new folds"
         raise DataError(f"{dataset.root} has changed since folds were trained on it; {remedy}", problems)
@@ -96,7 +96,7 @@ def require_one_training(parent: Path, config: Config, dataset: Dataset, ignore:
         )
 
 
-def _data_of(fold: RunFolder) -> str:
+def data_of(fold: RunFolder) -> str:
     """Fingerprint of the data that `fold` was trained on; empty if it has no checkpoint."""
     if not checkpoint_steps(fold.checkpoints):
         return ""
