@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,12 +59,7 @@ class Plan:
     models: tuple[PlannedModel, ...]
     """All networks so far, in the order in which they were added."""
     settings: Config
-    """What all have in common; `settings.model` does not count."""
-
-    def only(self, networks: Sequence[str]) -> "Plan":
-        """The plan with these networks alone, in this order."""
-        found = {each.network: each for each in self.models}
-        return dataclasses.replace(self, models=tuple(found[network] for network in networks))
+    """What all have in common; `settings.model` is the default, whatever the networks are."""
 
 
 def full_name(text: str, settings: Config) -> str:
@@ -134,6 +129,7 @@ def write_plan(plan: Plan, folder: Path) -> None:
         return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
     values = {**without_none(dataclasses.asdict(plan)), "settings": to_dict(plan.settings)}
+    del values["settings"]["model"]
     with writing(folder / "plan.toml"):
         atomic_write(folder / "plan.toml", _HEADER + tomli_w.dumps(values))
 
@@ -148,12 +144,12 @@ def require_same(old: Plan, new: Plan, folder: Path) -> None:
         for name, before, after in (("budget", old.budget, new.budget), ("folds", old.folds, new.folds))
         if before != after
     ]
-    common, settings = (dataclasses.replace(plan.settings, model=ModelConfig()) for plan in (old, new))
-    problems += diff(common, settings, ignore=(*MAY_DIFFER[1:], "seed"))
+    problems += diff(old.settings, new.settings, ignore=(*MAY_DIFFER[1:], "seed"))
     known = {each.network: each.model for each in old.models}
     for each in new.models:
         was, now = (
-            dataclasses.replace(settings, model=model) for model in (known.get(each.network, each.model), each.model)
+            dataclasses.replace(new.settings, model=model)
+            for model in (known.get(each.network, each.model), each.model)
         )
         problems += [f"{each.network}: {line}" for line in diff(was, now)]
     if problems:

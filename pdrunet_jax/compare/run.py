@@ -1,17 +1,25 @@
 """A comparison from its options to its results."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Any
 
+from pdrunet_jax.compare import tables
+from pdrunet_jax.compare.cases import choose, write_cases
 from pdrunet_jax.compare.options import CompareOptions
+from pdrunet_jax.compare.page import write_page
 from pdrunet_jax.compare.plan import Plan, PlannedModel, equal_time, read_plan, require_same, write_plan
+from pdrunet_jax.compare.results import compute, learning_curves, mean_by_image, read_rows, to_csv
 from pdrunet_jax.compare.speed import Speed, measure, read_speed, write_speed
-from pdrunet_jax.compare.trainings import train_seed
+from pdrunet_jax.compare.tables import duration, milliseconds
+from pdrunet_jax.compare.trainings import scores_of, train_seed, training_folder
+from pdrunet_jax.config import ModelConfig, to_dict
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.data.folds import of_all
+from pdrunet_jax.evaluate.report.html import Cell
 from pdrunet_jax.evaluate.scores import aligned
 from pdrunet_jax.model.build import with_network
 from pdrunet_jax.model.execution import Execution
@@ -19,8 +27,9 @@ from pdrunet_jax.model.folds import started_folds
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.devices import describe_device
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.runtime.files import writing
-from pdrunet_jax.runtime.run_folder import RunFolder
+from pdrunet_jax.runtime.files import atomic_write, writing
+from pdrunet_jax.runtime.opening import read_text
+from pdrunet_jax.runtime.run_folder import RunFolder, environment
 from pdrunet_jax.runtime.stop import StopFlag
 from pdrunet_jax.train.run import choose_outputs, require_validation
 
@@ -47,9 +56,15 @@ def run(options: CompareOptions, stop: StopFlag) -> int:
             return cli.STOPPED
         plan, speeds = prepared
         print(_announcement(options, plan, speeds), flush=True)
-        for seed in options.all_seeds:
+        for number, seed in enumerate(options.all_seeds, 1):
             if code := train_seed(options, plan, seed, stop):
                 return code
+            values = _write_results(options, plan, speeds, dataset, options.all_seeds[:number])
+            if number < options.seeds:
+                print(f"results so far: {folder / 'compare.html'}", flush=True)
+    print(tables.text(values))
+    print(f"results: {folder}, page: {folder / 'compare.html'}")
+    print("\n".join(tables.lines(values)), flush=True)
     return 0
 
 
@@ -85,7 +100,8 @@ def _prepare(
     models = tuple(
         PlannedModel(network, settings.train.steps, with_network(settings, network).model) for network in options.models
     )
-    plan = Plan(dataset.fingerprint(), options.budget, options.folds or 0, models, settings)
+    common = dataclasses.replace(settings, model=ModelConfig())
+    plan = Plan(dataset.fingerprint(), options.budget, options.folds or 0, models, common)
     if earlier:
         require_same(earlier, plan, folder)
 
@@ -134,24 +150,47 @@ def _announcement(options: CompareOptions, plan: Plan, speeds: Mapping[str, Spee
         speed = speeds[each.network]
         seconds = speed.step_seconds * each.steps
         total += seconds
-        table.append(
-            [
-                each.network,
-                f"{speed.parameters:,}",
-                f"{speed.step_seconds * 1e3:,.1f} ms",
-                f"{each.steps:,}",
-                duration(seconds),
-                f"{speed.image_seconds * 1e3:,.1f} ms",
-            ]
-        )
+        times = milliseconds(speed.step_seconds), f"{each.steps:,}", duration(seconds)
+        table.append([each.network, f"{speed.parameters:,}", *times, milliseconds(speed.image_seconds)])
     folds, seeds = plan.folds or 1, len(options.all_seeds)
-    runs = f"{len(plan.models)} networks x {f'{folds} folds x ' if plan.folds else ''}{seeds} seeds"
+    parts = [f"{len(plan.models)} networks", *([f"{folds} folds"] if plan.folds else [])]
+    parts.append(f"{seeds} seeds" if seeds > 1 else "1 seed")
     steps = duration(total * folds * seeds)
-    return f"{aligned(table, words=1)}\n{runs}: about {steps} of training steps in all, validation and scoring apart"
+    return f"{aligned(table, words=1)}\n{', '.join(parts)}: about {steps} of training steps in all"
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as it reads best."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
+def _write_results(
+    options: CompareOptions, plan: Plan, speeds: Mapping[str, Speed], dataset: Dataset, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Write compare.json, compare.csv, cases/ and compare.html from the trainings with `seeds`; returns the values."""
+    folder, settings = options.folder, options.settings
+    rows = read_rows(folder, plan, seeds)
+    scored = json.loads(read_text(scores_of(training_folder(folder, plan.models[0], seeds[0]), plan) / "summary.json"))
+    about = {
+        **{key: scored[key] for key in ("split", "unit", "tolerance", "empty_dice")},
+        "dataset": dataset.name,
+        "data": settings.data.root,
+        "budget": plan.budget,
+        "folds": plan.folds,
+        "seeds": list(seeds),
+        **json.loads(read_text(folder / "speed.json")),
+        "environment": environment(),
+    }
+    del about["networks"]
+    values = compute(rows, plan, speeds, about)
+    dice = {network: mean_by_image(of_seed) for network, of_seed in rows.items()}
+    cases = write_cases(choose(dice), folder, plan, dataset, settings.data, seeds[0])
+    first = {network: mean_by_image({seeds[0]: of_seed[seeds[0]]}) for network, of_seed in rows.items()}
+    values["cases"] = [
+        {**case, "dice": {network: of_image[case["image"]] for network, of_image in first.items()}} for case in cases
+    ]
+    with writing(folder):
+        atomic_write(folder / "compare.csv", to_csv(rows))
+        atomic_write(folder / "compare.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    patients = {row.image: row.patient for row in rows[plan.models[0].network][seeds[0]]}
+    images: list[list[Cell]] = [
+        [image, patient, *(of[image] for of in dice.values())] for image, patient in patients.items()
+    ]
+    common = {key: value for key, value in to_dict(settings).items() if key not in ("seed", "model", "tracking")}
+    write_page(folder, values, learning_curves(folder, plan, seeds), images, common)
+    return values

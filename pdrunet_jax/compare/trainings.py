@@ -69,7 +69,7 @@ def train_seed(options: CompareOptions, plan: Plan, seed: int, stop: StopFlag) -
 
 def _is_done(path: Path, plan: Plan, steps: int) -> bool:
     """Whether a training is finished and scored by the rules of training; `evaluate` may have scored it by others."""
-    runs, summary = _runs(path, plan), scores_of(path, plan) / "summary.json"
+    runs, summary = runs_of(path, plan), scores_of(path, plan) / "summary.json"
     if not all(is_finished(each, steps) for each in runs):
         return False
     try:
@@ -88,7 +88,7 @@ def _is_done(path: Path, plan: Plan, steps: int) -> bool:
 def _require_planned(path: Path, plan: Plan, config: Config) -> None:
     """Raise `DataError` that names the runs in `path` that were not trained with `config` on the data of `plan`."""
     problems = []
-    for each in _runs(path, plan):
+    for each in runs_of(path, plan):
         lines = diff(read(each.config_file), config, ignore=(*MAY_DIFFER, *SETTLED))
         lines += ["it was trained on other data"] if data_of(each) not in ("", plan.data) else []
         problems += [f"{each.path}: {line}" for line in lines]
@@ -96,6 +96,6 @@ def _require_planned(path: Path, plan: Plan, config: Config) -> None:
         raise DataError("trainings do not belong to this comparison; move them away to train them again", problems)
 
 
-def _runs(path: Path, plan: Plan) -> list[RunFolder]:
+def runs_of(path: Path, plan: Plan) -> list[RunFolder]:
     """The runs of one training: one, or one for each fold."""
     return [fold_folder(path, number) for number in range(1, plan.folds + 1)] or [RunFolder(path)]

@@ -302,7 +302,9 @@ def aligned(table: Sequence[Sequence[str]], words: int) -> str:
 
 
 def without_nan(value: Any) -> Any:
-    """Replace NaN by None in nested dictionaries, because JSON has no NaN."""
+    """Replace NaN by None in nested dictionaries and lists, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value

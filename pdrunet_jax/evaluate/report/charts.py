@@ -1,4 +1,4 @@
-"""Line charts as SVG in the colours of the page, and metrics.jsonl as curves."""
+"""Charts as SVG in the colours of the page: curves, and means with intervals; metrics.jsonl as curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,10 @@ Points = list[tuple[float, float]]
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 466, 34, 260  # frame of the curves
 _LONGEST_TITLE = 36
+_ROW = 44  # height of a mean with its interval, and of its label above
 _MOST_POINTS = 400
+COLOURS = 7
+"""Lines of different colours; further ones are dashed."""
 _MOST_DOTS = 40  # largest number of points drawn as dots too, such as the validations of a run
 
 
@@ -38,6 +41,7 @@ def curve(
     at: tuple[float, str] | None = None,
     reference: Sequence[tuple[float, float]] = (),
     bars: Sequence[tuple[float, float, float]] = (),
+    key: bool = True,
 ) -> str:
     """Draw one chart as an SVG element: a polyline of class `line-0`, `line-1`, ... for each of `series`.
 
@@ -50,6 +54,7 @@ def curve(
         at: Position and label of a vertical line.
         reference: Points of a dashed line to compare the curves with.
         bars: (from, to, height) of bars behind the curves.
+        key: Name the curves next to the title, which has room for two; `key_of` names any number below the chart.
     """
     points = [point for line in (*series.values(), reference) for point in line]
     low, high = min(y for _, y in points), max(y for _, y in points)
@@ -96,15 +101,66 @@ def curve(
     for number, (label, line) in reversed(list(enumerate(series.items()))):
         if not line:
             continue
-        parts.append(polyline(f"line line-{number}", _thinned(line)))
+        parts.append(polyline(f"line {_tone(number)}", _thinned(line)))
         for x, y in line if len(line) <= _MOST_DOTS else ():
-            parts.append('<circle class="dot line-{}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>'.format(number, *place(x, y)))
+            parts.append('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.5"/>'.format(_tone(number), *place(x, y)))
+        if not key:
+            continue
         parts.append(_text(legend, 20, label, "end"))
         legend -= 7.4 * len(label) + 8
-        parts.append(_line(f"line line-{number}", (legend - 14, 16), (legend, 16)))
+        parts.append(_line(f"line {_tone(number)}", (legend - 14, 16), (legend, 16)))
         legend -= 26
     head = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
     return f"{head}{''.join(parts)}</svg>"
+
+
+def key_of(names: Sequence[str]) -> str:
+    """A key for curves or intervals of these names, as an HTML paragraph."""
+    keys = (
+        f'<span class="key"><svg viewBox="0 0 20 10"><path class="line {_tone(number)}" d="M0 5H20"/></svg>'
+        f"{escape(name)}</span>"
+        for number, name in enumerate(names)
+    )
+    return f'<p class="quiet keys">{" ".join(keys)}</p>'
+
+
+def intervals(
+    title: str, rows: Sequence[tuple[str, float, float, float, Sequence[float]]], *, first: int = 0, zero: bool = False
+) -> str:
+    """Draw means with their intervals below each other as an SVG element, in the colours of `curve`.
+
+    Args:
+        title: Heading of the chart, and its accessible name.
+        rows: Label, mean, lower and upper end of the interval (NaN for none), and further values as hollow dots.
+        first: Number of the first colour.
+        zero: Draw a line at 0.
+    """
+    values = [value for _, *numbers, dots in rows for value in (*numbers, *dots) if math.isfinite(value)]
+    ticks = _ticks(min([*values, 0.0] if zero else values), max([*values, 0.0] if zero else values))
+    bottom = _TOP + _ROW * len(rows)
+
+    def place(value: float) -> float:
+        return 24 + (_RIGHT - 24) * (value - ticks[0]) / (ticks[-1] - ticks[0])
+
+    parts = [_text(24, 20, title, "start", "title")]
+    for tick in ticks:
+        at = place(tick)
+        parts.append(_line("reference" if zero and tick == 0 else "grid", (at, _TOP), (at, bottom)))
+        parts.append(_text(at, bottom + 18, f"{tick:g}"))
+    for number, (label, mean, low, high, dots) in enumerate(rows):
+        tone, y = _tone(first + number), _TOP + _ROW * number + 30
+        parts.append(_text(30, y - 14, label, "start"))
+        if math.isfinite(low) and math.isfinite(high):
+            parts.append(_line(f"line {tone}", (place(low), y), (place(high), y)))
+        parts += [f'<circle class="seed {tone}" cx="{place(dot):.1f}" cy="{y}" r="3"/>' for dot in dots]
+        parts.append(f'<circle class="dot {tone}" cx="{place(mean):.1f}" cy="{y}" r="4.5"/>')
+    head = f'<svg viewBox="0 0 {_WIDTH} {bottom + 28}" role="img" aria-label="{escape(title)}">'
+    return f"{head}{''.join(parts)}</svg>"
+
+
+def _tone(number: int) -> str:
+    """Class of a line: its colour, dashed once all are used."""
+    return f"line-{number % COLOURS}" + (" dashed" if number >= COLOURS else "")
 
 
 def _text(x: float, y: float, words: str, anchor: str = "middle", style: str = "label") -> str:
