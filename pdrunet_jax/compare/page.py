@@ -56,7 +56,7 @@ def write_page(
         (f"{len(values['models'])}", "networks"),
         (f"{len(values['seeds'])}", "seeds" if len(values["seeds"]) > 1 else "seed"),
     ]
-    subtitle = [tables.caption(values), values["measured"].replace("T", " "), values["device"]]
+    subtitle = [tables.caption(values), values["environment"]["started"].replace("T", " "), values["device"]]
     title = f"Networks compared on {values['dataset']}"
     path = folder / "compare.html"
     with writing(path):
@@ -84,21 +84,22 @@ def _table(table: tables.Table, words: int) -> str:
 
 
 def _scores(values: Mapping[str, Any]) -> str:
-    rows = [_row(model["network"], _dice(model, values)) for model in values["models"]]
-    drawn = [row for row in rows if math.isfinite(row[1])]
-    chart = f'<div class="charts">{intervals("Dice with 95% interval", drawn)}</div>' if len(drawn) == len(rows) else ""
-    dots = note("Filled: mean. Hollow: each seed.") if chart and len(values["seeds"]) > 1 else ""
+    means = [_row(model["network"], _dice(model, values)) for model in values["models"]]
+    dice = [each for each in tables.from_first(values) if each["metric"] == "dice"]
+    apart = [_row(each["network"], each) for each in dice]
+    charts = ""
+    if all(math.isfinite(row[1]) for row in (*means, *apart)):
+        against = intervals(f"Dice minus {values['models'][0]['network']}", apart, first=1, zero=True)
+        charts = f'<div class="charts">{intervals("Dice", means)}{against}</div>'
+        dots = ", small: each seed" if len(values["seeds"]) > 1 else ""
+        charts += note(f"Large dots: mean, with 95% interval{dots}.")
     table = _table(tables.score_table(values), tables.score_words(values))
-    return chart + dots + table + "".join(map(note, tables.notes(values)))
+    return charts + table + "".join(map(note, tables.notes(values)))
 
 
 def _differences(values: Mapping[str, Any]) -> str:
-    dice = [each for each in tables.from_first(values) if each["metric"] == "dice"]
-    drawn = [_row(each["network"], each) for each in dice if each["mean"] is not None]
-    title = f"Dice minus {values['models'][0]['network']}"
-    chart = f'<div class="charts">{intervals(title, drawn, first=1, zero=True)}</div>' if drawn else ""
     pairs = note("Dice of every pair, with 95% interval:") + _table(tables.pair_table(values), 1)
-    return chart + _table(tables.difference_table(values), 2) + note(tables.difference_note(values)) + pairs
+    return _table(tables.difference_table(values), 2) + note(tables.difference_note(values)) + pairs
 
 
 def _cost(values: Mapping[str, Any]) -> str:

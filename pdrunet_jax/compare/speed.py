@@ -108,7 +108,7 @@ class _Rival:
             began = time.perf_counter()
             run()
             once = time.perf_counter() - began
-            self._repeats[kind] = min(MOST_REPEATS, math.ceil(TURN / max(once, 1e-6)))
+            self._repeats[kind] = max(1, min(MOST_REPEATS, math.ceil(TURN / max(once, 1e-6))))
 
     def turn(self, kind: str) -> None:
         """Time some repetitions."""
