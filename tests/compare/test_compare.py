@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -98,7 +99,7 @@ def test_augmented_images_depend_on_the_seed_but_not_on_the_network(
             batches = train_batches(dataset, config.data, batch_size=4, channels=1, seed=seed)
             graphdef, state = step.create_state(config, step.build_model(config, 1))
             with pytest.raises(Seen) as caught:
-                step.train_step(config, graphdef, 1, state, next(batches))
+                step.train_step(config, graphdef, 1, state, jax.tree.map(jnp.asarray, next(batches)))
             batches.close()
             seen[network, seed] = [np.asarray(array) for array in jax.tree.leaves(caught.value.args[0])]
     for seed in (0, 1):
