@@ -1,11 +1,10 @@
 """The trainings of a comparison: what is to be trained, what is finished, and that all saw the same data."""
 
+import gc
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
-
-import jax
 
 from pdrunet_jax.compare.options import CompareOptions
 from pdrunet_jax.compare.plan import Plan, PlannedModel, for_steps
@@ -60,7 +59,7 @@ def train_seed(options: CompareOptions, plan: Plan, seed: int, stop: StopFlag) -
                 code = (train_folds if plan.folds else run)(each, Group(), stop)
             except DivergedError as error:
                 raise RunError(f"{what}: {error} To compare the other networks, leave it out of --models.") from None
-            jax.clear_caches()  # programs of one training are of no use to the next
+            gc.collect()  # the programs of one training are of no use to the next
             if code:
                 return code
         _require_planned(path, plan, config)
