@@ -90,7 +90,11 @@ def for_steps(config: Config, steps: int) -> Config:
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, steps=steps, **every),
-        optim=dataclasses.replace(config.optim, warmup_steps=math.floor(config.optim.warmup_steps * share)),
+        optim=dataclasses.replace(
+            config.optim,
+            warmup_steps=math.floor(config.optim.warmup_steps * share),
+            restarts=tuple(max(1, round(step * share)) for step in config.optim.restarts),
+        ),
     )
 
 

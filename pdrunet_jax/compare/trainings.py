@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pdrunet_jax.compare.options import CompareOptions
 from pdrunet_jax.compare.plan import Plan, PlannedModel, for_steps
-from pdrunet_jax.config import Config, diff, read
+from pdrunet_jax.config import Config, TrainConfig, diff, read
 from pdrunet_jax.evaluate.scores import ScoringOptions
 from pdrunet_jax.model.folds import MAY_DIFFER, fold_folder
 from pdrunet_jax.runtime.errors import DataError, RunError
@@ -48,7 +48,7 @@ def train_seed(options: CompareOptions, plan: Plan, seed: int, stop: StopFlag) -
         name = config.tracking.name or os.environ.get("WANDB_NAME") or options.folder.absolute().name
         tracking = replace(config.tracking, name=f"{name} {model.network} seed {seed}")
         what = f"seed {seed}, network {number} of {len(plan.models)}, {model.network}"
-        if _is_done(path, plan, model.steps):
+        if _is_done(path, plan, config.train):
             print(f"{what}: finished, {path}", flush=True)
         else:
             print(f"{what}: {path}", flush=True)
@@ -66,10 +66,10 @@ def train_seed(options: CompareOptions, plan: Plan, seed: int, stop: StopFlag) -
     return 0
 
 
-def _is_done(path: Path, plan: Plan, steps: int) -> bool:
+def _is_done(path: Path, plan: Plan, settings: TrainConfig) -> bool:
     """Whether a training is finished and scored by the rules of training; `evaluate` may have scored it by others."""
     runs, summary = runs_of(path, plan), scores_of(path, plan) / "summary.json"
-    if not all(is_finished(each, steps) for each in runs):
+    if not all(is_finished(each, settings) for each in runs):
         return False
     try:
         values = json.loads(read_text(summary))
