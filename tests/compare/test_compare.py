@@ -86,7 +86,7 @@ def test_augmented_images_depend_on_the_seed_but_not_on_the_network(
     class Seen(Exception):  # noqa: N818
         """Carries what a network would see."""
 
-    def stop(_graph: Any, _execution: Any, _loss: Any, _weights: Any, data: Any, *_: Any) -> None:
+    def stop(_graph: Any, _execution: Any, _loss: Any, _weights: Any, data: Any, *_: Any, **__: Any) -> None:
         raise Seen(data)
 
     monkeypatch.setattr(step, "accumulate", stop)
@@ -98,7 +98,7 @@ def test_augmented_images_depend_on_the_seed_but_not_on_the_network(
         for seed in (0, 1):
             config = replace(with_network(given.settings, network), seed=seed, augment=augment)
             batches = train_batches(dataset, config.data, batch_size=4, channels=1, seed=seed)
-            state: Any = SimpleNamespace(params=None, stats=None, step=0)  # comes into play only after the images
+            state: Any = SimpleNamespace(params={}, stats=None, step=0)  # comes into play only after the images
             with pytest.raises(Seen) as caught:
                 step.train_step(config, None, 1, state, jax.tree.map(jnp.asarray, next(batches)))
             batches.close()
