@@ -290,6 +290,14 @@ def test_a_server_that_fails_costs_a_warning_and_a_bounded_wait_and_the_run_is_k
     assert history(records(run.path)[0], "train/loss") == [0.5]
 
 
+def test_a_trial_of_a_sweep_has_the_id_that_the_agent_gave_it(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    with Tracker(run, config("offline")):
+        pass
+    assert (run.wandb / "id").read_text() == "trial7"
+
+
 BROKEN_SERVICE = """
 import os, sys
 from pdrunet_jax.config import from_dict
