@@ -27,7 +27,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from gpu_check.hlo import Program
 from pdrunet_jax.config import Config, DataConfig, ModelConfig, TrainConfig
 from pdrunet_jax.export.stablehlo import GraphSpec, build_stablehlo
-from pdrunet_jax.predict.inference import compiled_forward
+from pdrunet_jax.predict.engines.network import compiled_forward
 from pdrunet_jax.runtime.devices import MATMUL_PRECISION, batch_sharding, make_mesh, replicated
 from pdrunet_jax.train.step import build_model, create_state, make_train_step
 

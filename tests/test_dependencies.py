@@ -13,6 +13,7 @@ NOT_IMPORTED = {
     "flatbuffers": "needed by jax.export",
     "onnx": "imported by name",
     "onnxruntime": "imported by name",
+    "openvino": "imported by name",
     "pylibjpeg": "a plugin of pydicom",
     "pylibjpeg-openjpeg": "a plugin of pydicom",
     "python-gdcm": "a plugin of pydicom",
@@ -42,7 +43,7 @@ def normalised(requirement: str) -> str:
 
 def declared() -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    names = ("torch", "dicom", "nrrd", "nifti", "volumes", "surfaces", "export")
+    names = ("torch", "dicom", "nrrd", "nifti", "volumes", "surfaces", "export", "onnxruntime", "openvino")
     optional = [item for extra in names for item in extras[extra]]
     return {normalised(item) for item in PROJECT["dependencies"] + optional}
 

@@ -89,6 +89,15 @@ def read_spacing(path: Path) -> tuple[float, float] | None:
     return dicom_spacing(data, str(path)) if looks_like_dicom(data) else None
 
 
+def read_image_and_spacing(
+    path: Path, channels: int = 1, remarks: list[str] | None = None
+) -> tuple[np.ndarray, tuple[float, float] | None]:
+    """What `read_image` and `read_spacing` return, from one reading of the file."""
+    data = read_bytes(path, str(path))
+    pixels = decode_image(data, str(path), channels, remarks)[0]
+    return pixels, dicom_spacing(data, str(path)) if looks_like_dicom(data) else None
+
+
 def has_image_name(path: Path) -> bool:
     """Whether a file is an image by its extension."""
     return path.suffix.lower() in SUFFIXES

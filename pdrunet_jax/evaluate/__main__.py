@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import numpy as np
 import tyro
 
 from pdrunet_jax import config as configuration
@@ -35,9 +36,22 @@ from pdrunet_jax.evaluate.predictions import evaluate_predictions
 from pdrunet_jax.evaluate.report.page import write_evaluation_report
 from pdrunet_jax.evaluate.scores import ScoringOptions
 from pdrunet_jax.evaluate.training_images import require_unseen
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.ensemble import weights_digest
 from pdrunet_jax.model.folds import find_folds
 from pdrunet_jax.model.load import Loaded, build_loaded, find_run, load_any, load_weights
+from pdrunet_jax.predict.engines.choice import choose_engine, open_engine, open_members
+from pdrunet_jax.predict.engines.engine import (
+    DEFAULT_ENGINE,
+    DEFAULT_PRECISION,
+    Engine,
+    EngineChoice,
+    EngineName,
+    Precision,
+    check_engine,
+)
+from pdrunet_jax.predict.engines.weights import Weights
+from pdrunet_jax.predict.inference import segment
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
@@ -80,6 +94,10 @@ class EvaluateOptions:
     were trained at). Prints a table; writes comparison.json and comparison.csv."""
     allow_training_images: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Score images that the model was trained on too, instead of refusing."""
+    engine: EngineChoice = "jax"
+    """What computes the network, as in predict."""
+    precision: Precision = "float32"
+    """Arithmetic of the network, as in predict."""
     scoring: Annotated[EvaluationOptions, tyro.conf.arg(name="")] = field(default_factory=EvaluationOptions)
     detect: DetectCluster = False
     """Evaluate in several processes started by SLURM, Kubernetes or Cloud TPU; the first one writes."""
@@ -96,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--tolerance {scoring.tolerance}: must be a distance of 0 or more")
     if not (math.isnan(scoring.empty_dice) or 0 <= scoring.empty_dice <= 1):
         raise UserError(f"--empty-dice {scoring.empty_dice}: must be between 0 and 1, or nan")
+    check_engine(options.engine, options.precision)
     if options.predictions is not None:
         _score_predictions(options, options.predictions)
         return
@@ -195,11 +214,11 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
 
     # Score the model, and the one to compare with unless its scores are known.
     began = time.monotonic()
-    evaluation = _evaluate(candidate, judged[candidate], options.data, options, group)
+    evaluation, engine = _evaluate(candidate, judged[candidate], options.data, options, group)
     seconds = time.monotonic() - began
     if rival:
         resized = fitted_as(options.data, rival.loaded)
-        other = compare.Other(rival.weights, _evaluate(rival, judged[rival], resized, options, group).rows)
+        other = compare.Other(rival.weights, _evaluate(rival, judged[rival], resized, options, group)[0].rows)
     if not group.is_main:
         return
 
@@ -209,6 +228,8 @@ def _run(options: EvaluateOptions, loaded: Loaded, group: Group) -> None:
         "size": list(options.data.height_width),
         "fit": options.data.fit,
         "spacing": options.data.spacing,
+        "engine": engine,
+        "precision": options.precision,
         "threshold": threshold,
         "threshold_from": "validation" if options.threshold == "validation" else "option",
         "cleaning": asdict(options.scoring.cleaning),
@@ -303,21 +324,49 @@ def _matched(candidate: _Candidate, dataset: Dataset) -> Dataset:
 
 def _evaluate(
     candidate: _Candidate, dataset: Dataset, config: DataConfig, options: EvaluateOptions, group: Group
-) -> Evaluation:
+) -> tuple[Evaluation, EngineName]:
+    """The scores of a model, and the engine that computed it."""
     loaded, threshold = candidate.loaded, candidate.threshold
     wiring = {name: loaded.options.get(name) for name in ("shortcut", "up")}
     rules = threshold, Fit.of(config), options.split, options.scoring
-    model = build_loaded(loaded)
-    group.require_same(
-        f"{weights_digest(model, wiring)} {rules}", "start all processes with the same weights and options"
-    )
+    network = build_loaded(loaded)
+    engine = _engine(candidate, network, dataset, config, options)
+    digest = weights_digest(network, wiring)
+    computed = f" {engine.name} {engine.precision}" if isinstance(engine, Engine) else ""
+    group.require_same(f"{digest} {rules}{computed}", "start all processes with the same weights and options")
+    name = engine.name if isinstance(engine, Engine) else DEFAULT_ENGINE
     if loaded.members and options.split == OUT_OF_FOLD:
+        models: Sequence[Network | Engine] = network.members
+        if isinstance(engine, Engine):
+            models = open_members(Weights(candidate.weights, quiet=True), engine.name, engine.precision)
         at = [resolve_threshold(options.threshold, each.options, candidate.weights) for each in loaded.members]
-        runs, members = find_folds(candidate.weights), list(zip(model.members, at, strict=True))
+        runs, members = find_folds(candidate.weights), list(zip(models, at, strict=True))
         evaluation = evaluate_out_of_fold(runs, members, dataset, config, options.scoring, group=group)
         assert evaluation is not None  # nothing asks to stop
-        return evaluation
-    return evaluate_split(model, dataset, options.split, config, options.scoring, threshold=threshold, group=group)
+        return evaluation, name
+    scored = evaluate_split(engine, dataset, options.split, config, options.scoring, threshold=threshold, group=group)
+    return scored, name
+
+
+def _engine(
+    candidate: _Candidate, network: Network, dataset: Dataset, config: DataConfig, options: EvaluateOptions
+) -> Network | Engine:
+    """The network itself, or in the engine that was asked for."""
+    samples = dataset.of(options.split)
+    if (options.engine, options.precision) == (DEFAULT_ENGINE, DEFAULT_PRECISION) or not samples:
+        return network
+    weights = Weights(candidate.weights, quiet=True)
+    if options.engine != "auto":
+        return open_engine(weights, options.engine, options.precision)
+    size, spacing = config.height_width, dataset.spacing_of(samples[0])
+
+    def mask(engine: Engine) -> np.ndarray:
+        given = segment(engine, samples[0].image, size=size, spacing=spacing, threshold=candidate.threshold)
+        return given.mask
+
+    engine, found = choose_engine(weights, options.precision, mask, [size, candidate.threshold])
+    print(f"engine: {found}")
+    return engine
 
 
 if __name__ == "__main__":

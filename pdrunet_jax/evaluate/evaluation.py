@@ -28,7 +28,9 @@ from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.calibration import Curves, Histograms
 from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
 from pdrunet_jax.model.base import Network
-from pdrunet_jax.predict.inference import finite_probabilities, predict_batches, resize_to_image
+from pdrunet_jax.predict.engines.engine import Engine, facts_of
+from pdrunet_jax.predict.engines.network import predict_batches
+from pdrunet_jax.predict.inference import finite_probabilities, resize_to_image
 from pdrunet_jax.predict.postprocess import Cleaning, clean
 from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
 from pdrunet_jax.runtime.cli import printable
@@ -67,7 +69,7 @@ class Case(NamedTuple):
 class Scored(NamedTuple):
     """A model, the images that it is scored on, and its threshold."""
 
-    model: Network
+    model: Network | Engine
     dataset: Dataset
     threshold: float | tuple[float, ...] = 0.5
 
@@ -124,7 +126,7 @@ class Evaluation:
 
 
 def evaluate_split(
-    model: Network,
+    model: Network | Engine,
     dataset: Dataset,
     split: str,
     config: DataConfig,
@@ -164,12 +166,13 @@ def evaluate_parts(
     masks = {}
     histograms = Histograms(dataset.class_names, options.empty_dice)
     for model, part, threshold in parts:
-        check_threshold(threshold, model.outputs, multilabel=model.multilabel)
+        facts = facts_of(model)
+        check_threshold(threshold, facts.outputs, multilabel=facts.multilabel)
         for sample, probability, truth in predicted_probabilities(
             model, part, split, config, batch_size=options.batch_size, stride=(group.index, group.count)
         ):
             histograms.add(probability, truth)
-            predicted = clean(apply_threshold(probability, threshold, multilabel=model.multilabel), options.cleaning)
+            predicted = clean(apply_threshold(probability, threshold, multilabel=facts.multilabel), options.cleaning)
             spacing = spacings.get(sample.id)
             rows += scores.score(sample.id, sample.patient, predicted, truth, dataset.class_names, rules, spacing)
             masks[sample.id] = zlib.compress(predicted.tobytes(), 1)
@@ -182,7 +185,7 @@ def evaluate_parts(
 
 
 def predicted_probabilities(
-    model: Network,
+    model: Network | Engine,
     dataset: Dataset,
     split: str,
     config: DataConfig,
@@ -194,15 +197,16 @@ def predicted_probabilities(
 
     Arguments and errors as for `evaluate_split`; `stride` (k, n) selects the batches k, k + n, k + 2 n, ...
     """
-    if model.multilabel != dataset.multilabel:
+    facts = facts_of(model)
+    if facts.multilabel != dataset.multilabel:
         raise UserError(
-            f"the classes of the model {'overlap' if model.multilabel else 'exclude each other'}, and those of "
+            f"the classes of the model {'overlap' if facts.multilabel else 'exclude each other'}, and those of "
             f"{dataset.root} {'overlap' if dataset.multilabel else 'exclude each other'}: give data.multilabel as in "
             "training"
         )
-    if model.foreground_classes != len(dataset.class_names):
+    if facts.foreground_classes != len(dataset.class_names):
         raise UserError(
-            f"the model has {model.foreground_classes} foreground classes, but {dataset.root} has "
+            f"the model has {facts.foreground_classes} foreground classes, but {dataset.root} has "
             f"{len(dataset.class_names)} ({', '.join(dataset.class_names)}); declare the model's classes with "
             "--data.classes"
         )
@@ -212,14 +216,14 @@ def predicted_probabilities(
         raise UserError(f"{dataset.root} has no images in the split {split}; use --split {', '.join(filled)} or all")
     fit, place = Fit.of(config), Placement.here()
     batches = eval_batches(
-        dataset, split, config, batch_size=place.eval_batch_size(batch_size), channels=model.in_channels, stride=stride
+        dataset, split, config, batch_size=place.eval_batch_size(batch_size), channels=facts.in_channels, stride=stride
     )
     for batch, logits in predict_batches(model, batches, place):
         values = np.asarray(logits)
         for number in np.flatnonzero(batch["valid"]):
             sample = samples[int(batch["index"][number])]
             truth = read_truth(sample, dataset.coding)
-            probability = finite_probabilities(values[number], sample.id, multilabel=model.multilabel)
+            probability = finite_probabilities(values[number], sample.id, multilabel=facts.multilabel)
             box = fit.box(truth.shape, dataset.spacing_of(sample) if fit.spacing else None)
             yield sample, resize_to_image(box.crop(probability), truth.shape[:2]), truth
 

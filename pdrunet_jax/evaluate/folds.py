@@ -15,6 +15,7 @@ from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.evaluation import Evaluation, EvaluationOptions, Scored, evaluate_parts
 from pdrunet_jax.evaluate.training_images import seen_in_training
 from pdrunet_jax.model.base import Network
+from pdrunet_jax.predict.engines.engine import Engine
 from pdrunet_jax.runtime.errors import DataError
 from pdrunet_jax.runtime.processes import Group
 from pdrunet_jax.runtime.run_folder import RunFolder
@@ -32,7 +33,7 @@ def out_of_fold(dataset: Dataset) -> Dataset:
 
 def evaluate_out_of_fold(
     runs: Sequence[RunFolder],
-    members: Sequence[tuple[Network, float | tuple[float, ...]]],
+    members: Sequence[tuple[Network | Engine, float | tuple[float, ...]]],
     dataset: Dataset,
     config: DataConfig,
     options: EvaluationOptions | None = None,

@@ -114,7 +114,7 @@ def _metadata(
     """Self-description of the file, as JSON values; `labels` are the foreground classes, if known."""
     height, width = size
     channels, single, overlap = model.config.in_channels, model.outputs == 1, model.multilabel
-    names = class_names(model, labels)
+    names = class_names(model.foreground_classes, labels)
     decision = f"index into class_names; {f'above {threshold}' if single else 'the most probable class'}"
     if overlap:
         decision = f"1 where a class of class_names is, above {thresholds_text(threshold, names)}; classes may overlap"

@@ -16,6 +16,7 @@ from pdrunet_jax.model import resampling
 from pdrunet_jax.model.execution import Execution, run_block
 from pdrunet_jax.model.fast.phases import Activation
 from pdrunet_jax.model.layers import Conv, State, dropout, keep_masks, split_state
+from pdrunet_jax.model.pixels import foreground_classes
 from pdrunet_jax.model.sharding import spread
 from pdrunet_jax.model.sides import Mirror
 from pdrunet_jax.runtime.errors import UserError
@@ -136,6 +137,19 @@ class Network(nnx.Module):
         """Radius of the receptive field in pixels, or a little more."""
         raise NotImplementedError
 
+    @property
+    def tileable(self) -> bool:
+        """Whether the logits of a pixel do not depend on the size of the image, so that tiles are exact."""
+        return self.config.up != "bilinear_corners"
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise `UserError` if images of `size` (height, width) are too small."""
+        if min(size) < self.multiple:
+            shown, depth = " x ".join(map(str, size)), self.config.depth
+            raise UserError(
+                f"images of {shown} pixels are too small for model.depth = {depth}: at least {self.multiple} a side"
+            )
+
     def dropout_shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         """Shapes of the dropout masks for images of `shape`, by the block that they follow."""
         raise NotImplementedError
@@ -177,11 +191,7 @@ class Network(nnx.Module):
         if images.ndim != 4 or images.shape[-1] != self.config.in_channels:
             wanted = f"(N, H, W, {self.config.in_channels})"
             raise ValueError(f"images have the shape {images.shape}; it should be {wanted}")
-        if min(images.shape[1:3]) < self.multiple:
-            size, depth = " x ".join(map(str, images.shape[1:3])), self.config.depth
-            raise UserError(
-                f"images of {size} pixels are too small for model.depth = {depth}: at least {self.multiple} a side"
-            )
+        self.check_size((images.shape[1], images.shape[2]))
         shapes = self.dropout_shapes(images.shape) if train and self.config.dropout else {}
         if not shapes:
             dropout_masks = ()
@@ -246,11 +256,6 @@ class _ActivationLayers:
 
     def join(self, x: Activation, y: Activation) -> Activation:
         return x.with_values(jnp.concatenate([x.values, y.in_phases(x.phases).values], -1))
-
-
-def foreground_classes(outputs: int, *, multilabel: bool = False) -> int:
-    """Number of classes without background of a network with this many outputs; all of them if classes overlap."""
-    return outputs if multilabel else max(outputs - 1, 1)
 
 
 @cache

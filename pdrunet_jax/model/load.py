@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ from pdrunet_jax.model.build import build
 from pdrunet_jax.model.ensemble import Ensemble
 from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.folds import find_folds, started_folds
+from pdrunet_jax.model.pixels import class_names as class_names
 from pdrunet_jax.model.shipped import resolve_weights, shipped_names
 from pdrunet_jax.model.sides import mirror_of
 from pdrunet_jax.model.weights import from_public, to_public
@@ -66,6 +67,8 @@ class Loaded(NamedTuple):
     """The file of a PyTorch checkpoint, which others have written; empty for what this package writes."""
     members: tuple["Loaded", ...] = ()
     """The weights of each fold, if this is an ensemble; the arrays here are those of the first."""
+    files: tuple[Path, ...] = ()
+    """The file that all this is from; none for a checkpoint."""
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -248,14 +251,6 @@ def find_run(weights: str | Path) -> RunFolder | None:
     return next((RunFolder(place) for place in places if is_present(place / "config.toml")), None)
 
 
-def class_names(model: Network, names: Sequence[str] | None) -> list[str]:
-    """Names of the foreground classes: `names` if they fit the model, numbers otherwise."""
-    count = model.foreground_classes
-    if names and len(names) == count:
-        return list(names)
-    return ["foreground"] if count == 1 else [f"class_{index}" for index in range(1, count + 1)]
-
-
 def restore_weights(path: str | Path, which: Which = "best") -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Read parameters and statistics, as nested dictionaries of arrays, and model options from a checkpoint.
 
@@ -303,7 +298,7 @@ def _from_file(path: Path) -> Loaded:
     _check_options(file.options, imported.options, path)
     notes, source = file.notes + imported.notes, "" if file.options else str(path)
     options = {**file.options, **imported.options} | {key: file.options[key] for key in ("up",) if key in file.options}
-    return Loaded(options, imported.params, imported.stats, notes, source)
+    return Loaded(options, imported.params, imported.stats, notes, source, files=(path,))
 
 
 def _from_checkpoint(path: Path, which: Which) -> Loaded:

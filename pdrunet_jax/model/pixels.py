@@ -1,13 +1,15 @@
-"""Pixels in and out of the network: scaled grey values, probabilities, classes."""
+"""Pixels in and out of the network: scaled grey values, probabilities, classes. Importing it does not load JAX."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from numpy.typing import DTypeLike
 
-Array = jax.Array | np.ndarray
+if TYPE_CHECKING:
+    import jax
+
+Array: TypeAlias = "jax.Array | np.ndarray"
 
 
 def probabilities(logits: Array, *, multilabel: bool = False) -> Any:
@@ -36,16 +38,49 @@ def predict_classes(logits: Array, *, multilabel: bool = False) -> Any:
     return xp.argmax(logits, axis=-1).astype(xp.int32)
 
 
+def foreground_classes(outputs: int, *, multilabel: bool = False) -> int:
+    """Number of classes without background of a network with this many outputs; all of them if classes overlap."""
+    return outputs if multilabel else max(outputs - 1, 1)
+
+
+def class_names(foreground: int, names: Sequence[str] | None) -> list[str]:
+    """Names of the `foreground` classes of a network: `names` if there are as many, numbers otherwise."""
+    if names and len(names) == foreground:
+        return list(names)
+    return ["foreground"] if foreground == 1 else [f"class_{index}" for index in range(1, foreground + 1)]
+
+
+def average_logits(logits: Sequence[np.ndarray], *, multilabel: bool = False) -> np.ndarray:
+    """Logits whose probabilities are the means of the probabilities of several `logits`, each (N, H, W, K).
+
+    The same as `model.ensemble.average_logits`, in NumPy.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    stacked = np.stack(logits)
+    finite = np.isfinite(stacked).all(axis=0)
+    stacked = np.where(finite, stacked, 0)
+    if multilabel or stacked.shape[-1] == 1:  # log(p / (1 - p)), where the number of members cancels out
+        positive, negative = (-np.logaddexp(0, -sign * stacked) for sign in (1, -1))
+        mean = np.logaddexp.reduce(positive, axis=0) - np.logaddexp.reduce(negative, axis=0)
+    else:  # log p, up to a constant
+        total = np.logaddexp.reduce(stacked, axis=-1, keepdims=True)
+        mean = np.logaddexp.reduce(stacked - total, axis=0) - np.float32(np.log(len(logits)))
+    return np.where(finite, mean, np.nan).astype(stacked.dtype)
+
+
 def _namespace(array: Array) -> Any:
     """`numpy` or `jax.numpy`, whichever `array` belongs to (array API standard)."""
     return array.__array_namespace__()
 
 
-def unit_range(pixels: jax.Array | np.ndarray, dtype: DTypeLike = jnp.float32) -> jax.Array:
+def unit_range(pixels: Array, dtype: DTypeLike = np.float32) -> "jax.Array":
     """Divide uint8 values of any shape by 255, correctly rounded to `dtype`, as NumPy and PyTorch do.
 
     This is a look-up: XLA compiles a division by a constant into a product with the reciprocal, which is off by one
     unit in the last place for about half of the values.
     """
+    import jax.numpy as jnp  # engines other than JAX import this module
+
     table = np.arange(256, dtype=dtype) / np.asarray(255, dtype)
     return jnp.asarray(table)[pixels]

@@ -11,7 +11,8 @@ from flax import nnx
 
 from pdrunet_jax.config import WIRING
 from pdrunet_jax.model.base import Network
-from pdrunet_jax.model.load import Loaded, class_names, load_weights, report
+from pdrunet_jax.model.load import Loaded, load_weights, report
+from pdrunet_jax.model.pixels import class_names
 from pdrunet_jax.runtime.errors import DataError
 
 BACKGROUND = "the background"
@@ -59,7 +60,7 @@ def start_from(model: Network, weights: str | Path, classes: Sequence[str]) -> l
     given, notes = dict(nnx.to_flat_state(nnx.merge_state(loaded.params, loaded.stats))), []
     names, own = list(loaded.options.get("class_names") or ()), list(classes)
     alike = (loaded.options["outputs"], loaded.multilabel) == (model.outputs, model.multilabel)
-    if len(names) == len(own) == 1 and names != own and class_names(model, None)[0] in names + own:
+    if len(names) == len(own) == 1 and names != own and class_names(1, None)[0] in names + own:
         notes = [f"the class {names[0]} of {weights} is taken for {own[0]}"]
         names, loaded = own, loaded._replace(options={**loaded.options, "class_names": own})
     if not names and alike:

@@ -1,30 +1,30 @@
-"""Inference: logits of whole batches, or one image of any size from file to mask."""
+"""Inference: one image of any size from file to mask. Importing it does not load JAX."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import jax
 import numpy as np
-from flax import nnx
 from PIL import Image
 
 from pdrunet_jax.data.fit import Fit, Spacing
 from pdrunet_jax.data.greys import low_contrast
-from pdrunet_jax.data.images import read_image, read_spacing
-from pdrunet_jax.model.base import Network
-from pdrunet_jax.model.ensemble import average_logits
-from pdrunet_jax.model.pixels import probabilities, unit_range
+from pdrunet_jax.data.images import read_image_and_spacing
+from pdrunet_jax.model.pixels import probabilities
 from pdrunet_jax.model.sides import Mirror
+from pdrunet_jax.predict.engines.engine import Engine, Facts, facts_of
 from pdrunet_jax.predict.postprocess import Cleaning, clean
 from pdrunet_jax.predict.threshold import apply_threshold, check_threshold
 from pdrunet_jax.predict.tiling import in_tiles
-from pdrunet_jax.runtime import compile as compiling
-from pdrunet_jax.runtime.devices import Placement
 from pdrunet_jax.runtime.errors import RunError, UserError
 from pdrunet_jax.runtime.malloc import trim_malloc
+
+if TYPE_CHECKING:
+    import jax
+
+    from pdrunet_jax.model.base import Network
 
 Augmentation = Literal["none", "flip", "flips"]
 """Test-time augmentation: the image alone, also its left-right mirror, or all four mirrorings."""
@@ -51,8 +51,21 @@ class Prediction(NamedTuple):
     """What a user should know about the image's brightness."""
 
 
+class Input(NamedTuple):
+    """An image, read and fitted to the network."""
+
+    name: str
+    pixels: np.ndarray
+    """(H, W, C) in [0, 255], at the image's own resolution."""
+    images: np.ndarray
+    """(1, h, w, C) uint8, as the network takes it."""
+    fit: Fit
+    spacing: Spacing | None
+    remarks: tuple[str, ...]
+
+
 def segment(
-    model: Network,
+    model: "Network | Engine",
     image: str | Path | np.ndarray,
     *,
     size: tuple[int, int] | Literal["own"] | None = None,
@@ -88,84 +101,112 @@ def segment(
             the `size`.
         RunError: The network computes logits that are not finite.
     """
-    check_threshold(threshold, model.outputs, multilabel=model.multilabel)
+    facts = facts_of(model)
+    check_threshold(threshold, facts.outputs, multilabel=facts.multilabel)
+    check_augmentation(augmentation, facts.mirror)
+    given = read_input(facts, image, size=size, spacing=spacing)
+    probability = compute_probability(model, given, augmentation=augmentation, tile=tile, halo=halo)
+    return finish(facts, given, probability, threshold=threshold, cleaning=cleaning)
+
+
+def read_input(
+    facts: Facts,
+    image: str | Path | np.ndarray,
+    *,
+    size: tuple[int, int] | Literal["own"] | None = None,
+    spacing: Spacing | None = None,
+) -> Input:
+    """Read an image and fit it to the network, the first part of `segment`."""
     remarks: list[str] = []
-    pixels, stated = _read(image, model.config.in_channels, remarks)
+    pixels, stated = _read(image, facts.in_channels, remarks)
     spacing = stated or spacing
-    shape = pixels.shape[0], pixels.shape[1]
-    fit = fit_of(model, shape, size)
-    images = fit.image(pixels, spacing)[None]
+    fit = fit_of(facts, (pixels.shape[0], pixels.shape[1]), size)
+    name = "the image" if isinstance(image, np.ndarray) else str(image)
+    return Input(name, pixels, fit.image(pixels, spacing)[None], fit, spacing, tuple(remarks))
+
+
+def compute_probability(
+    model: "Network | Engine",
+    given: Input,
+    *,
+    augmentation: Augmentation = "none",
+    tile: int | None = None,
+    halo: int | None = None,
+) -> np.ndarray:
+    """Run the network, the second part of `segment`: probabilities (h, w, K) at its size, averaged over mirrorings."""
+    facts = facts_of(model)
     total: np.ndarray | float = 0.0
-    check_augmentation(augmentation, model.mirror)
     for axes in _FLIPPED_AXES[augmentation]:
-        flipped = np.flip(images, axes)
+        flipped = np.flip(given.images, axes)
         logits = forward(model, flipped) if tile is None else forward_in_tiles(model, flipped, tile, halo)
-        name = "the image" if isinstance(image, np.ndarray) else str(image)
-        values = np.flip(finite_probabilities(logits, name, multilabel=model.multilabel), axes)
-        if model.mirror.channels and len(axes) % 2:  # mirrored twice, an image is turned, and sides stay
-            values = values[..., list(model.mirror.channels)]
+        values = np.flip(finite_probabilities(logits, given.name, multilabel=facts.multilabel), axes)
+        if facts.mirror.channels and len(axes) % 2:  # mirrored twice, an image is turned, and sides stay
+            values = values[..., list(facts.mirror.channels)]
         total = total + values
-    average = np.asarray(total) / len(_FLIPPED_AXES[augmentation])
-    probability = resize_to_image(fit.box(shape, spacing).crop(average[0]), shape)
-    mask = apply_threshold(probability, threshold, multilabel=model.multilabel)
-    return Prediction(mask if cleaning is None else clean(mask, cleaning), probability, spacing, tuple(remarks))
+    average: np.ndarray = (np.asarray(total) / len(_FLIPPED_AXES[augmentation]))[0]
+    return average
 
 
-def fit_of(model: Network, shape: tuple[int, int], size: tuple[int, int] | Literal["own"] | None = None) -> Fit:
-    """How to fit an image of `shape` to `model`, at its training size or at `size` (as for `segment`).
+def finish(
+    facts: Facts,
+    given: Input,
+    probability: np.ndarray,
+    *,
+    threshold: float | tuple[float, ...] = 0.5,
+    cleaning: Cleaning | None = None,
+) -> Prediction:
+    """Bring the probabilities to the image's resolution and decide, the last part of `segment`."""
+    shape = given.pixels.shape[0], given.pixels.shape[1]
+    large = resize_to_image(given.fit.box(shape, given.spacing).crop(probability), shape)
+    mask = apply_threshold(large, threshold, multilabel=facts.multilabel)
+    return Prediction(mask if cleaning is None else clean(mask, cleaning), large, given.spacing, given.remarks)
+
+
+def fit_of(facts: Facts, shape: tuple[int, int], size: tuple[int, int] | Literal["own"] | None = None) -> Fit:
+    """How to fit an image of `shape` to the network, at its training size or at `size` (as for `segment`).
 
     Raises `UserError` if `size` is "own" and the model was trained at a fixed spacing.
     """
     if size == "own":
-        if model.spacing is not None:
+        if facts.spacing is not None:
             raise UserError(
-                f"size own: the model was trained at {model.spacing:g} mm per pixel, not at each image's own "
+                f"size own: the model was trained at {facts.spacing:g} mm per pixel, not at each image's own "
                 "resolution; leave the size out, or give one that holds the largest image"
             )
         return Fit(shape)
-    return Fit(size or model.size or shape, model.fit, model.spacing)
+    return Fit(size or facts.size or shape, facts.fit, facts.spacing)
 
 
-def predict_batches(
-    model: Network, batches: Iterable[Mapping[str, np.ndarray]], place: Placement
-) -> Iterator[tuple[Mapping[str, np.ndarray], jax.Array]]:
-    """Each batch with its logits (N, H, W, K), computed on the devices of `place`.
-
-    A batch holds "image", uint8 (N, H, W, C): this process's share.
-    """
-    members = [nnx.split(member) for member in model.members]
-    placed = [(graphdef, place.replicate(state)) for graphdef, state in members]
-    for batch in batches:
-        images = place.shard_batch({"image": batch["image"]})["image"]
-        yield batch, _logits(placed, images, model)
-
-
-def forward(model: Network, images: np.ndarray) -> jax.Array:
+def forward(model: "Network | Engine", images: np.ndarray) -> "jax.Array | np.ndarray":
     """Logits (N, H, W, K) of uint8 images (N, H, W, C), in evaluation mode.
 
     Compiled once for each architecture and shape, not for each set of weights, nor for each member of an ensemble.
     """
-    return _logits([nnx.split(member) for member in model.members], jax.device_put(images), model)
+    if isinstance(model, Engine):
+        return model.logits(images)
+    logits: jax.Array = import_module("pdrunet_jax.predict.engines.network").network_logits(model, images)
+    return logits
 
 
-def forward_in_tiles(model: Network, images: np.ndarray, tile: int, halo: int | None = None) -> np.ndarray:
+def forward_in_tiles(model: "Network | Engine", images: np.ndarray, tile: int, halo: int | None = None) -> np.ndarray:
     """Same as `forward`, in tiles of `tile` pixels per side with `halo` pixels around (see `predict/tiling.py`).
 
-    `halo` is `model.radius` by default. Raises `UserError` if tiles of this model differ from the whole image.
+    `halo` is the network's radius by default. Raises `UserError` if tiles of it differ from the whole image.
     """
-    check_tiles(model)
+    facts = facts_of(model)
+    check_tiles(facts)
 
     def network(part: np.ndarray) -> np.ndarray:
         logits = np.asarray(forward(model, part))
         trim_malloc()  # otherwise fragmentation makes memory grow with every tile
         return logits
 
-    return in_tiles(network, images, tile, model.radius if halo is None else halo, model.multiple)
+    return in_tiles(network, images, tile, facts.radius if halo is None else halo, facts.multiple)
 
 
-def check_tiles(model: Network) -> None:
+def check_tiles(facts: Facts) -> None:
     """Raise `UserError` if a pixel's logits depend on the size of the image, so that tiles cannot be exact."""
-    if model.config.up == "bilinear_corners":
+    if not facts.tileable:
         raise UserError("tile: a network with model.up = bilinear_corners computes whole images only; leave it out")
 
 
@@ -179,7 +220,7 @@ def resize_to_image(probability: np.ndarray, shape: tuple[int, int]) -> np.ndarr
     return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
 
 
-def finite_probabilities(logits: jax.Array | np.ndarray, name: str, *, multilabel: bool = False) -> np.ndarray:
+def finite_probabilities(logits: "jax.Array | np.ndarray", name: str, *, multilabel: bool = False) -> np.ndarray:
     """Probabilities, of the same shape as `logits`. Raises `RunError` with the image's `name` for NaN or infinity."""
     values = np.asarray(logits)
     if not np.isfinite(values).all():  # NaN is above no threshold: the mask would be empty without a word
@@ -217,29 +258,12 @@ def row_column(spacing: Sequence[float]) -> Spacing | None:
     return spacing[0], spacing[-1]
 
 
-@cache
-def compiled_forward() -> Any:
-    """Compile `forward`, at its first call: querying compiler options starts the backend, which no import must do."""
-
-    def run(graphdef: nnx.GraphDef[Network], state: nnx.State[Any, Any], images: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, state)
-        return model(unit_range(images))
-
-    return compiling.jit(run, static_argnums=0)
-
-
-def _logits(members: Iterable[tuple[Any, Any]], images: jax.Array, model: Network) -> jax.Array:
-    """Logits of the split `members` of `model`, averaged."""
-    logits = [compiled_forward()(graphdef, state, images) for graphdef, state in members]
-    return average_logits(logits, multilabel=model.multilabel)
-
-
 def _read(image: str | Path | np.ndarray, channels: int, remarks: list[str]) -> tuple[np.ndarray, Spacing | None]:
     """Pixels (H, W, C) in [0, 255], and the spacing."""
     if not isinstance(image, np.ndarray):
-        pixels = read_image(Path(image), channels, remarks)
+        pixels, spacing = read_image_and_spacing(Path(image), channels, remarks)
         remarks += [remark] if (remark := low_contrast(pixels)) else []
-        return pixels, read_spacing(Path(image))
+        return pixels, spacing
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.ndim != 3 or pixels.shape[-1] != channels or 0 in pixels.shape:
         raise UserError(f"the image has the shape {pixels.shape}; the model takes (H, W, {channels})")

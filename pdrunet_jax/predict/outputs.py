@@ -213,22 +213,26 @@ def render(
     files: WrittenFiles,
     suffixes: Sequence[str],
     confidence: Mapping[str, float] | None = None,
+    pixels: np.ndarray | None = None,
 ) -> dict[str, bytes]:
     """Contents of the files `suffixes` (those of `WrittenFiles.suffixes`) of the image at `path`.
 
-    The overlay states the `confidence` in each class, if given.
+    The overlay states the `confidence` in each class, if given. `pixels` are the grey values (H, W, 1) of the image if
+    they are known; otherwise it is read.
 
     Raises `UserError` if the image cannot be read, `OSError`.
     """
     mask, single, overlap = result.mask, result.probability.ndim == 2, result.mask.ndim == 3
-    pixels = read_image(path, 1) if {OVERLAY, LABELME_PICTURE} & set(suffixes) else np.empty(0)
+    if pixels is None:
+        pixels = read_image(path, 1) if {OVERLAY, LABELME_PICTURE} & set(suffixes) else np.empty(0)
+    grey = pixels
     makers: dict[str, Callable[[], bytes | str]] = {
-        OVERLAY: lambda: _overlay(pixels, mask, labels, confidence),
+        OVERLAY: lambda: _overlay(grey, mask, labels, confidence),
         NPZ: lambda: _npz(result.probability, labels if overlap else ["background", *labels]),
         CONTOURS: lambda: _contours(mask, labels, files.tolerance),
         NRRD: lambda: nrrd_file(mask, labels, read_geometry(path)),
         NIFTI: lambda: nifti_file(mask, read_geometry(path)),
-        LABELME_PICTURE: lambda: overlay.png(Image.fromarray(np.rint(pixels[..., 0]).astype(np.uint8))),
+        LABELME_PICTURE: lambda: overlay.png(Image.fromarray(np.rint(grey[..., 0]).astype(np.uint8))),
         LABELME: lambda: _labelme(mask, path, target, labels, files.tolerance),
     }
     channels = [result.probability] if single else np.moveaxis(result.probability, -1, 0)[0 if overlap else 1 :]

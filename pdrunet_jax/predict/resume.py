@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from pdrunet_jax.data.layers import region, to_bits
 from pdrunet_jax.model.confidence import confidences
+from pdrunet_jax.predict.engines.engine import DEFAULT_ENGINE, DEFAULT_PRECISION
 from pdrunet_jax.predict.inference import Prediction
 from pdrunet_jax.predict.outputs import (
     CONFIDENCE,
@@ -36,6 +37,9 @@ from pdrunet_jax.runtime.digest import sha256
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import atomic_write, writing
 from pdrunet_jax.runtime.opening import open_regular
+
+ASSUMED = {"engine": DEFAULT_ENGINE, "precision": DEFAULT_PRECISION}
+"""Settings of results whose records do not state them: those of earlier versions."""
 
 MAX_LISTED = 10  # conflicts in an error message
 
@@ -100,7 +104,7 @@ class Recipe:
         present = [suffix for suffix in wanted if os.path.lexists(with_suffix(target, suffix))]
         conflicts = []
         if record is not None:
-            then = record["settings"]
+            then = {**ASSUMED, **record["settings"]}
             for name, now in self.settings.items():
                 if then.get(name) != now:
                     changed = "other weights" if name == "weights" else f"{name} was {then.get(name)}, is {now}"
@@ -126,11 +130,13 @@ class Recipe:
             missing = [MASK, *(suffix for suffix in missing if suffix != MASK)]
         return Work(record, fits, missing, conflicts)
 
-    def write(self, result: Prediction, path: Path, target: Path, *, overwrite: bool) -> Record:
-        """Write the missing files of the image at `path` as `target`_mask.png and so on; returns the new record.
+    def compose(
+        self, result: Prediction, path: Path, target: Path, *, overwrite: bool, pixels: np.ndarray | None = None
+    ) -> "Composed":
+        """The contents of the missing files of the image at `path`: `target`_mask.png and so on. Writes nothing.
 
-        Files of an earlier result that no longer match are deleted, unless they were modified. Raises `UserError` for
-        a file that appeared during the run and may not be replaced, `RunError` if the folder cannot be written.
+        `pixels` are its grey values (H, W, 1), if they are known. Raises `UserError` for a file that appeared during
+        the run and may not be replaced, `RunError` if the folder cannot be read.
         """
         with writing(target):
             work = self.inspect(path, target)
@@ -143,7 +149,7 @@ class Recipe:
             if self.confidence or known:
                 values = confidences(result.probability, result.mask)
                 confidence = dict(zip(self.labels, values, strict=True))
-            contents = render(result, path, target, self.labels, self.files, suffixes, confidence)
+            contents = render(result, path, target, self.labels, self.files, suffixes, confidence, pixels)
             digests = {suffix: hashlib.sha256(data).hexdigest() for suffix, data in contents.items()}
             record: Record = {
                 "settings": self.settings,
@@ -155,18 +161,38 @@ class Recipe:
             }
             if confidence is not None:  # otherwise the record is what it was before there were confidences
                 record[CONFIDENCE] = confidence
-            target.parent.mkdir(parents=True, exist_ok=True)
+        return Composed(target, mask_png(result.mask, len(self.labels), record), contents, record, earlier)
+
+
+class Composed(NamedTuple):
+    """The files of one image, ready to be written."""
+
+    target: Path
+    mask: bytes
+    contents: dict[str, bytes]
+    """Of the other files, by suffix."""
+    record: Record
+    earlier: dict[str, str | None]
+    """Files of an earlier result, with their digests."""
+
+    def write(self) -> None:
+        """Write the files, the mask first.
+
+        Files of an earlier result that no longer match are deleted, unless they were modified. Raises `RunError` if
+        the folder cannot be written.
+        """
+        with writing(self.target):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
             # Deleted first: next to the new record, an old file would pass for one that a person has modified.
-            for suffix in suffixes:
-                with_suffix(target, suffix).unlink(missing_ok=True)
-            for suffix in earlier.keys() - record["files"].keys():
-                file = with_suffix(target, suffix)
-                if file.is_file() and sha256(file) == earlier[suffix]:
+            for suffix in self.contents:
+                with_suffix(self.target, suffix).unlink(missing_ok=True)
+            for suffix in self.earlier.keys() - self.record["files"].keys():
+                file = with_suffix(self.target, suffix)
+                if file.is_file() and sha256(file) == self.earlier[suffix]:
                     file.unlink()
-            atomic_write(with_suffix(target, MASK), mask_png(result.mask, len(self.labels), record))
-            for suffix, data in contents.items():
-                atomic_write(with_suffix(target, suffix), data)
-        return record
+            atomic_write(with_suffix(self.target, MASK), self.mask)
+            for suffix, data in self.contents.items():
+                atomic_write(with_suffix(self.target, suffix), data)
 
 
 def survey(recipe: Recipe, targets: Mapping[Path, Path], *, overwrite: bool) -> dict[Path, Work]:

@@ -4,10 +4,11 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+
+from pdrunet_jax.runtime.store import cache_folder
 
 R = TypeVar("R")
 
@@ -40,11 +41,12 @@ def enable_compilation_cache() -> None:
     cannot be read, JAX warns and compiles. A user without a home, or a folder with a pipe in it, has no cache.
     """
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # an attribute that type checkers do not see
+        if (folder := cache_folder()) is None:
+            return
         try:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdrunet_jax"
             items = os.scandir(folder) if folder.is_dir() else ()
             odd = [item.name for item in items if not item.is_file() and not item.is_dir()]
-        except (RuntimeError, OSError):  # a user without a home, or a folder that cannot be read
+        except OSError:  # a folder that cannot be read
             return
         if odd:  # JAX would wait for a pipe
             what = f"{folder} holds {odd[0]}, which is no file"

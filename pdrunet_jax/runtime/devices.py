@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from pdrunet_jax.runtime.compile import disable_async_dispatch
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.extras import how_to_install
+from pdrunet_jax.runtime.malloc import cores
 
 DATA = "data"
 """Mesh axis that the images of a batch are split over."""
@@ -80,7 +81,7 @@ def describe_device(precision: str, deterministic: bool = False) -> str:
     if here[0].platform != "cpu":
         suffix = ", deterministic" if deterministic else ""
         return f"{here[0].platform} ({len(here)} x {here[0].device_kind}), {precision}{suffix}"
-    return f"cpu ({_cores()} cores), {precision}"
+    return f"cpu ({cores()} cores), {precision}"
 
 
 @contextmanager
@@ -240,7 +241,3 @@ def over_devices(function: Callable[[T], R], items: Iterable[T]) -> Iterator[tup
     finally:
         for pool in pools:
             pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -36,13 +36,18 @@ def configure_malloc() -> bool:
     if (library := _glibc()) is None or not _may_tune():
         return False
     mallopt = library.mallopt
-    arenas = _ARENAS_PER_CORE * len(os.sched_getaffinity(0))
+    arenas = _ARENAS_PER_CORE * cores()
     # Without mmap, large blocks come from the main thread's arena, where synchronous programs take their memory
     # (`compile.disable_async_dispatch`). Arenas of other threads hold 64 MiB; glibc still maps larger blocks each time.
     kept = all([mallopt(_ARENA_MAX, arenas), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, -1)])
     if kept:
         _request_huge_pages(library)
     return kept
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def trim_malloc() -> None:

@@ -16,10 +16,10 @@ from pdrunet_jax.data.dataset import Dataset, require_same_data
 from pdrunet_jax.data.pipeline import open_training_data, train_batches
 from pdrunet_jax.data.split import one_patient
 from pdrunet_jax.evaluate.training_images import write_training_images
-from pdrunet_jax.model.base import foreground_classes
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.folds import started_folds
 from pdrunet_jax.model.load import load_weights
+from pdrunet_jax.model.pixels import foreground_classes
 from pdrunet_jax.model.sides import swapped
 from pdrunet_jax.model.start import load_same, start_from
 from pdrunet_jax.runtime import cli

@@ -19,11 +19,11 @@ from pdrunet_jax.config import Config
 from pdrunet_jax.data.augment import augment, sample_keys
 from pdrunet_jax.data.masks import PADDING
 from pdrunet_jax.evaluate import metrics
-from pdrunet_jax.model.base import Network, foreground_classes
+from pdrunet_jax.model.base import Network
 from pdrunet_jax.model.build import build
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.layers import State, split_state
-from pdrunet_jax.model.pixels import predict_classes, unit_range
+from pdrunet_jax.model.pixels import foreground_classes, predict_classes, unit_range
 from pdrunet_jax.runtime.compile import jit
 from pdrunet_jax.runtime.devices import batch_sharding, replicated
 from pdrunet_jax.train.freeze import freeze_norms, join_params, split_params

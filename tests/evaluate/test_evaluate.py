@@ -261,6 +261,8 @@ def test_the_command_takes_other_data_and_split_and_output(tmp_path):
         "size": [24, 32],
         "fit": "stretch",
         "spacing": None,
+        "engine": "jax",
+        "precision": "float32",
         "threshold": 0.5,
         "threshold_from": "option",
         "cleaning": {"largest": 0, "min_area": 0, "fill_holes": False},
