@@ -48,6 +48,7 @@ def cpu() -> list[list[str]]:
         steps("steps_cpu_largest", [1024], [1], ("auto", "remat"), ("nchw",), "--rounds", "2", "--at-once", "1"),
         ["benchmarks.startup", "--output", f"{RESULTS}/startup_cpu.json"],
         ["benchmarks.pipeline", "--rounds", "3", "--train-steps", "60", "--output", f"{RESULTS}/pipeline_cpu.json"],
+        ["benchmarks.predict_commands", "--output", f"{RESULTS}/predict_commands_cpu.json"],
         ["benchmarks.check", "--output", f"{RESULTS}/check_cpu.json"],
         ["benchmarks.plots"],
     ]
