@@ -51,7 +51,7 @@ def run(options: CompareOptions, stop: StopFlag) -> int:
             stack.enter_context(RunFolder(folder).lock())
         except UserError as error:
             raise UserError(str(error).replace("--workdir", "--output")) from None
-        prepared = _prepare(options, dataset, device, stop)
+        prepared = prepare(options, dataset, device, stop)
         if prepared is None:
             return cli.STOPPED
         plan, speeds = prepared
@@ -87,7 +87,7 @@ def _open(options: CompareOptions) -> Dataset:
     return dataset
 
 
-def _prepare(
+def prepare(
     options: CompareOptions, dataset: Dataset, device: str, stop: StopFlag
 ) -> tuple[Plan, Mapping[str, Speed]] | None:
     """The plan of the named networks and what was measured of them; None if asked to stop.

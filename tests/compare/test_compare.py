@@ -17,7 +17,7 @@ import pytest
 
 from pdrunet_jax.compare import speed
 from pdrunet_jax.compare.options import CompareOptions, parse
-from pdrunet_jax.compare.run import run
+from pdrunet_jax.compare.run import prepare, run
 from pdrunet_jax.config import AugmentConfig, read
 from pdrunet_jax.data.dataset import open_dataset
 from pdrunet_jax.data.pipeline import train_batches
@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(speed, "ROUNDS", 1)
         patch.setattr(speed, "TURN", 0.0)
         patch.setenv("WANDB_MODE", "disabled")
-        assert run(options(root, "--budget", "time"), StopFlag()) == 0
+        assert run(options(root), StopFlag()) == 0
         yield root
 
 
@@ -131,9 +131,24 @@ def test_results_agree_with_the_scores_of_the_runs(finished: Path) -> None:
     assert page.count("<figure>") == 4 * len(values["cases"]) > 0
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert all((out / name).is_file() for case in values["cases"] for name in case["panels"])
-    quick = values["models"][1]
-    first = values["models"][0]
-    assert quick["steps"] == max(1, round(4 * first["step_seconds"] / quick["step_seconds"]))
+
+
+def test_equal_time_is_measured_once_and_kept(finished: Path) -> None:
+    given = options(finished, "--budget", "time", "--output", str(finished / "timed"))
+    dataset = open_dataset(given.settings.data)
+    given.folder.mkdir()
+    prepared = prepare(given, dataset, "cpu", StopFlag())
+    assert prepared is not None
+    plan, speeds = prepared
+    first, other = (speeds[network].step_seconds for network in NETWORKS)
+    assert [each.steps for each in plan.models] == [4, max(1, round(4 * first / other))]
+    path = given.folder / "speed.json"
+    slower = json.loads(path.read_text())
+    slower["networks"][NETWORKS[1]]["step_seconds"] *= 100
+    path.write_text(json.dumps(slower))
+    again = prepare(given, dataset, "cpu", StopFlag())
+    assert again is not None
+    assert again[0] == plan
 
 
 def test_a_finished_comparison_trains_nothing_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +161,7 @@ def test_a_finished_comparison_trains_nothing_again(finished: Path, capsys: pyte
     summary = out / FOLDERS[0] / "seed_1" / "evaluation" / "test" / "summary.json"
     summary.write_text(summary.read_text().replace('"tolerance": 2.0', '"tolerance": 5.0'))
     summary.with_name("per_image.csv").unlink()
-    assert run(options(finished, "--budget", "time"), StopFlag()) == 0
+    assert run(options(finished), StopFlag()) == 0
     printed = capsys.readouterr().out
     assert printed.count(": finished, ") == 3
     assert "step 1/" not in printed
@@ -159,7 +174,7 @@ def test_a_finished_comparison_trains_nothing_again(finished: Path, capsys: pyte
 def test_another_order_of_networks_or_fewer_are_compared_without_training(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    turned = replace(options(finished, "--budget", "time"), models=NETWORKS[::-1], seeds=1)
+    turned = replace(options(finished), models=NETWORKS[::-1], seeds=1)
     shutil.copytree(finished / "out", finished / "turned")
     assert run(replace(turned, output=finished / "turned"), StopFlag()) == 0
     assert capsys.readouterr().out.count(": finished, ") == 2
@@ -170,22 +185,22 @@ def test_another_order_of_networks_or_fewer_are_compared_without_training(
 def test_what_does_not_belong_to_the_comparison_is_refused(finished: Path) -> None:
     out = finished / "out"
     with pytest.raises(DataError) as refused:
-        run(options(finished, "--train.steps", "6", "--data.size", "24"), StopFlag())
-    assert refused.value.problems == ("--budget: time -> steps", "data.size: [16] -> [24]", "train.steps: 4 -> 6")
+        run(options(finished, "--budget", "time", "--train.steps", "6", "--data.size", "24"), StopFlag())
+    assert refused.value.problems == ("--budget: steps -> time", "data.size: [16] -> [24]", "train.steps: 4 -> 6")
     with pytest.raises(UserError, match="holds a training; choose another --output"):
         run(options(finished, "--output", str(out / FOLDERS[0] / "seed_0")), StopFlag())
     manifest = finished / "data" / "manifest.csv"
     text = manifest.read_text()
     manifest.write_text(text.replace(",test", ",train"))
     with pytest.raises(UserError, match="no test images to compare networks on"):
-        run(options(finished, "--budget", "time"), StopFlag())
+        run(options(finished), StopFlag())
     manifest.write_text(text.replace("p9,val", "p9,train").replace("p10,train", "p10,val"))
     with pytest.raises(UserError, match="have changed since the comparison"):
-        run(options(finished, "--budget", "time"), StopFlag())
+        run(options(finished), StopFlag())
     manifest.write_text(text)
     config = out / FOLDERS[0] / "seed_0" / "config.toml"
     text = config.read_text()
     config.write_text(text.replace("learning_rate = 0.005", "learning_rate = 0.006"))
     with pytest.raises(DataError, match=r"move them away(?s:.*)seed_0: optim\.learning_rate: 0\.006 -> 0\.005"):
-        run(options(finished, "--budget", "time"), StopFlag())
+        run(options(finished), StopFlag())
     config.write_text(text)
