@@ -20,7 +20,7 @@ from pdrunet_jax.config import ModelConfig, to_dict
 from pdrunet_jax.data.dataset import Dataset, open_dataset
 from pdrunet_jax.data.folds import of_all
 from pdrunet_jax.evaluate.report.html import Cell
-from pdrunet_jax.evaluate.scores import aligned
+from pdrunet_jax.evaluate.scores import aligned, without_nan
 from pdrunet_jax.model.build import with_network
 from pdrunet_jax.model.execution import Execution
 from pdrunet_jax.model.folds import started_folds
@@ -181,9 +181,9 @@ def _write_results(
     dice = {network: mean_by_image(of_seed) for network, of_seed in rows.items()}
     cases = write_cases(choose(dice), folder, plan, dataset, settings.data, seeds[0])
     first = {network: mean_by_image({seeds[0]: of_seed[seeds[0]]}) for network, of_seed in rows.items()}
-    values["cases"] = [
-        {**case, "dice": {network: of_image[case["image"]] for network, of_image in first.items()}} for case in cases
-    ]
+    for case in cases:
+        case["dice"] = without_nan({network: of_image[case["image"]] for network, of_image in first.items()})
+    values["cases"] = cases
     with writing(folder):
         atomic_write(folder / "compare.csv", to_csv(rows))
         atomic_write(folder / "compare.json", json.dumps(values, indent=2, ensure_ascii=False) + "\n")
