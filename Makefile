@@ -41,7 +41,7 @@ parity: .venv/installed-dev  ## Compare with PyTorch and print the error budget
 	$(PYTEST) parity_tests
 
 stress: .venv/installed-dev  ## Run the long form of the tests: 200 kills, 50 signals, full disks, damage, fuzzing
-	$(PYTEST) tests/faults tests/data tests/predict tests/distributed --stress --timeout 3600
+	$(PYTEST) tests/faults tests/data tests/predict tests/distributed tests/export --stress --timeout 3600
 
 gpu-check: .venv/installed-dev  ## Compile for NVIDIA GPUs that are not there, and check the programs (3 minutes, Linux x86-64)
 	@version=$$(sed -n 's/^jaxlib==//p' constraints.txt); \

@@ -43,7 +43,7 @@ def normalised(requirement: str) -> str:
 
 def declared() -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    names = ("torch", "dicom", "nrrd", "nifti", "volumes", "surfaces", "export", "onnxruntime", "openvino")
+    names = ("torch", "dicom", "nrrd", "nifti", "volumes", "surfaces", "export", "onnxruntime", "openvino", "hub")
     optional = [item for extra in names for item in extras[extra]]
     return {normalised(item) for item in PROJECT["dependencies"] + optional}
 
@@ -67,5 +67,5 @@ def test_no_message_or_page_installs_the_package_by_its_name() -> None:
     texts = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "pdrunet_jax").rglob("*.py")]
     assert [path.name for path in texts if "pip install 'pdrunet-jax" in path.read_text(encoding="utf-8")] == []
     calls = re.findall(r"how_to_install\(['\"](\w+)", "".join(path.read_text(encoding="utf-8") for path in texts))
-    assert set(calls) >= {"torch", "dicom", "export", "cuda12"}
+    assert set(calls) >= {"torch", "dicom", "export", "hub", "cuda12"}
     assert set(calls) <= PROJECT["optional-dependencies"].keys()

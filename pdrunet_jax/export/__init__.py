@@ -1,1 +1,1 @@
-"""Export a trained model to ONNX or StableHLO; the command `python -m pdrunet_jax.export`."""
+"""Export a trained model to ONNX, StableHLO, a page or the Hub; the command `python -m pdrunet_jax.export`."""

@@ -1,8 +1,8 @@
 """Export to a page: one HTML file that segments images in a browser, offline.
 
-The template, which holds everything but the model, is built from `web/` by `make web`. Wheels contain it. The page runs
-the ONNX graph at the network's own size and does the resizing itself, bit for bit as Pillow: images of more than 8 bits
-are not rounded before they are resized, as in `predict`.
+The template, which holds everything but the model, is built from `web/` by `make web`. Wheels contain it. A page
+contains the ONNX graph of the network alone and does the resizing itself, bit for bit as Pillow: images of more than
+8 bits are not rounded before they are resized, as in `predict`.
 """
 
 import base64
@@ -26,7 +26,7 @@ _MODEL_BLOCK = re.compile(r'<script type="text/plain" id="asset-model">([^<]*)</
 
 
 def build_page(model: Network, spec: GraphSpec) -> bytes:
-    """Write the ONNX graph of a float32 model and its facts into the template.
+    """Write the ONNX graph of a float32 model and its facts into the template; `spec` is of the network only.
 
     Raises `UserError` if the template or the package onnx is missing.
     """

@@ -39,10 +39,12 @@ class GraphSpec:
     Both formats map images (N, H, W, C), uint8, to "mask", uint8 (N, H, W), "probability", float32 (N, H, W) or
     (N, H, W, K) for K > 1 outputs, and "logits", float32 (N, height, width, K). N, H and W are dynamic. If classes
     overlap, the mask is (N, H, W, K) of 0 and 1.
+
+    With `network_only`, images are float32 in [0, 1] at the network's size, and so are "probability" and "logits".
     """
 
-    size: tuple[int, int]
-    """(height, width) that the network runs at."""
+    size: tuple[int, int] | None
+    """(height, width) that the network runs at; None for that of each image."""
     threshold: float | tuple[float, ...]
     """Foreground probability threshold, for models with one output or overlapping classes (also one a class)."""
     tall_first: bool
@@ -51,6 +53,8 @@ class GraphSpec:
     """As `data.fit`."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Self-description of the file, JSON values."""
+    network_only: bool = False
+    """Whether scaling, resizing and the mask are left to the caller."""
 
 
 def pillow_resizes_tall_first() -> bool:
@@ -67,8 +71,16 @@ def pillow_resizes_tall_first() -> bool:
 
 
 def build_stablehlo(model: Network, spec: GraphSpec) -> bytes:
-    """Serialise a float32 model as an artifact; the metadata become its `fun_name`, as JSON."""
+    """Serialise a float32 model as an artifact; the metadata become its `fun_name`, as JSON.
+
+    Raises `ValueError` if `spec` has no size.
+    """
     plain = Execution("plain")  # the only path whose operations every platform runs well
+
+    def network(images: jax.Array) -> dict[str, jax.Array]:
+        logits = model(images, execution=plain)
+        values = probabilities(logits, multilabel=model.multilabel)
+        return {"probability": values[..., 0] if model.outputs == 1 else values, "logits": logits}
 
     def segment(images: jax.Array) -> dict[str, jax.Array]:
         rows, columns = _box(images.shape[1], images.shape[2], spec)
@@ -87,9 +99,10 @@ def build_stablehlo(model: Network, spec: GraphSpec) -> bytes:
 
     # float64 for the resize weights; full float32 products, because GPUs and TPUs default to shorter formats.
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        shape = jax_export.symbolic_shape(f"n, h, w, {model.config.in_channels}")
-        images = jax.ShapeDtypeStruct(shape, jnp.uint8)
-        exported = jax_export.export(jax.jit(segment), platforms=PLATFORMS)(images)
+        sides = "{}, {}".format(*_size(spec)) if spec.network_only else "h, w"
+        shape = jax_export.symbolic_shape(f"n, {sides}, {model.config.in_channels}")
+        images = jax.ShapeDtypeStruct(shape, jnp.float32 if spec.network_only else jnp.uint8)
+        exported = jax_export.export(jax.jit(network if spec.network_only else segment), platforms=PLATFORMS)(images)
     return bytes(dataclasses.replace(exported, fun_name=json.dumps(dict(spec.metadata))).serialize())
 
 
@@ -103,6 +116,13 @@ def open_stablehlo(data: bytes) -> Callable[[np.ndarray], dict[str, np.ndarray]]
     return run
 
 
+def _size(spec: GraphSpec) -> tuple[int, int]:
+    """The size of the network's input. Raises `ValueError` if there is none."""
+    if spec.size is None:
+        raise ValueError("a StableHLO artifact runs the network at one size")
+    return spec.size
+
+
 class Span(NamedTuple):
     """One axis of the rectangle that the image fills: `length` of `side` pixels, from `start` on."""
 
@@ -113,7 +133,7 @@ class Span(NamedTuple):
 
 def _box(height: Any, width: Any, spec: GraphSpec) -> tuple[Span, Span]:
     """Rows and columns of the rectangle of an image (height, width): `data.fit.Fit.box`."""
-    target_height, target_width = spec.size
+    target_height, target_width = _size(spec)
     if spec.fit == "stretch":
         return Span(target_height, 0, target_height), Span(target_width, 0, target_width)
     high, wide = jnp.asarray(height, jnp.int64), jnp.asarray(width, jnp.int64)

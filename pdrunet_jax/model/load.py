@@ -1,4 +1,4 @@
-"""Load trained weights from a run folder, one of its checkpoints, a `.safetensors` file, or a PyTorch checkpoint."""
+"""Load trained weights from a run folder, one of its checkpoints, a weights file, or the Hugging Face Hub."""
 
 import os
 import sys
@@ -20,6 +20,7 @@ from pdrunet_jax.model.build import build
 from pdrunet_jax.model.ensemble import Ensemble
 from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.folds import find_folds, started_folds
+from pdrunet_jax.model.hub import locate, require_config
 from pdrunet_jax.model.pixels import class_names as class_names
 from pdrunet_jax.model.shipped import resolve_weights, shipped_names
 from pdrunet_jax.model.sides import mirror_of
@@ -107,8 +108,9 @@ def load_model(
     Args:
         weights: a run folder, a checkpoint in it, a `.safetensors` file, or a PyTorch checkpoint of the public network,
             as training scripts save it: what is taken of it and what is left is printed on standard error. A folder
-            with all folds of a cross-validation gives an `Ensemble`, which averages their probabilities. Or a name of
-            weights that come with the package, where no path has that name.
+            with all folds of a cross-validation gives an `Ensemble`, which averages their probabilities. A folder that
+            `export --format hub` wrote, or `hf://OWNER/NAME` on the Hugging Face Hub, which is downloaded once. Or a
+            name of weights that come with the package, where no path has that name.
         shortcut: "conv1" for a `.pth` with the paper's wiring, which such files cannot state; other sources state it.
         up: likewise "bilinear_corners" for a `.pth` of a network with bilinear resizing that aligns the corners.
         dtype: arithmetic of the convolutions; the parameters' dtype when None.
@@ -195,7 +197,7 @@ def load_weights(
     """
     if which not in ("best", "latest"):
         raise ValueError(f"which = {which!r}; it is best or latest")
-    path = resolve_weights(weights)
+    path = locate(resolve_weights(weights))
     if not path.exists():
         names = shipped_names()
         known = f", and the weights that come with pdrunet-jax are {', '.join(names)}" if names else ""
@@ -206,6 +208,7 @@ def load_weights(
     best = path / "best.safetensors"
     if not path.is_dir():
         loaded = _from_file(path)
+        require_config(path, loaded.options)
     elif which == "best" and os.path.lexists(best):
         loaded = _from_best(best)
     else:

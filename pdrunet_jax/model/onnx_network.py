@@ -19,18 +19,18 @@ IR_VERSION = 8
 
 
 class Nodes:
-    """A graph under construction, or a branch of one. A branch can use its parent's values and shares its constants.
+    """A graph under construction.
 
     Attributes:
         nodes: Nodes in the order they were added.
         initializers: Constants, including the weights.
     """
 
-    def __init__(self, onnx: ModuleType, parent: "Nodes | None" = None) -> None:
+    def __init__(self, onnx: ModuleType) -> None:
         self._onnx = onnx
         self.nodes: list[Any] = []
-        self.initializers: list[Any] = parent.initializers if parent else []
-        self._counts: dict[str, int] = parent._counts if parent else {}
+        self.initializers: list[Any] = []
+        self._counts: dict[str, int] = {}
 
     def constant(self, value: Any, name: str | None = None) -> str:
         """Add a constant tensor; returns its name."""
@@ -49,19 +49,6 @@ class Nodes:
         """Add a type conversion."""
         return self.add("Cast", x, to=self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), output=output)
 
-    def choose(self, condition: str, then: tuple["Nodes", str], other: tuple["Nodes", str]) -> str:
-        """Add a conditional: the final value of one of two branches, the only one computed."""
-        helper = self._onnx.helper
-        graphs = [
-            helper.make_graph(branch.nodes, self._new("branch"), [], [helper.make_empty_tensor_value_info(value)])
-            for branch, value in (then, other)
-        ]
-        return self.add("If", condition, then_branch=graphs[0], else_branch=graphs[1])
-
-    def branch(self) -> "Nodes":
-        """An empty branch, for `choose`."""
-        return Nodes(self._onnx, self)
-
     def _new(self, kind: str) -> str:
         self._counts[kind] = self._counts.get(kind, 0) + 1
         return f"{kind}_{self._counts[kind]}"
@@ -72,7 +59,8 @@ class _Value:
     """An activation (N, C, height, width), as a network's wiring takes it."""
 
     name: str
-    size: tuple[int, int]
+    size: tuple[int, int] | None
+    """None if only a runtime knows it."""
     nodes: Nodes
 
     def __add__(self, other: "_Value") -> "_Value":
@@ -83,8 +71,8 @@ class _Value:
         return dataclasses.replace(self, name=name)
 
 
-def add_network(nodes: Nodes, images: str, model: Network, size: tuple[int, int]) -> str:
-    """Logits (N, K, h, w) of images (N, C, h, w) in [0, 1]."""
+def add_network(nodes: Nodes, images: str, model: Network, size: tuple[int, int] | None) -> str:
+    """Logits (N, K, h, w) of images (N, C, h, w) in [0, 1]; `size` is (h, w), or None if only a runtime knows it."""
     layers = _NodeLayers(nodes, model, to_public(*split_state(model)[1:], dead_block=False))
     return layers.convolution(model.wire(layers, _Value(images, size, nodes)).name, "final_conv")
 
@@ -130,14 +118,13 @@ class _NodeLayers:
             y = self.convolution(x.name, name, stride=2)
         else:
             y = self.nodes.add("MaxPool", x.name, kernel_shape=[2, 2], strides=[2, 2])
-        height, width = x.size
-        return _Value(y, ((height + strided) // 2, (width + strided) // 2), self.nodes)
+        half = x.size and ((x.size[0] + strided) // 2, (x.size[1] + strided) // 2)
+        return _Value(y, half, self.nodes)
 
     def up(self, name: str, x: _Value, like: _Value) -> _Value:
         """Add a transposed convolution or bilinear resizing, cut or padded to the size of `like`."""
         nodes, part, conv = self.nodes, getattr(self.model, name), f"{name}.conv"
         norm = None if part.bnorm is None else f"{name}.bnorm"
-        double = 2 * x.size[0], 2 * x.size[1]
         if part.method == "transposed":
             kernel, bias = _folded(self.arrays, conv, norm, transposed=True)
             extra = kernel.shape[-1] - 2
@@ -147,27 +134,30 @@ class _NodeLayers:
             )  # fmt: skip
         else:
             corners = "align_corners" if part.method == "bilinear_corners" else "half_pixel"
-            batch_and_channels = nodes.add("Shape", x.name, start=0, end=2)
-            sizes = nodes.add("Concat", batch_and_channels, nodes.constant(np.array(double)), axis=0)
-            y = nodes.add("Resize", x.name, "", "", sizes, mode="linear", coordinate_transformation_mode=corners)
+            double = nodes.constant(np.array([1, 1, 2, 2], np.float32))
+            y = nodes.add("Resize", x.name, "", double, mode="linear", coordinate_transformation_mode=corners)
             y = self.convolution(y, conv, norm)
         y = nodes.add("Relu", y) if part.activated else y
-        return like.then(self._matched(y, double, like.size))
+        return like.then(self._matched(y, x.size, like))
 
     def join(self, x: _Value, y: _Value) -> _Value:
         """Add a concatenation of channels."""
         return x.then(self.nodes.add("Concat", x.name, y.name, axis=1))
 
-    def _matched(self, x: str, size: tuple[int, int], target: tuple[int, int]) -> str:
-        changes = [want - have for want, have in zip(target, size, strict=True)]
-        if max(changes) > 0:
-            x = self.nodes.add("Pad", x, self.nodes.constant(np.array([0] * 6 + [max(0, n) for n in changes])))
-        if min(changes) < 0:
-            ends = self.nodes.constant(np.array(target))
-            x = self.nodes.add(
-                "Slice", x, self.nodes.constant(np.array([0, 0])), ends, self.nodes.constant(np.array([2, 3]))
-            )
-        return x
+    def _matched(self, y: str, half: tuple[int, int] | None, like: _Value) -> str:
+        """Cut or pad `y`, twice as large as `half`, to the size of `like`, from which it differs by one at most."""
+        nodes, axes = self.nodes, self.nodes.constant(np.array([2, 3]))
+        if half and like.size:
+            changes = [want - 2 * have for want, have in zip(like.size, half, strict=True)]
+            ends = nodes.constant(np.array(like.size))
+        else:
+            changes, ends = [], nodes.add("Shape", like.name, start=2, end=4)
+        if not changes or max(changes) > 0:
+            more = [max(0, change) for change in changes or (1, 1)]
+            y = nodes.add("Pad", y, nodes.constant(np.array([0] * 6 + more)))
+        if not changes or min(changes) < 0:
+            y = nodes.add("Slice", y, nodes.constant(np.array([0, 0])), ends, axes)
+        return y
 
     def _weights(self, name: str, kernel: np.ndarray, bias: np.ndarray) -> tuple[str, str]:
         return self.nodes.constant(kernel, f"{name}.weight"), self.nodes.constant(bias, f"{name}.bias")

@@ -34,7 +34,7 @@ COMMANDS = {
     "evaluate": "score a model on a dataset: metrics with intervals, report, comparison of two models",
     "predict": "segment images: masks, probabilities, overlays, contours",
     "convert": "convert weights or a whole training run between PyTorch and JAX",
-    "export": "export a model to ONNX or StableHLO",
+    "export": "export a model to ONNX, StableHLO, a page for browsers, or the Hugging Face Hub",
     "data": "import, check and split datasets; generate synthetic X-rays",
     "weights": "list the weights that come with the package, and what they are for",
 }

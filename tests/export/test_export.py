@@ -117,6 +117,52 @@ def test_a_file_agrees_with_the_model_it_was_made_of(form: str, options: dict[st
             assert np.mean(got["mask"][number] != want.mask) < 0.001
 
 
+@pytest.mark.parametrize("options", OTHERS[1:3], ids=str)
+def test_a_dynamic_file_runs_the_network_at_each_images_own_size(options: dict[str, object], tmp_path: Path) -> None:
+    source, image = save_model(trained(**options), tmp_path / "a.safetensors", size=[16], **options), draw(0, size=46)
+    given = {"format": "onnx", "dynamic": True, "check_image": (save_image(tmp_path / "i.png", image.image[:33]),)}
+    lines = export(source, tmp_path / "whole.onnx", **given)
+    assert "works at each image's own size" in lines[-2]
+    export(source, tmp_path / "network.onnx", network_only=True, **given)
+    whole, network_only = (open_onnx((tmp_path / f"{name}.onnx").read_bytes()) for name in ("whole", "network"))
+    pixels = image.image[None, :33, :, None]
+    got, alone = whole(pixels), network_only(pixels.astype(np.float32) / 255)
+    want = segment(load_model(source), pixels[0], size="own")
+    np.testing.assert_allclose(got["probability"][0], want.probability, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(got["mask"][0], want.mask)
+    np.testing.assert_array_equal(got["logits"], alone["logits"])
+    np.testing.assert_array_equal(got["probability"], alone["probability"])
+    assert "mask" not in alone
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_network_alone_takes_what_the_model_takes(form: str, weights: Path, tmp_path: Path) -> None:
+    lines = export(weights, tmp_path / "x", format=form, network_only=True)
+    assert lines[1] == "  images: float32 (N, 32, 48, 1), grey values, [0, 1]"
+    images = np.random.default_rng(0).random((2, 32, 48, 1), np.float32)
+    got, model = OPEN[form]((tmp_path / "x").read_bytes())(images), load_model(weights)
+    logits = np.asarray(model(jnp.asarray(images)))
+    np.testing.assert_allclose(got["logits"], logits, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(got["probability"], 1 / (1 + np.exp(-logits[..., 0])), rtol=0, atol=1e-5)
+    assert got.keys() == {"probability", "logits"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--format onnx --dynamic --size 32", "leave out --size or --dynamic"),
+        ("--format stablehlo --dynamic", "--dynamic is for --format onnx"),
+        ("--format html --network-only", "--network-only is for"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    arguments: str, message: str, weights: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        main(["--weights", str(weights), "--output", str(tmp_path / "x"), *arguments.split()])
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_network_sees_pillows_pixels_bit_for_bit(form: str) -> None:
     """Seen through a model whose logits are 32 times its input, less 16."""
@@ -202,6 +248,10 @@ def test_an_onnx_file_states_what_it_takes(weights: Path, tmp_path: Path) -> Non
     assert json.loads(facts["class_names"]) == ["background", "bone"]
     assert json.loads(facts["size"]) == [48, 32]
     assert "uint8 (N, H, W, 1)" in facts["input"]
+    assert [output.name for output in model.graph.output] == ["mask", "probability", "logits"]
+    assert {tensor.name for tensor in model.graph.initializer} <= {x for node in model.graph.node for x in node.input}
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    assert onnx.TensorProto.DOUBLE not in types, "some runtimes compute float64 in float32"
     assert "e1.first.weight" in {tensor.name for tensor in model.graph.initializer}
     assert [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim] == ["N", "H", "W", ""]
     assert {item.domain: item.version for item in model.opset_import} == {"": 17}
@@ -235,8 +285,8 @@ def test_nan_is_no_agreement(weights: Path) -> None:
         return got
 
     images = check_images((), 1)
-    assert compare_outputs(run, model, images, size=(32, 48), threshold=0.5).good
-    assert not compare_outputs(broken, model, images, size=(32, 48), threshold=0.5).good
+    assert compare_outputs(run, model, images, GraphSpec((32, 48), 0.5, True)).good
+    assert not compare_outputs(broken, model, images, GraphSpec((32, 48), 0.5, True)).good
 
 
 def test_large_logits_may_differ_in_proportion() -> None:
