@@ -22,7 +22,7 @@ from pdrunet_jax.predict.inference import segment
 from pdrunet_jax.runtime.errors import UserError
 from tests.support import ROOT
 from tests.support.page_files import write_page_files
-from tests.support.tiny import brightness_model, save_model
+from tests.support.tiny import brightness_model, save_image, save_model
 
 for package in ("onnx", "onnxruntime", "pydicom"):
     pytest.importorskip(package)
@@ -58,8 +58,9 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     images = write_page_files(folder / "images")
     damaged = folder / "damaged.png"
     damaged.write_bytes((folder / "images/gamma.png").read_bytes()[:900])
+    large = save_image(folder / "large.png", np.kron(np.arange(20).reshape(4, 5) * 13, np.ones((1250, 800))))
     output.mkdir()
-    command = ["node", WEB / "test/session.js", CHROMIUM, page, output, *images, damaged]
+    command = ["node", WEB / "test/session.js", CHROMIUM, page, output, *images, damaged, large]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return Session(page, weights, {path.name: path for path in images}, output, json.loads(done.stdout))
@@ -90,7 +91,9 @@ def test_masks_of_the_page_are_those_of_predict(session: Session) -> None:
         differing = sum(len(ours ^ theirs) for ours, theirs in zip(drawn, wanted, strict=True))
         assert differing <= 0.05 * sum(map(len, wanted)), name
     rows = archive.read("areas.csv").decode().splitlines()
-    assert len(rows) == len(session.images) + 1
+    assert len(rows) == len(session.images) + 2
+    assert rows[-1].startswith("large.png,")
+    assert re.fullmatch(r"[\d.]+ s", session.report["states"]["large.png"])
     assert session.report["states"]["damaged.png"].startswith("damaged or truncated PNG")
     window = next(row for row in rows if row.startswith("window.dcm"))
     pixels, area = window.split(",")[-2:]
@@ -143,6 +146,8 @@ def test_a_page_holds_its_policy_and_is_small(tmp_path: Path) -> None:
     assert {"default-src 'none'", "connect-src 'none'"} <= set(policy[1].split("; "))
     assert "http-equiv" in text.split("<title>")[0]
     assert "Not a medical device" in text
+    for owner in ("Microsoft Corporation", "Chris Hafey", "Benoit Macq", "Jan de Vaan", "D. R. Commander"):
+        assert owner in text, "the license of each part"
     assert len(text.encode()) < MOST_BYTES - 1_900_000  # a model of 40 filters takes 1.9 MB
 
 

@@ -19,7 +19,7 @@ setCodecSource((name) => unpackAsset(assets[name]));
 /** The network, loaded with the first image. */
 function network() {
   session ??= (async () => {
-    ort.env.logLevel = "error"; // the warnings concern unused constants
+    ort.env.logLevel = "error";
     ort.env.wasm.numThreads = 1; // threads need headers that a file does not have
     ort.env.wasm.wasmBinary = await unpackAsset(assets.runtime);
     const model = await unpackAsset(assets.model);
@@ -30,7 +30,8 @@ function network() {
 
 async function computeProbability(input) {
   const [height, width] = facts.size;
-  const images = new ort.Tensor("uint8", input, [1, height, width, facts.channels]);
+  const unit = Float32Array.from(input, (grey) => grey / 255);
+  const images = new ort.Tensor("float32", unit, [1, height, width, facts.channels]);
   const { probability, logits } = await (await network()).run({ images }, ["probability", "logits"]);
   if (!logits.data.every(Number.isFinite)) {
     throw new FileError("the network computes NaN or infinity from it: the weights are not usable");
