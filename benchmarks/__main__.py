@@ -49,6 +49,7 @@ def cpu() -> list[list[str]]:
         ["benchmarks.startup", "--output", f"{RESULTS}/startup_cpu.json"],
         ["benchmarks.pipeline", "--rounds", "3", "--train-steps", "60", "--output", f"{RESULTS}/pipeline_cpu.json"],
         ["benchmarks.predict_commands", "--output", f"{RESULTS}/predict_commands_cpu.json"],
+        ["benchmarks.deploy", "--output", f"{RESULTS}/deploy_cpu.json"],
         ["benchmarks.check", "--output", f"{RESULTS}/check_cpu.json"],
         ["benchmarks.plots"],
     ]
