@@ -80,7 +80,7 @@ def network_graph(model: Network, size: tuple[int, int] | None) -> bytes:
     if size is not None:
         model.check_size(size)
     nodes, helper, types = Nodes(onnx), onnx.helper, onnx.TensorProto
-    logits = add_network(nodes, "images", model, size or (0, 0))
+    logits = add_network(nodes, "images", model, size)
     nodes.add("Identity", logits, output="logits")
     shape = size or ("height", "width")
     images = helper.make_tensor_value_info("images", types.FLOAT, ["N", model.in_channels, *shape])
