@@ -71,10 +71,10 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 
 def _download(address: str) -> Path:
+    address = re.sub("^hf:/+", "hf://", address)  # a path has one slash
     match = _ADDRESS.fullmatch(address)
     if match is None:
         raise UserError(f"{address}: give hf://OWNER/NAME, or hf://OWNER/NAME@REVISION")
-    address = re.sub("^hf:/+", "hf://", address)
     try:
         from huggingface_hub import errors, hf_hub_download
     except ImportError:

@@ -39,7 +39,7 @@ def test_no_command_or_an_unknown_one_exits_with_2() -> None:
     unknown = pdrunet("evalute")
     assert unknown.returncode == 2
     assert unknown.stderr == "error: unknown command 'evalute': did you mean evaluate?\n"
-    assert "choose one of train, evaluate," in pdrunet("xyz").stderr
+    assert "choose one of train, compare, evaluate," in pdrunet("xyz").stderr
 
 
 @pytest.mark.parametrize(

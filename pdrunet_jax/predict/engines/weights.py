@@ -21,6 +21,7 @@ import numpy as np
 
 import pdrunet_jax
 from pdrunet_jax.model.folds import find_folds
+from pdrunet_jax.model.shipped import resolve_weights
 from pdrunet_jax.model.sides import SWAP, Mirror, mirror_of
 from pdrunet_jax.predict.engines.engine import Facts
 from pdrunet_jax.runtime.digest import sha256 as digest_of
@@ -140,7 +141,7 @@ def _key(path: str) -> str:
     The files are one of weights, or the best weights of a run or of each fold, with config.toml. Raises `UserError` as
     `find_folds` does.
     """
-    place = Path(path)
+    place = resolve_weights(path)
     best = [run.path / "best.safetensors" for run in find_folds(place)] if place.is_dir() else []
     files = best or [place / "best.safetensors" if place.is_dir() else place]
     files += [file.parent / "config.toml" for file in files if file.name == "best.safetensors"]
