@@ -5,8 +5,6 @@ are paired by image as in `evaluate --against`. Runs that are finished are not r
 """
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from benchmarks import machine, output
+from benchmarks.commands import run_command
 from pdrunet_jax.data.phantoms.phantom import draw
 from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
@@ -109,8 +108,7 @@ def train(options: Options, data: str, fit: str, seed: int, folder: Path) -> tup
             "seed": seed,
             "workdir": folder,
         }
-        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        subprocess.run([sys.executable, "-m", "pdrunet_jax.train", "--config", "mura", *words], check=True)
+        run_command("train", "--config", "mura", settings=settings)
     return tuple(scores.read_csv(table))
 
 

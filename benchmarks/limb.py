@@ -9,8 +9,6 @@ Every image is drawn from surfaces (docs/phantoms.md). What is finished is not r
 
 import csv
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +17,7 @@ import numpy as np
 import tyro
 
 from benchmarks import machine, output
+from benchmarks.commands import run_command
 from pdrunet_jax.data.manifest import read_manifest, write_manifest
 from pdrunet_jax.data.phantoms.surfaces.variations import VARIATIONS, Variation
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View
@@ -106,19 +105,16 @@ class FineTune:
 def draw(root: Path, surfaces: Path, count: int, size: int, seed: int, *more: str) -> Path:
     """Draw a dataset folder unless it is there."""
     if not root.exists():
-        run("data", "phantom", root, "--surfaces", surfaces, "--count", count, "--size", size, "--seed", seed, *more)
+        run_command(
+            "data", "phantom", root, "--surfaces", surfaces, "--count", count, "--size", size, "--seed", seed, *more
+        )
     return root
-
-
-def run(command: str, *arguments: object) -> None:
-    """Run a command of the package. Raises `CalledProcessError` if it fails."""
-    subprocess.run([sys.executable, "-m", f"pdrunet_jax.{command}", *map(str, arguments)], check=True)
 
 
 def scored(weights: str | Path, data: Path, folder: Path) -> list[ImageScores]:
     """Scores of weights on every image of a dataset folder; kept in `folder`."""
     if not (folder / "per_image.csv").exists():
-        run("evaluate", "--weights", weights, "--data.root", data, "--split", "all", "--output", folder)
+        run_command("evaluate", "--weights", weights, "--data.root", data, "--split", "all", "--output", folder)
     return scores.read_csv(folder / "per_image.csv")
 
 
@@ -137,8 +133,7 @@ def train(folder: Path, data: Path, settings: dict[str, object]) -> Path:
             "workdir": folder,
             **settings,
         }
-        words = [word for name, value in given.items() if value is not False for word in (f"--{name}", value)]
-        run("train", "--config", "lower_limb", *(word for word in words if word is not True))
+        run_command("train", "--config", "lower_limb", settings=given)
     return folder
 
 

@@ -6,7 +6,6 @@ on other data, before it is believed. Runs that are finished are not repeated.
 """
 
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import tyro
 
 from benchmarks import machine, output
+from benchmarks.commands import run_command
 from pdrunet_jax.evaluate import scores
 from pdrunet_jax.evaluate.compare import Other, compare
 from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
@@ -72,31 +72,26 @@ class Options:
 def train(options: Options, variant: str, fold: int) -> list[ImageScores]:
     """Train one fold of a variant, unless that is done; returns the scores of its test images."""
     changes = VARIANTS.get(variant, variant).format(half=options.steps // 2, double=options.steps * 2)
-    settings = {
+    settings: dict[str, object] = {
         "config": options.config,
         "data.root": options.data,
         "data.size": options.size,
         "model.filters": options.filters,
         "train.batch-size": options.batch,
         "train.steps": options.steps,
-        "train.eval-every": options.steps,
-        "train.save-every": options.steps * 2,
         "train.keep-latest": 1,
         "train.samples": 0,
         "tracking.wandb": "disabled",
         "seed": options.seed,
     }
     given = shlex.split(changes)
-    words = {f"--{key}": str(value) for key, value in settings.items()}
-    words |= dict(zip(given[::2], given[1::2], strict=True))
-    every = words["--train.steps"]
-    words |= {"--train.eval-every": every, "--train.save-every": every}
+    settings |= {name.removeprefix("--"): value for name, value in zip(given[::2], given[1::2], strict=True)}
+    settings |= {"train.eval-every": settings["train.steps"], "train.save-every": settings["train.steps"]}
     folder = options.work / variant.replace(" ", "_").replace("/", "_") / f"seed_{options.seed}"
     scored = folder / f"fold_{fold}" / "evaluation" / "test" / "per_image.csv"
     if not scored.exists():
-        command = [word for pair in words.items() for word in pair]
-        command += ["--fold", f"{fold}/{options.folds}", "--workdir", str(folder)]
-        subprocess.run([sys.executable, "-m", "pdrunet_jax.train", *command], check=True, stdout=sys.stderr)
+        settings |= {"fold": f"{fold}/{options.folds}", "workdir": folder}
+        run_command("train", settings=settings, output=sys.stderr)
     return scores.read_csv(scored)
 
 

@@ -26,6 +26,7 @@ import tyro
 from scipy import ndimage, stats
 
 from benchmarks import machine, output
+from benchmarks.commands import run_command
 from pdrunet_jax import config
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import Dataset, open_dataset
@@ -121,10 +122,7 @@ def train(options: Options, data: Path, name: str, *, size: int, steps: int, see
             "seed": seed,
             "workdir": folder,
         }
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        subprocess.run(
-            [sys.executable, "-m", "pdrunet_jax.train", "--config", "mura", *words], check=True, stdout=sys.stderr
-        )
+        run_command("train", "--config", "mura", settings=settings, output=sys.stderr)
     return folder
 
 
