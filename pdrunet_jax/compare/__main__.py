@@ -6,7 +6,6 @@ Heavy imports are deferred so that signals are handled even while they load.
 import sys
 
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.stop import StopFlag
 
 
@@ -21,11 +20,7 @@ def main() -> int:
         from pdrunet_jax.runtime.devices import configure_jax
 
         configure_jax(arguments.settings.train.precision, arguments.settings.train.deterministic)
-        code = run(arguments, stop)
-        if output.lost and code == 0:
-            missing = f"lines are missing on standard output ({output.lost})"
-            raise RunError(f"everything is done and saved in {arguments.folder}, but {missing}")
-        return code
+        return output.require_complete(run(arguments, stop), f"everything is done and saved in {arguments.folder}")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ from typing import Annotated
 import tyro
 
 from pdrunet_jax.compare.plan import Budget, full_name
-from pdrunet_jax.config import Config, ModelConfig, check, load
+from pdrunet_jax.config import Config, ModelConfig, check
 from pdrunet_jax.model.build import with_network
 from pdrunet_jax.runtime import cli
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.train.options import TrainOptions
+from pdrunet_jax.train.options import TrainOptions, named_settings
 
 MOST_SEEDS = 1000
 
@@ -63,13 +63,9 @@ def parse(arguments: Sequence[str]) -> CompareOptions:
         UserError: no `--config`, an unusable one, or a setting out of bounds.
         SystemExit: `--help` (0), or an option that does not exist or cannot be parsed (2, after a message).
     """
-    name = cli.first_value(arguments, "--config")
-    if name is None and not {"-h", "--help"} & set(arguments):
-        raise UserError("--config is missing: give the name of a configuration or a TOML file, as in --config phantom")
+    name, settings = named_settings(arguments, optional=bool({"-h", "--help"} & set(arguments)))
     if cli.first_value(arguments, "--model.name") is not None:
         raise UserError('--model.name: name the networks with --models, as in --models pdrunet "unet filters=32"')
-    settings = load(name) if name is not None else Config()
-    settings = dataclasses.replace(settings, data=settings.data.under(arguments))
     default = CompareOptions(config=name or "mura", settings=settings)
     prog = cli.program("compare")
     options = tyro.cli(CompareOptions, prog=prog, args=list(arguments), default=default, use_underscores=False)

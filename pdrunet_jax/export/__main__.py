@@ -15,7 +15,8 @@ from pdrunet_jax.export.onnx_graph import build_onnx, open_onnx, require
 from pdrunet_jax.export.page import build_page, open_page, read_template
 from pdrunet_jax.export.stablehlo import GraphSpec, build_stablehlo, open_stablehlo, pillow_resizes_tall_first
 from pdrunet_jax.model.base import Network
-from pdrunet_jax.model.load import build_loaded, class_names, find_run, load_weights
+from pdrunet_jax.model.load import build_loaded, find_run, load_weights
+from pdrunet_jax.model.pixels import class_names
 from pdrunet_jax.model.sides import SWAP
 from pdrunet_jax.predict.inference import height_width
 from pdrunet_jax.predict.threshold import Threshold, resolve_threshold, thresholds_text

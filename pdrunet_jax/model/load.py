@@ -21,7 +21,6 @@ from pdrunet_jax.model.ensemble import Ensemble
 from pdrunet_jax.model.files import read_weights
 from pdrunet_jax.model.folds import find_folds, started_folds
 from pdrunet_jax.model.hub import locate, require_config
-from pdrunet_jax.model.pixels import class_names as class_names
 from pdrunet_jax.model.shipped import resolve_weights, shipped_names
 from pdrunet_jax.model.sides import mirror_of
 from pdrunet_jax.model.weights import from_public, to_public

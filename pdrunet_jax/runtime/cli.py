@@ -16,7 +16,7 @@ from importlib import metadata
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from pdrunet_jax.runtime.errors import UserError, explained
+from pdrunet_jax.runtime.errors import RunError, UserError, explained
 from pdrunet_jax.runtime.malloc import configure_malloc
 from pdrunet_jax.runtime.stop import UNHEARD, StopFlag
 
@@ -150,6 +150,12 @@ class Output(io.FileIO):
         if self.stop is not None:
             self._tell(self.stop)
         return len(data)
+
+    def require_complete(self, code: int, done: str) -> int:
+        """Return the exit code; raise `RunError` if it is 0 and lines were lost. `done` says what is finished."""
+        if self.lost and code == 0:
+            raise RunError(f"{done}, but lines are missing on standard output ({self.lost})")
+        return code
 
     def _tell(self, stop: StopFlag) -> None:
         gone = self.lost == BROKEN_PIPE

@@ -6,7 +6,6 @@ Heavy imports are deferred so that signals are handled even while they load.
 import sys
 
 from pdrunet_jax.runtime import cli
-from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.processes import join
 from pdrunet_jax.runtime.stop import StopFlag
 
@@ -34,10 +33,7 @@ def main() -> int:
         configure_jax(arguments.settings.train.precision, arguments.settings.train.deterministic)
         with join(arguments.distributed, arguments.detect, stop) as group:
             code = (train_folds if arguments.fold_numbers[1] else run)(arguments, group, stop)
-        if output.lost and code == 0:
-            missing = f"lines are missing on standard output ({output.lost})"
-            raise RunError(f"training is done and everything is saved in {arguments.run_folder}, but {missing}")
-        return code
+        return output.require_complete(code, f"training is done and everything is saved in {arguments.run_folder}")
 
 
 if __name__ == "__main__":

@@ -73,14 +73,23 @@ def parse(arguments: Sequence[str]) -> TrainOptions:
         UserError: no `--config`, an unusable one, or a setting out of bounds.
         SystemExit: `--help` (0), or an option that does not exist or cannot be parsed (2, after a message).
     """
-    name = cli.first_value(arguments, "--config")
-    if name is None and not {"-h", "--help", "--verify"} & {argument.split("=")[0] for argument in arguments}:
-        raise UserError("--config is missing: give the name of a configuration or a TOML file, as in --config phantom")
-    settings = load(name) if name is not None else Config()
-    settings = dataclasses.replace(settings, data=settings.data.under(arguments))
+    given = {argument.split("=")[0] for argument in arguments}
+    name, settings = named_settings(arguments, optional=bool({"-h", "--help", "--verify"} & given))
     default = TrainOptions(config=name or "mura", settings=settings)
     prog = cli.program("train")
     options = tyro.cli(TrainOptions, prog=prog, args=list(arguments), default=default, use_underscores=False)
     options = dataclasses.replace(options, settings=check(options.settings, "the command line"))
     _ = options.fold_numbers  # checked before anything is loaded
     return options
+
+
+def named_settings(arguments: Sequence[str], *, optional: bool) -> tuple[str | None, Config]:
+    """The name after `--config` in `arguments`, and its settings as defaults of the others.
+
+    Raises `UserError` if it is unusable, or missing unless `optional`: then the settings are the defaults.
+    """
+    name = cli.first_value(arguments, "--config")
+    if name is None and not optional:
+        raise UserError("--config is missing: give the name of a configuration or a TOML file, as in --config phantom")
+    settings = load(name) if name is not None else Config()
+    return name, dataclasses.replace(settings, data=settings.data.under(arguments))
