@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-FILTERS = 40
-
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -20,6 +18,8 @@ class Work:
     batch: int
     precision: str = "float32"
     """Precision of the convolutions: float32, tf32 or bfloat16."""
+    filters: int = 40
+    """Channels of every hidden layer."""
 
     def images(self) -> np.ndarray:
         """(N, H, W, 1), uint8."""
@@ -63,7 +63,7 @@ def jax_side(variant: str, work: Work) -> Sides:
     conv: Any = {"naive": "plain", "remat": "auto"}.get(variant, variant)
     precision: Any = work.precision
     config = Config(
-        model=ModelConfig(filters=FILTERS, conv=conv),
+        model=ModelConfig(filters=work.filters, conv=conv),
         data=DataConfig(size=(work.size,)),
         train=TrainConfig(batch_size=work.batch, precision=precision, remat=variant == "remat"),
     )
@@ -131,7 +131,7 @@ def torch_side(variant: str, work: Work) -> Sides:
     torch.backends.cudnn.benchmark = True
     exact = work.precision == "float32"
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not exact
-    model = PDRUNet(filters=FILTERS, dead_block=False).to(device)
+    model = PDRUNet(filters=work.filters, dead_block=False).to(device)
     last = "channels_last" in variant
     if last:
         training.channels_last(model)

@@ -33,6 +33,8 @@ class Options:
     """Image sizes, in pixels."""
     batches: tuple[int, ...] = (1, 4)
     """Batch sizes."""
+    filters: int = 40
+    """Channels of every hidden layer."""
     precision: str = "float32"
     """float32, tf32 or bfloat16."""
     jax: tuple[str, ...] = JAX
@@ -158,7 +160,7 @@ def table(results: Sequence[dict[str, Any]], work: Work, limits: dict[str, float
     best = {key: min((row[key] for row in theirs), default=float("nan")) for key in ("train_s", "infer_s")}
     flops = machine.FLOPS_PER_PIXEL * work.size**2 * work.batch
     lines = [
-        f"{work.size}x{work.size}, batch {work.batch}, {work.precision}",
+        f"{work.size}x{work.size}, {work.filters} filters, batch {work.batch}, {work.precision}",
         "",
         "| | train step | ratio | share of peak | inference | ratio | share of peak | memory | compile |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -189,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = []
     for size in options.sizes:
         for batch in options.batches:
-            work = Work(size, batch, options.precision)
+            work = Work(size, batch, options.precision, options.filters)
             results = measure(work, options)
             runs.append({"work": dataclasses.asdict(work), "results": results})
             print(table(results, work, limits), flush=True)
