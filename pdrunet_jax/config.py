@@ -200,9 +200,10 @@ class ModelConfig:
     bilinear_corners aligns the centres of the corner pixels (PyTorch's align_corners)."""
     dropout: Rate = 0.3
     """Dropout rate of the two dropout layers of pdrunet and unet; fusionnet has none."""
-    conv: Literal["auto", "plain", "fused", "polyphase", "pallas"] = "auto"
+    conv: Literal["auto", "plain", "fused", "polyphase", "native", "pallas"] = "auto"
     """Execution path of the 3x3 convolutions. Affects speed and memory only; results agree up to rounding.
-    pallas is for pdrunet on one NVIDIA GPU and trains more slowly than auto, which never takes it."""
+    native is for one CPU and needs a C++ compiler; auto takes it where it can. pallas is for pdrunet on one NVIDIA GPU
+    and trains more slowly than auto, which never takes it."""
     init: Literal["torch", "he"] = "torch"
     """Weight initialisation: PyTorch's defaults, or He normal with zero biases."""
 

@@ -15,7 +15,7 @@ from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model import resampling
 from pdrunet_jax.model.execution import Execution, run_block
 from pdrunet_jax.model.fast.phases import Activation
-from pdrunet_jax.model.layers import Conv, State, dropout, keep_masks, split_state
+from pdrunet_jax.model.layers import Conv, State, dropout, final_layer, keep_masks, split_state
 from pdrunet_jax.model.pixels import foreground_classes
 from pdrunet_jax.model.sharding import spread
 from pdrunet_jax.model.sides import Mirror
@@ -220,12 +220,11 @@ class Network(nnx.Module):
         self, images: jax.Array, masks: Mapping[str, jax.Array], *, train: bool, execution: Execution
     ) -> jax.Array:
         """Logits of the images, or of the part of them that one device of a mesh holds."""
+        execution = execution.for_dtypes(self.dtype, self.final_conv.bias.dtype)
         layers = _ActivationLayers(self, masks, train, execution)
         x = self.wire(layers, execution.first_activation(images.astype(self.dtype)))
 
-        # The final 1x1 convolution is a matrix product, in the parameters' dtype.
-        kernel, bias = self.final_conv.kernel[...], self.final_conv.bias[...]
-        logits = x.image().astype(kernel.dtype) @ kernel[0, 0] + bias.reshape(1, 1, 1, -1)
+        logits = final_layer(x, self.final_conv)
         if execution.tap is not None:
             execution.tap("final_conv", logits)
         return logits
@@ -255,7 +254,7 @@ class _ActivationLayers:
         return part(x, size, train=self.train, execution=self.execution)
 
     def join(self, x: Activation, y: Activation) -> Activation:
-        return x.with_values(jnp.concatenate([x.values, y.in_phases(x.phases).values], -1))
+        return x.with_values(jnp.concatenate([x.values, y.in_phases(x.phases).values], x.channel_axis))
 
 
 @cache

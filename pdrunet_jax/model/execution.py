@@ -6,13 +6,15 @@ from typing import Self
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
+from pdrunet_jax.model.fast import native, native_library
 from pdrunet_jax.model.fast.block import Shortcut
 from pdrunet_jax.model.fast.pallas import require_nvidia
-from pdrunet_jax.model.fast.phases import Activation, finest_phases
-from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks
+from pdrunet_jax.model.fast.phases import ROWS, Activation, finest_phases
+from pdrunet_jax.model.fast.xla import checkpoint_block, force_materialize, map_chunks, on_cpu
 from pdrunet_jax.model.layers import (
-    GPU_PATHS,
+    OTHER_PATHS,
     PATHS,
     BatchNorm,
     Conv,
@@ -58,31 +60,47 @@ class Execution:
 
     @classmethod
     def of(cls, conv: str, *, remat: bool = False, mesh: Mesh | None = None) -> Self:
-        """The execution for a setting of `model.conv`; "auto" is the fused path.
+        """The execution for a setting of `model.conv`; "auto" is the native path where it runs, else the fused path.
 
         Raises:
             ValueError: there is no such path.
             UserError: the path does not run on this computer's devices.
         """
-        conv = "fused" if conv == "auto" else conv
-        if conv == "pallas" and mesh is not None:
-            raise UserError("model.conv = pallas runs on one GPU only; use model.conv = auto")
+        if conv == "auto":
+            conv = "native" if mesh is None and on_cpu() and native_library.problem() is None else "fused"
+        if conv in OTHER_PATHS and mesh is not None:
+            raise UserError(f"model.conv = {conv} runs on one device only; use model.conv = auto")
         if conv == "pallas":
             require_nvidia()
-        for path in (*PATHS, *GPU_PATHS):
+        if conv == "native":
+            native.require_kernels()
+        for path in (*PATHS, *OTHER_PATHS):
             if path == conv:
                 return cls(path, remat, mesh)
-        raise ValueError(f"conv = {conv!r}; it is one of auto, {', '.join((*PATHS, *GPU_PATHS))}")
+        raise ValueError(f"conv = {conv!r}; it is one of auto, {', '.join((*PATHS, *OTHER_PATHS))}")
+
+    def for_dtypes(self, compute: DTypeLike, parameters: DTypeLike) -> Self:
+        """This execution, with the fused path in the place of the native one where its kernels lack the dtypes."""
+        if self.path == "native" and not (compute == parameters and compute in native.DTYPES):
+            return dataclasses.replace(self, path="fused")
+        return self
 
     @property
     def folds(self) -> bool:
         """Whether evaluation folds the normalisation into the kernels, and training takes a block at once."""
-        return self.path in ("fused", "pallas")
+        return self.path in ("fused", "native", "pallas")
 
     def first_activation(self, images: jax.Array) -> Activation:
-        """`images` (N, H, W, C) as the first activation, free to take the phases that path and size allow."""
+        """`images` (N, H, W, C) as the first activation, free to take the layout that path and size allow."""
+        if self.path == "native":
+            return Activation.of(images, ROWS)
         height, width = images.shape[1:3]
         return Activation.of(images, 1 if self.path in ("plain", "pallas") else finest_phases(height, width))
+
+
+def custom_calls() -> tuple[str, ...]:
+    """Names of the custom calls that compiled programs may contain; they are registered where they can be."""
+    return native_library.CALLS if on_cpu() and native_library.problem() is None else ()
 
 
 def run_block(block: BlockBase, x: Activation, *, train: bool, execution: Execution) -> Activation:

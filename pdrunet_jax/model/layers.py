@@ -9,29 +9,31 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from pdrunet_jax.model.fast import block, pallas, pallas_block
+from pdrunet_jax.model.fast import block, native, native_block, pallas, pallas_block
 from pdrunet_jax.model.fast import convolution as fused
 from pdrunet_jax.model.fast.convolution import EPSILON as EPSILON
 from pdrunet_jax.model.fast.convolution import convolve, moments, per_channel, pixel_count
-from pdrunet_jax.model.fast.phases import Activation
+from pdrunet_jax.model.fast.phases import ROWS, Activation
+from pdrunet_jax.model.sharding import axis_size
 
 if TYPE_CHECKING:
     from pdrunet_jax.model.execution import Execution
 
-Path = Literal["plain", "polyphase", "fused", "pallas"]
+Path = Literal["plain", "polyphase", "fused", "native", "pallas"]
 """Implementation of a 3x3 convolution; parity level 10 compares them.
 
 plain: XLA's dilated convolution. polyphase: dense convolutions on phases (`fast/phases.py`). fused: polyphase; in
 training with the gradient of `fast/block.py`, in evaluation with the normalisation folded into the kernel and, where it
-is faster, Winograd convolutions (`fast/winograd.py`). pallas: on NVIDIA GPUs, kernels that take the normalisation, ReLU
-and shortcut along with the convolution (`fast/pallas.py`).
+is faster, Winograd convolutions (`fast/winograd.py`). native: on one CPU, kernels compiled for it that take the
+normalisation, ReLU and shortcut along with the convolution (`fast/native.py`). pallas: such kernels on an NVIDIA GPU
+(`fast/pallas.py`).
 """
 
 PATHS: tuple[Path, ...] = ("plain", "polyphase", "fused")
 """Paths that run anywhere."""
 
-GPU_PATHS: tuple[Path, ...] = ("pallas",)
-"""Paths that run on NVIDIA GPUs only."""
+OTHER_PATHS: tuple[Path, ...] = ("native", "pallas")
+"""Paths that run on one device, of some computers only."""
 
 State = nnx.State[Any, Any]
 """Arrays of a network, or of a part of it, by path."""
@@ -144,20 +146,41 @@ def conv_norm_relu(
         bias = (bias - norm.running_mean[...]) * a + norm.bias[...]
         norm = None
 
-    if execution.path == "pallas" and norm is None and (tap is None or fold):
-        added = None if skip is None else skip.for_dilation(dilation).values
-        return x.with_values(pallas.layer(values, kernel.astype(dtype), bias, added, dilation))
-    convolution = {"fused": fused.convolution, "pallas": pallas.convolution}.get(execution.path, convolve)
-    z = convolution(values, kernel.astype(dtype), dilation // x.phases).astype(bias.dtype) + per_channel(bias)
+    if tap is None or fold:
+        own = {"native": native.layer, "pallas": pallas.layer}.get(execution.path)
+        if own is not None and norm is None:
+            added = None if skip is None else skip.in_phases(x.phases).values
+            return x.with_values(own(values, kernel.astype(dtype), bias, added, dilation))
+        if execution.path == "native" and norm is not None and train and not norm.frozen:
+            return _native_training_layer(x, conv, norm, skip, dilation)
+
+    paths = {"fused": fused.convolution, "native": native.convolution, "pallas": pallas.convolution}
+    z = x.with_values(paths.get(execution.path, convolve)(values, kernel.astype(dtype), dilation // (x.phases or 1)))
+    if z.phases == ROWS:
+        z = z.in_phases(1)
+    y = z.values.astype(bias.dtype) + per_channel(bias)
     if tap is not None and not fold:
-        tap(names[0], x.with_values(z).image())
+        tap(names[0], z.with_values(y).image())
     if norm is not None:
-        z = batch_norm(z, norm, train)
+        y = batch_norm(y, norm, train)
         if tap is not None:
-            tap(names[1], x.with_values(z).image())
+            tap(names[1], z.with_values(y).image())
     if skip is not None:
-        z = z + skip.for_dilation(dilation).values.astype(z.dtype)
-    return x.with_values(jax.nn.relu(z).astype(dtype))
+        y = y + skip.in_phases(z.phases).values.astype(y.dtype)
+    return z.with_values(jax.nn.relu(y).astype(dtype))
+
+
+def _native_training_layer(
+    x: Activation, conv: Conv, norm: BatchNorm, skip: Activation | None, dilation: int
+) -> Activation:
+    """`conv_norm_relu` with the gradient of `fast/native_block.py`; `x` is in the row layout."""
+    pixels = x.values.size // x.values.shape[x.channel_axis]
+    _check_pixels(pixels)
+    weights = block.LayerWeights(conv.kernel[...], norm.scale[...], norm.bias[...])
+    added = None if skip is None else skip.in_phases(x.phases).values
+    out, (mean, var) = native_block.layer(x.values, weights, added, dilation)
+    norm.track(mean + conv.bias[...], var, pixels)
+    return x.with_values(out)
 
 
 def fused_training_block(
@@ -169,23 +192,31 @@ def fused_training_block(
     dilation: int,
     execution: "Execution",
 ) -> Activation:
-    """Train through two layers of `conv_norm_relu` at once, with the gradient of `fast/block.py` or `pallas_block.py`.
+    """Train through two layers of `conv_norm_relu` at once, with the gradient of `fast/block.py` or its like.
 
     Updates the running statistics of both. `shortcut` is the term added before the last ReLU: "none", "input" or
     "conv1". Raises `ValueError` for a single pixel a channel.
     """
     x = x.for_dilation(dilation)
-    dtype, pixels = x.values.dtype, pixel_count(x.values)
+    dtype, pixels = x.values.dtype, x.values.size // x.values.shape[x.channel_axis] * axis_size()
     _check_pixels(pixels)
     weights = [
         block.LayerWeights(conv.kernel[...].astype(dtype), norm.scale[...], norm.bias[...])
         for conv, norm in (first, second)
     ]
-    function = pallas_block.block if execution.path == "pallas" else block.block
-    out, *batch = function(x.values, *weights, shortcut, dilation // x.phases)
+    function = {"native": native_block.block, "pallas": pallas_block.block}.get(execution.path, block.block)
+    out, *batch = function(x.values, *weights, shortcut, dilation // (x.phases or 1))
     for (conv, norm), (mean, var) in zip((first, second), batch, strict=True):
         norm.track(mean + conv.bias[...], var, pixels)
     return x.with_values(out)
+
+
+def final_layer(x: Activation, conv: Conv) -> jax.Array:
+    """Apply the last, 1x1 convolution in the parameters' dtype: logits (N, H, W, outputs)."""
+    kernel, bias = conv.kernel[...], conv.bias[...]
+    if x.phases == ROWS and x.values.dtype == kernel.dtype:
+        return x.with_values(native.convolution(x.values, kernel, 1)).image() + per_channel(bias)
+    return x.image().astype(kernel.dtype) @ kernel[0, 0] + per_channel(bias)
 
 
 def split_state(module: nnx.Module) -> tuple[nnx.GraphDef[Any], State, State]:

@@ -1,4 +1,6 @@
-"""The polyphase layout, which turns a dilated convolution into a dense one.
+"""Layouts of activations: the ordinary one, rows for the compiled kernels, and phases.
+
+In the polyphase layout, a dilated convolution is a dense one.
 
 A 3x3 convolution with dilation d on an (H, W) grid never mixes pixels whose rows or columns differ modulo d. It is d*d
 independent dense convolutions, one on each phase, zero padding included. Normalisation, ReLU and addition do not depend
@@ -17,6 +19,10 @@ MAX_DILATION = 32
 MIN_SIDE = 3
 """Least number of pixels on a phase's longer side. Phases of 2x2 pixels are mostly padding: on a 2-core CPU, a step at
 64x64 takes a third of the time with fewer phases and the remaining dilation within them."""
+
+
+ROWS = 0
+"""In the place of a number of phases: the row layout, (N, H, C, W), of the compiled kernels (`fast/kernels.cc`)."""
 
 
 def to_phases(x: jax.Array, source: int, target: int) -> jax.Array:
@@ -57,9 +63,9 @@ class Activation:
     """An activation and the number of phases it is stored in.
 
     Attributes:
-        values: (N*phases*phases, H/phases, W/phases, C).
-        phases: phases a side; 1 is the ordinary layout.
-        limit: the most phases a side that the image size and the execution path allow.
+        values: (N*phases*phases, H/phases, W/phases, C); (N, H, C, W) in the row layout.
+        phases: phases a side; 1 is the ordinary layout, `ROWS` the row layout.
+        limit: the most phases a side that the image size and the execution path allow, or `ROWS`.
     """
 
     values: jax.Array
@@ -72,16 +78,26 @@ class Activation:
         return cls(images, 1, limit)
 
     def in_phases(self, phases: int) -> "Activation":
-        """Convert to this number of phases a side."""
-        return dataclasses.replace(self, values=to_phases(self.values, self.phases, phases), phases=phases)
+        """Convert to this number of phases a side, or to `ROWS`."""
+        values, source = self.values, self.phases
+        if ROWS in (source, phases) and source != phases:
+            # The last two axes change places on the way from rows to the ordinary layout, and on the way back.
+            values = values.swapaxes(2, 3) if source == ROWS else to_phases(values, source, 1).swapaxes(2, 3)
+            source = phases if phases == ROWS else 1
+        return dataclasses.replace(self, values=to_phases(values, source, phases), phases=phases)
 
     def for_dilation(self, dilation: int) -> "Activation":
-        """Convert to the layout in which convolutions at `dilation` are densest."""
+        """Convert to the layout in which convolutions at `dilation` are fastest."""
         return self.in_phases(min(dilation, self.limit))
 
     def __add__(self, other: "Activation") -> "Activation":
         """Add, in the layout of the left operand."""
         return self.with_values(self.values + other.in_phases(self.phases).values)
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the channels in `values`."""
+        return 2 if self.phases == ROWS else 3
 
     def with_values(self, values: jax.Array) -> "Activation":
         """Replace the values; the layout stays."""

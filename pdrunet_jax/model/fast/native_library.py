@@ -1,0 +1,119 @@
+"""The kernels of `kernels.cc` as custom calls of XLA: compiled for this processor by its C++ compiler.
+
+That takes about ten seconds, once: the library is kept in the user's cache folder.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from pdrunet_jax.runtime.store import discard_entry, key_of, read_entry, write_entry
+
+CALLS = ("pdrunet_forward", "pdrunet_backward", "pdrunet_end", "pdrunet_end_gradient")
+"""Names of the custom calls, and of the functions in the library."""
+
+COMPILERS = ("c++", "g++", "clang++")
+"""Tried in this order, unless the environment variable CXX names another."""
+
+SOURCE = Path(__file__).with_name("kernels.cc")
+
+# Unlike -ffast-math, these keep sums in their order and let NaN through.
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+_SECONDS = 300  # for the compiler
+
+
+class UnavailableError(Exception):
+    """The kernels cannot be used here; the message says why."""
+
+
+@cache
+def problem() -> str | None:
+    """Load the kernels, compiled if need be, and register their custom calls. Why they cannot be used, or None."""
+    try:
+        library = _open()
+    except UnavailableError as error:
+        return str(error)
+    for call in CALLS:
+        jax.ffi.register_ffi_target(call, jax.ffi.pycapsule(getattr(library, call)), platform="cpu")
+    return None
+
+
+def _open() -> ctypes.CDLL:
+    compiler = _compiler()
+    command = [*compiler, *_FLAGS, *_processor_flags(), "-I", jax.ffi.include_dir()]
+    key = key_of(hashlib.sha256(SOURCE.read_bytes()).hexdigest(), metadata.version("jaxlib"), command, _processor())
+    if stored := read_entry("kernels", key):
+        try:
+            return _load(stored)
+        except UnavailableError as error:
+            discard_entry("kernels", key, str(error))
+    library = _compile(command)
+    opened = _load(library)
+    write_entry("kernels", key, library)
+    return opened
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    for name in [named[0]] if named else COMPILERS:
+        if path := shutil.which(name):
+            return [path, *named[1:]]
+    raise UnavailableError(f"there is no C++ compiler ({named[0] if named else ', '.join(COMPILERS)})")
+
+
+def _processor_flags() -> tuple[str, ...]:
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return ("-mcpu=native",)
+    return ("-march=native", "-mprefer-vector-width=512")
+
+
+def _processor() -> str:
+    """What -march=native depends on, since homes may be shared by different computers."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _compile(command: list[str]) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="pdrunet") as folder:
+        target = Path(folder) / "kernels.so"
+        try:
+            done = subprocess.run(
+                [*command, str(SOURCE), "-o", str(target)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_SECONDS,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UnavailableError(f"{command[0]} does not run: {error}") from error
+        if done.returncode or not target.is_file():
+            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+            raise UnavailableError(f"{command[0]} does not compile {SOURCE.name}: {lines[0]}")
+        return target.read_bytes()
+
+
+def _load(library: bytes) -> ctypes.CDLL:
+    # The file may go as soon as it is mapped.
+    with tempfile.TemporaryDirectory(prefix="pdrunet") as folder:
+        path = Path(folder) / "kernels.so"
+        path.write_bytes(library)
+        try:
+            opened = ctypes.CDLL(str(path))
+            _ = [getattr(opened, call) for call in CALLS]
+        except (OSError, AttributeError) as error:
+            raise UnavailableError(f"the compiled {SOURCE.name} does not load: {error}") from error
+        return opened
