@@ -117,6 +117,11 @@ def run_block(block: BlockBase, x: Activation, *, train: bool, execution: Execut
 
 
 def _run(block: BlockBase, x: Activation, train: bool, execution: Execution) -> Activation:
+    if execution.path == "native" and _is_small(block, x):
+        # For few pixels of many channels XLA's convolutions are faster than the compiled kernels.
+        ordinary = dataclasses.replace(x.in_phases(1), limit=1)
+        out = _run(block, ordinary, train, dataclasses.replace(execution, path="fused"))
+        return dataclasses.replace(out, limit=x.limit)
     if train and execution.folds and (pair := block.pair):
         out = fused_training_block(x, *pair, shortcut=block.shortcut, dilation=block.dilation, execution=execution)
     else:
@@ -124,6 +129,12 @@ def _run(block: BlockBase, x: Activation, train: bool, execution: Execution) -> 
     if execution.tap is not None:
         execution.tap(block.name, out.image())
     return out
+
+
+def _is_small(block: BlockBase, x: Activation) -> bool:
+    """Whether a block without dilation has fewer pixels than products of an input and an output channel."""
+    channels = x.values.shape[x.channel_axis]
+    return block.dilation == 1 and x.values.size < channels**3
 
 
 def _rematerialised(block: BlockBase, x: Activation, execution: Execution) -> Activation:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model.fast.convolution import per_channel
-from pdrunet_jax.model.fast.phases import Activation
+from pdrunet_jax.model.fast.phases import ROWS, Activation
 from pdrunet_jax.model.layers import BatchNorm, Conv, batch_norm, uniform
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ class Up(nnx.Module):
 
 def down(conv: Conv | None, x: Activation, name: str, execution: "Execution") -> Activation:
     """Halve the resolution of `x` by `conv`, with stride 2, or by the maximum over 2x2 pixels if that is None."""
+    if conv is None and x.phases == ROWS:
+        return x.with_values(max_pool(x.values, 3))
     values = x.image()
     if conv is None:
         return Activation.of(max_pool(values), x.limit)
@@ -154,33 +156,41 @@ def match(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
 
 
-def _quarters(x: jax.Array) -> list[jax.Array]:
-    """The pixels of each 2x2 square in row order, (N, H // 2, W // 2, C); an odd last row or column is dropped."""
-    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
-    return [x[:, i::2, j::2] for i in range(2) for j in range(2)]
+def _quarters(x: jax.Array, axis: int) -> list[jax.Array]:
+    """The pixels of each 2x2 square in row order; an odd last row or column is dropped. `axis` is that of columns."""
+    quarters = []
+    for i in range(2):
+        rows = x[:, i : x.shape[1] // 2 * 2 : 2]
+        quarters += [lax.slice_in_dim(rows, j, x.shape[axis] // 2 * 2, 2, axis) for j in range(2)]
+    return quarters
 
 
-def _max_pool(x: jax.Array) -> jax.Array:
-    a, b, c, d = _quarters(x)
+def _max_pool(x: jax.Array, axis: int = 2) -> jax.Array:
+    a, b, c, d = _quarters(x, axis)
     return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
 
 
-max_pool = jax.custom_vjp(_max_pool)
+max_pool = jax.custom_vjp(_max_pool, nondiff_argnums=(1,))
 max_pool.__doc__ = """Maximum over squares of 2x2 pixels of `x` (N, H, W, C): (N, H // 2, W // 2, C).
 
-As in PyTorch, the gradient goes to the first of several equal values, and an odd last row or column counts for nothing.
+`axis` is that of columns: 2 by default, 3 for `x` (N, H, C, W). As in PyTorch, the gradient goes to the first of several
+equal values, and an odd last row or column counts for nothing.
 """
 
 
-def _max_pool_gradient(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
-    most, free, parts = _max_pool(x), jnp.ones(g.shape, bool), []
-    for quarter in _quarters(x):
+def _max_pool_gradient(axis: int, x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    most, free, parts = _max_pool(x, axis), jnp.ones(g.shape, bool), []
+    for quarter in _quarters(x, axis):
         first = free & (quarter == most)
         parts.append(jnp.where(first, g, 0))
         free &= ~first
-    n, h, w, c = g.shape
-    rows = [jnp.stack(pair, 3).reshape(n, h, 2 * w, c) for pair in (parts[:2], parts[2:])]
-    return (match(jnp.stack(rows, 2).reshape(n, 2 * h, 2 * w, c), (x.shape[1], x.shape[2])),)
+    shape = list(g.shape)
+    shape[axis] *= 2
+    rows = [jnp.stack(pair, axis + 1).reshape(shape) for pair in (parts[:2], parts[2:])]
+    shape[1] *= 2
+    whole = jnp.stack(rows, 2).reshape(shape)
+    left = [(0, have - got) for have, got in zip(x.shape, shape, strict=True)]
+    return (jnp.pad(whole, left),)
 
 
-max_pool.defvjp(lambda x: (_max_pool(x), x), _max_pool_gradient)
+max_pool.defvjp(lambda x, axis=2: (_max_pool(x, axis), x), _max_pool_gradient)
