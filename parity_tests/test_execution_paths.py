@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 
 from parity_tests.support.budget import Budget
 from parity_tests.support.case import Arrays, Case, make_images, make_masks, make_objective
-from parity_tests.support.cases import DTYPES, state_of
+from parity_tests.support.cases import DTYPES, HERE, state_of
 from parity_tests.support.compare import compare_paths
 from parity_tests.support.jax_side import compiled, loss_of, make_flax
 from pdrunet_jax.config import LossConfig
 from pdrunet_jax.model.execution import Execution
-from pdrunet_jax.model.fast import winograd, xla
-from pdrunet_jax.model.layers import PATHS, split_state
+from pdrunet_jax.model.fast import native_library, winograd, xla
+from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.weights import to_public
 from pdrunet_jax.train.losses import make_loss
 from pdrunet_jax.train.step import accumulate
@@ -31,7 +31,7 @@ NETWORKS = (
 )
 
 # Every network in float64, where a mistake cannot hide. Level 3 compares both paths with PyTorch in float32 as well.
-ON_PATHS = [(case, path) for case in (*NETWORKS, NETWORKS[0].replace(dtype="float32")) for path in PATHS[1:]]
+ON_PATHS = [(case, path) for case in (*NETWORKS, NETWORKS[0].replace(dtype="float32")) for path in HERE[1:]]
 
 
 def compute_outcome(
@@ -68,6 +68,12 @@ def compute_outcome(
 outcome = cache(compute_outcome)
 
 
+def test_the_native_path_is_compared() -> None:
+    if (reason := native_library.problem()) is not None:
+        pytest.skip(f"nothing is known of the native path: {reason}")
+    assert "native" in HERE
+
+
 @pytest.mark.parametrize(("case", "path"), ON_PATHS, ids=str)
 def test_every_path_agrees_with_the_plain_one(case: Case, path: str, budget: Budget) -> None:
     for train in (False, True):
@@ -102,7 +108,9 @@ def test_winograd_convolutions_agree_with_the_plain_path(
         compare_paths(budget, "convolution path", dtype, case, got, outcome(case, train=train), f"Winograd {case}")
 
 
-@pytest.mark.parametrize(("path", "dtype"), [("plain", "float64"), ("polyphase", "float64"), ("fused", "float32")])
+@pytest.mark.parametrize(
+    ("path", "dtype"), [("plain", "float64"), ("polyphase", "float64"), ("fused", "float32"), (HERE[-1], "float64")]
+)
 def test_rematerialisation_changes_nothing(path: str, dtype: str, budget: Budget) -> None:
     case = NETWORKS[0].replace(dtype=dtype, path=path)
     compare_paths(budget, "rematerialisation", dtype, case, outcome(case, remat=True), outcome(case), str(case))

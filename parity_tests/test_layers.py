@@ -13,20 +13,25 @@ from flax import nnx
 from parity_tests.support import torch_side
 from parity_tests.support.budget import Budget
 from parity_tests.support.case import Arrays, Case
-from parity_tests.support.cases import DTYPES, state_of
+from parity_tests.support.cases import DTYPES, HERE, state_of
 from parity_tests.support.compare import compare_initialisation, relative
 from parity_tests.support.jax_side import compiled, make_flax
 from parity_tests.support.torch_side import on_torch, state_arrays
 from pdrunet_jax.config import ModelConfig
 from pdrunet_jax.model import layers
 from pdrunet_jax.model.execution import Execution, run_block
-from pdrunet_jax.model.layers import PATHS, split_state
+from pdrunet_jax.model.layers import split_state
 from pdrunet_jax.model.network import BLOCKS, PDRUNet, public_name
 from pdrunet_jax.model.weights import to_public
 from pdrunet_torch_ref import PDRUNet as Twin
 
 DILATIONS = (1, 2, 4, 8, 16, 32)
-SIZES = {"plain": ((97, 61), (20, 12)), "polyphase": ((32, 96), (20, 12)), "fused": ((32, 96), (20, 12))}
+SIZES = {
+    "plain": ((97, 61), (20, 12)),
+    "polyphase": ((32, 96), (20, 12)),
+    "fused": ((32, 96), (20, 12)),
+    "native": ((97, 61), (20, 12)),
+}
 
 
 def random(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
@@ -43,7 +48,7 @@ def layer(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", HERE)
 def test_convolution_agrees_at_every_dilation(path: str, dtype: str, budget: Budget) -> None:
     for size in SIZES[path]:
         x, kernel, bias = random((2, *size, 5), dtype), random((7, 5, 3, 3), dtype, 1), random((7,), dtype, 2)
@@ -61,7 +66,7 @@ def test_convolution_agrees_at_every_dilation(path: str, dtype: str, budget: Bud
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", HERE)
 @pytest.mark.parametrize(("mean", "deviation"), [(0.0, 1.0), (1000.0, 1.0), (0.0, 1e-4)])
 def test_batch_norm_agrees_for_any_mean_and_deviation(
     mean: float, deviation: float, path: str, train: bool, dtype: str, budget: Budget
@@ -114,6 +119,15 @@ def compare_batch_norm(budget: Budget, mean: float, deviation: float, path: str,
         ("plain", "conv1", "batch", "float32"),
         ("polyphase", "input", "batch", "float32"),
         ("fused", "input", "none", "float32"),
+        *(
+            ("native", *options)
+            for options in (
+                ("input", "batch", "float64"),
+                ("conv1", "batch", "float32"),
+                ("conv1", "none", "float64"),
+            )
+            if "native" in HERE
+        ),
     ],
 )
 def test_every_block_agrees_on_an_input_of_its_own(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from parity_tests.support.budget import TOLERANCES, Budget, standard
 from parity_tests.support.case import Arrays, Case, make_images, make_masks
-from parity_tests.support.cases import DTYPES
+from parity_tests.support.cases import DTYPES, HERE
 from parity_tests.support.compare import (
     compare_buffers,
     compare_gradients,
@@ -34,6 +34,7 @@ from parity_tests.test_losses import compare_loss, make_data
 from parity_tests.test_optimizers import updates_in_jax, updates_in_torch
 from pdrunet_jax.config import OptimConfig
 from pdrunet_jax.model import layers
+from pdrunet_jax.model.fast import native
 from pdrunet_jax.model.network import PDRUNet
 from pdrunet_jax.train.optim import make_optimizer
 from pdrunet_torch_ref import PDRUNet as Twin
@@ -279,6 +280,28 @@ def test_kernel_mirrored_on_one_path(caught: Any, monkeypatch: pytest.MonkeyPatc
     )  # as in a true convolution
     got = compute_outcome(case.replace(path="polyphase"), train=False)
     assert "level 10" in caught(compare_paths, "convolution path", "float32", case, got, want, "polyphase")
+
+
+@pytest.mark.skipif("native" not in HERE, reason="the compiled kernels are not there")
+@pytest.mark.parametrize("fault", ["row", "shift", "slope"])
+def test_fault_in_the_compiled_kernels(fault: str, caught: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operand that reaches them wrongly: a mirrored kernel, a normalisation's shift, a gradient's slope."""
+    case = Case(filters=4, shape=(1, 32, 32))
+    original = native._operands
+
+    def operands(*given: Any, **options: Any) -> Any:
+        found = original(*given, **options)
+        for place, operand in enumerate(found):
+            if fault == "row" and operand.ndim == 4 and operand.shape[:2] == (3, 3):
+                found[place] = operand[::-1]
+            if operand.shape == ({"shift": 3, "slope": 4}.get(fault), 4):
+                found[place] = operand.at[2].mul(1.01)
+        return found
+
+    want = outcome(case)
+    monkeypatch.setattr(native, "_operands", operands)
+    got = compute_outcome(case.replace(path="native"))
+    assert "level 10" in caught(compare_paths, "convolution path", "float64", case, got, want, fault)
 
 
 def test_no_tolerance_is_looser_than_the_standard() -> None:

@@ -9,7 +9,7 @@ import pytest
 from parity_tests.support import harness
 from parity_tests.support.budget import Budget
 from parity_tests.support.case import Case
-from parity_tests.support.cases import CASES, SWEEP, eval_passes, train_passes
+from parity_tests.support.cases import CASES, HERE, SWEEP, eval_passes, train_passes
 from parity_tests.support.compare import compare_buffers
 from parity_tests.support.pair import our_pair
 
@@ -40,6 +40,7 @@ BUFFER_CASES = [
     Case(shape=(2, 8, 8), path="polyphase"),
     Case(shape=(2, 8, 8), path="fused", shortcut="conv1"),
     Case(shape=(2, 8, 8), path="fused", shortcut="conv1", dtype="float32"),
+    Case(shape=(2, 8, 8), path=HERE[-1], dtype="float32"),
 ]
 
 

@@ -16,7 +16,7 @@ import pytest
 from parity_tests.support import harness, jax_training, torch_training
 from parity_tests.support.budget import Budget
 from parity_tests.support.case import Case, Trajectory
-from parity_tests.support.cases import state_of
+from parity_tests.support.cases import HERE, state_of
 from parity_tests.support.compare import compare_trajectories, largest
 from parity_tests.support.jax_training import Training
 from parity_tests.support.pair import Pair, our_pair
@@ -32,6 +32,7 @@ ADAM = Training(SMALL)
 TRAININGS = (
     ADAM,
     Training(SMALL.replace(path="fused")),
+    *(Training(SMALL.replace(path=path)) for path in HERE if path == "native"),
     Training(
         Case(shape=(1, 20, 13), outputs=2, in_channels=3, shortcut="conv1"),
         OptimConfig(name="adamw", weight_decay=0.05),

@@ -6,8 +6,13 @@ from functools import cache
 from parity_tests.support import harness, jax_side, torch_side
 from parity_tests.support.case import Arrays, Case, Pass
 from parity_tests.support.pair import our_pair
+from pdrunet_jax.model.execution import custom_calls
+from pdrunet_jax.model.layers import PATHS
 
 DTYPES = ("float64", "float32")
+
+HERE = (*PATHS, *(("native",) if custom_calls() else ()))
+"""Paths that run on this computer; the native one needs a C++ compiler."""
 
 ODD = (1, 97, 61)
 SMALL = (3, 20, 12)  # both sides are smaller than the largest dilation, 32, and one than 16
@@ -24,6 +29,15 @@ _COMPILED = (
     Case(path="fused"),
     Case(path="fused", shortcut="conv1", outputs=2, in_channels=3),
     Case(path="fused", norm="none", shape=SMALL),
+    *(
+        case
+        for case in (
+            Case(path="native", outputs=2, in_channels=3, shape=ODD),
+            Case(path="native", shortcut="conv1", filters=11, shape=SMALL),
+            Case(path="native", norm="none", shape=SMALL),
+        )
+        if case.path in HERE
+    ),
 )
 
 BASELINES = tuple(
@@ -34,12 +48,16 @@ BASELINES = tuple(
         ("fused", {"shape": (2, 21, 14), "down": "stride", "up": "bilinear_corners", "in_channels": 3}),
         ("fused", {"shape": (1, 16, 11), "up": "bilinear", "norm": "none", "outputs": 5}),
         ("plain", {"shape": (1, 13, 16), "down": "stride", "depth": 1}),
+        ("native", {"shape": (2, 21, 14), "outputs": 2}),
     )
+    if path in HERE
 )
 """U-Net and FusionNet: every way to halve and to double the resolution, on sides that it does not divide."""
 
+_NATIVE = tuple(case for case in (*_COMPILED[11:12], *BASELINES) if case.path == "native")
+
 # Float32 shows rounding only: the default network, the public width, no normalisation, and each path.
-_ROUNDED = (_COMPILED[0], _COMPILED[2], _COMPILED[6], _COMPILED[7], _COMPILED[8], BASELINES[0], BASELINES[4])
+_ROUNDED = (_COMPILED[0], _COMPILED[2], _COMPILED[6], _COMPILED[7], _COMPILED[8], BASELINES[0], *_NATIVE)
 
 CASES = (*_COMPILED, *BASELINES, *(case.replace(dtype="float32") for case in _ROUNDED))
 """Compiled as one program, as in production: a selection of options, the public code's width, and each path."""

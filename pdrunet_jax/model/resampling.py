@@ -157,7 +157,7 @@ def match(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def _quarters(x: jax.Array, axis: int) -> list[jax.Array]:
-    """The pixels of each 2x2 square in row order; an odd last row or column is dropped. `axis` is that of columns."""
+    """The pixels of each 2x2 square in row order, without an odd last row or column. `axis` is the axis of columns."""
     quarters = []
     for i in range(2):
         rows = x[:, i : x.shape[1] // 2 * 2 : 2]
@@ -173,8 +173,8 @@ def _max_pool(x: jax.Array, axis: int = 2) -> jax.Array:
 max_pool = jax.custom_vjp(_max_pool, nondiff_argnums=(1,))
 max_pool.__doc__ = """Maximum over squares of 2x2 pixels of `x` (N, H, W, C): (N, H // 2, W // 2, C).
 
-`axis` is that of columns: 2 by default, 3 for `x` (N, H, C, W). As in PyTorch, the gradient goes to the first of several
-equal values, and an odd last row or column counts for nothing.
+`axis` is the axis of columns: 2 by default, 3 for `x` (N, H, C, W). As in PyTorch, the gradient goes to the first of
+several equal values, and an odd last row or column counts for nothing.
 """
 
 

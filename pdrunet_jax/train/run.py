@@ -16,7 +16,7 @@ from pdrunet_jax.data.dataset import Dataset, require_same_data
 from pdrunet_jax.data.pipeline import open_training_data, train_batches
 from pdrunet_jax.data.split import one_patient
 from pdrunet_jax.evaluate.training_images import write_training_images
-from pdrunet_jax.model.execution import Execution
+from pdrunet_jax.model.execution import Execution, note_on
 from pdrunet_jax.model.folds import started_folds
 from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.model.pixels import foreground_classes
@@ -66,6 +66,8 @@ def run(
     device = ", ".join(filter(None, (device, devices)))
     group.log(device)
     Execution.of(config.model.conv)  # refuses a path that does not run here, before anything is written
+    if note := note_on(config.model.conv):
+        group.log(note)
     with group.main_first():  # the main process may have to draw phantoms
         dataset = open_training_data(config.data)
     require_same_data(group, dataset)

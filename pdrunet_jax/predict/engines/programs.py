@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from jax import export
 
+from pdrunet_jax.model.execution import custom_calls
 from pdrunet_jax.predict.engines.engine import Engine
 from pdrunet_jax.predict.engines.weights import Weights
 from pdrunet_jax.runtime import compile as compiling
@@ -38,7 +39,8 @@ class ProgramEngine(Engine):
 
     def _open(self, images: np.ndarray) -> Any:
         """The program for images of this shape: stored, or traced and stored."""
-        key = self._weights.program_key(images.shape)
+        calls = custom_calls()  # registered now, before a stored program asks for them
+        key = self._weights.program_key(images.shape, calls)
         arguments = self._weights.arrays, images
         if stored := read_entry("program", key):
             try:
@@ -48,6 +50,7 @@ class ProgramEngine(Engine):
         from pdrunet_jax.predict.engines.loading import flat_forward  # Flax, which a stored program does not need
 
         forward: Any = compiling.jit(flat_forward(self._weights.network))
-        exported = export.export(forward)(*arguments)
+        checks = [export.DisabledSafetyCheck.custom_call(call) for call in calls]
+        exported = export.export(forward, disabled_checks=checks)(*arguments)
         write_entry("program", key, bytes(exported.serialize()))
         return self._compile(exported.call, arguments)

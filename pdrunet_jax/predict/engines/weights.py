@@ -106,12 +106,15 @@ class Weights:
             graphs.append(graph)
         return graphs
 
-    def program_key(self, shape: Sequence[int]) -> str:
-        """Key of the program for images of this shape: one for all weights of an architecture."""
+    def program_key(self, shape: Sequence[int], calls: Sequence[str]) -> str:
+        """Key of the program for images of this shape: one for all weights of an architecture.
+
+        `calls` are the custom calls that it may contain.
+        """
         settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
         settings |= {"cores": str(cores())}
         forms = [[array.shape, str(array.dtype)] for array in self.arrays]
-        return key_of(_versions(), self.wiring, asdict(self.facts), forms, list(shape), settings)
+        return key_of(_versions(), self.wiring, asdict(self.facts), forms, list(shape), settings, list(calls))
 
     @cached_property
     def _loaded(self) -> tuple[Any, "Network"]:
