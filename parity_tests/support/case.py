@@ -79,8 +79,8 @@ class Case:
 
     @property
     def partial(self) -> bool:
-        """The fused path has no values between convolution and normalisation."""
-        return self.path == "fused"
+        """The fused and native paths have no values between convolution and normalisation."""
+        return self.path in ("fused", "native")
 
     def silent(self, name: str, names: Container[str]) -> bool:
         """Whether `name` is the bias of a convolution that a normalisation follows, where it has no effect."""
