@@ -524,7 +524,10 @@ struct Backward {
       if (!norm) continue;
       const T* value = x + place;
       const T mean = norm.mean[c], factor = norm.factor[c], shift = norm.shift[c];
-      for (Size j = 0; j < width; ++j) row[j] = (value[j] - mean) * factor + shift > 0 ? row[j] : T(0);
+      for (Size j = 0; j < width; ++j) {
+        const T gradient = row[j];
+        row[j] = (value[j] - mean) * factor + shift > 0 ? gradient : T(0);
+      }
       part.sums[c] += sum_row(row, width);
       part.sums[channels + c] += sum_products(row, value, mean, width);
     }
@@ -620,7 +623,11 @@ struct Ends {
     parallel(pool, chunks.pieces, [&](Size i) {
       for (Size at = chunks.begin(i); at < chunks.begin(i + 1); ++at)
         for (Size c = 0; c < channels; ++c) {
-          row(at, c, [&](Size place, Size j, T value) { d_y[place + j] = value > 0 ? d_out[place + j] : T(0); });
+          // Captured by value and read before it is selected: otherwise the loop is not vectorised.
+          row(at, c, [d_y, d_out](Size place, Size j, T value) {
+            const T gradient = d_out[place + j];
+            d_y[place + j] = value > 0 ? gradient : T(0);
+          });
           const Size place = (at * channels + c) * width;
           parts[i][c] += sum_row(d_y + place, width);
           parts[i][channels + c] += sum_products(d_y + place, z + place, norm.mean[c], width);
