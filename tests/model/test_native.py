@@ -177,6 +177,21 @@ def test_a_source_that_does_not_compile_is_named(fresh: Path) -> None:
         native_library._open()
 
 
+def test_a_compiler_that_does_not_end_is_stopped_with_what_it_started(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "slow-c++"
+    compiler.write_text(f"#!/bin/sh\nsleep 600 &\necho $! > {tmp_path}/child\nwait\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(native_library, "_SECONDS", 1)
+    with pytest.raises(native_library.UnavailableError, match=r"slow-c\+\+ does not end within 1 s"):
+        native_library._open()
+    child = int((tmp_path / "child").read_text())
+    state = Path(f"/proc/{child}/stat")  # gone, or about to be
+    assert not state.exists() or state.read_text().rsplit(")")[1].split()[0] == "Z"
+
+
 @needs_kernels
 def test_a_damaged_library_is_made_again_and_a_whole_one_is_not(
     fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

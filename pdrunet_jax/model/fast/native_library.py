@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from functools import cache
@@ -90,18 +91,27 @@ def _compile(command: list[str]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="pdrunet") as folder:
         target = Path(folder) / "kernels.so"
         try:
-            done = subprocess.run(
+            # In a session of its own, because the compiler starts further processes.
+            process = subprocess.Popen(
                 [*command, str(SOURCE), "-o", str(target)],
-                capture_output=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                timeout=_SECONDS,
-                check=False,
+                start_new_session=True,
             )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise UnavailableError(f"{command[0]} does not run: {error}") from error
-        if done.returncode or not target.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no message"]
+        except OSError as error:
+            raise UnavailableError(f"{command[0]} does not run: {error.strerror}") from error
+        try:
+            _, messages = process.communicate(timeout=_SECONDS)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise UnavailableError(f"{command[0]} does not end within {_SECONDS} s") from error
+            raise
+        if process.returncode or not target.is_file():
+            lines = [line for line in messages.splitlines() if "error" in line] or ["no message"]
             raise UnavailableError(f"{command[0]} does not compile {SOURCE.name}: {lines[0]}")
         return target.read_bytes()
 
