@@ -12,8 +12,8 @@ import tyro
 
 RESULTS = "benchmarks/results"
 
-JAX, TORCH = ("auto", "remat", "naive"), ("channels_last", "channels_last compiled")
-ALL_JAX, ALL_TORCH = ("auto", "remat", "polyphase", "plain", "naive"), ("nchw", *TORCH, "channels_last retained")
+JAX, TORCH = ("auto", "remat", "fused"), ("channels_last", "channels_last compiled")
+ALL_JAX, ALL_TORCH = (*JAX, "polyphase", "plain", "naive"), ("nchw", *TORCH, "channels_last retained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,8 @@ def cpu() -> list[list[str]]:
     return [
         steps("steps_cpu_batch1", [256], [1], ALL_JAX, ALL_TORCH, "--rounds", "7"),
         steps("steps_cpu_batch4", [256], [4], JAX, TORCH, "--rounds", "5"),
+        steps("steps_cpu_narrow", [128], [4], JAX, TORCH, "--rounds", "7", "--repeats", "2", "--filters", "20"),
+        steps("steps_cpu_128", [128], [8], JAX, TORCH, "--rounds", "5"),
         steps("steps_cpu_small", [128], [1, 8, 32], ("auto", "remat"), TORCH[:1], "--rounds", "5"),
         steps("steps_cpu_large", [512], [1], ("auto", "remat"), TORCH, "--rounds", "3"),
         # At this size PyTorch's gradients take over five minutes with channels_last.

@@ -38,7 +38,7 @@ class Options:
     precision: str = "float32"
     """float32, tf32 or bfloat16."""
     jax: tuple[str, ...] = JAX
-    """JAX variants: auto, plain, polyphase, fused, remat, naive."""
+    """JAX variants: auto, native, fused, polyphase, plain, remat, naive."""
     torch: tuple[str, ...] = TORCH
     """PyTorch variants: nchw or channels_last, optionally compiled or retained."""
     rounds: int = 7
@@ -158,7 +158,7 @@ def table(results: Sequence[dict[str, Any]], work: Work, limits: dict[str, float
     rivals = [row for row in results if row["name"].startswith("torch") and "retained" not in row["name"]]
     theirs = [row for row in rivals if "train_s" in row]
     best = {key: min((row[key] for row in theirs), default=float("nan")) for key in ("train_s", "infer_s")}
-    flops = machine.FLOPS_PER_PIXEL * work.size**2 * work.batch
+    flops = machine.FLOPS_PER_PIXEL * (work.filters / 40) ** 2 * work.size**2 * work.batch  # a little more, in truth
     lines = [
         f"{work.size}x{work.size}, {work.filters} filters, batch {work.batch}, {work.precision}",
         "",
