@@ -37,9 +37,13 @@ def disable_async_dispatch() -> None:
 def enable_compilation_cache() -> None:
     """Cache compiled programs in the user's cache folder for the next start.
 
-    JAX's own setting (`JAX_COMPILATION_CACHE_DIR`) takes precedence. If the folder cannot be written, or an entry in it
-    cannot be read, JAX warns and compiles. A user without a home, or a folder with a pipe in it, has no cache.
+    Small programs too: drawing the initial weights takes a dozen, and compiling them two seconds. JAX's own settings
+    (`JAX_COMPILATION_CACHE_DIR`, `JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`) take precedence. If the folder cannot be
+    written, or an entry in it cannot be read, JAX warns and compiles. A user without a home, or a folder with a pipe in
+    it, has no cache.
     """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:  # an attribute that type checkers do not see
         if (folder := cache_folder()) is None:
             return

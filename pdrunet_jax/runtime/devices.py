@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pdrunet_jax.runtime.compile import disable_async_dispatch
+from pdrunet_jax.runtime.compile import disable_async_dispatch, enable_compilation_cache
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.extras import how_to_install
 from pdrunet_jax.runtime.malloc import cores
@@ -53,12 +53,13 @@ def configure_jax(precision: str, deterministic: bool = False) -> None:
 
 @cache
 def start_devices() -> list[jax.Device]:
-    """Start JAX's devices, with synchronous dispatch, and return those of this process.
+    """Start JAX's devices, with synchronous dispatch and the compilation cache, and return those of this process.
 
     Prints one warning on standard error if JAX runs on the CPU of a machine that has an NVIDIA GPU, or although a
     plug-in for another device is installed. Raises `UserError` if JAX_PLATFORMS asks for a device that is not there.
     """
     disable_async_dispatch()
+    enable_compilation_cache()
     wanted = os.environ.get("JAX_PLATFORMS", "")
     with _captured_log() as log:
         try:

@@ -7,17 +7,25 @@ entries are kept. Without a folder that belongs to the user alone there is no st
 import hashlib
 import json
 import os
+import platform
 import stat
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import pdrunet_jax
 from pdrunet_jax.runtime.files import atomic_write
+from pdrunet_jax.runtime.malloc import cores
 from pdrunet_jax.runtime.opening import read_regular
 
 MOST_ENTRIES = 100
 _DIGEST = 32  # bytes of SHA-256
+_CODE = (".py", ".cc")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "onnx")
 
 
 def cache_folder() -> Path | None:
@@ -31,6 +39,36 @@ def cache_folder() -> Path | None:
 def key_of(*parts: Any) -> str:
     """A key for entries that depend on `parts`, JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def versions(*code: str) -> list[str]:
+    """Versions of everything that computes: of Python, packages and, by its digest, our own code.
+
+    `code` names the files and folders of this package that matter; without names, all do.
+    """
+    root = Path(pdrunet_jax.__file__).parent
+    named = [root / name for name in code] or [root]
+    files = [file for each in named for file in (each.rglob("*") if each.is_dir() else [each]) if file.suffix in _CODE]
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    installed = []
+    for name in _PACKAGES:
+        try:
+            installed.append(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            installed.append("")
+    return [digest.hexdigest(), platform.python_version(), platform.machine(), *installed]
+
+
+def program_key(code: Sequence[str], *about: Any) -> str:
+    """The key of a traced program, which also depends on the settings of JAX and on the cores; `code` as in `versions`.
+
+    `about` are JSON values, and must decide everything else, such as the shapes of the arguments.
+    """
+    settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
+    return key_of(versions(*code), settings, cores(), *about)
 
 
 def read_entry(kind: str, key: str) -> bytes | None:

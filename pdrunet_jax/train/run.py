@@ -39,9 +39,10 @@ from pdrunet_jax.train.freeze import describe_frozen
 from pdrunet_jax.train.loop import Training, train
 from pdrunet_jax.train.losses import make_loss
 from pdrunet_jax.train.options import TrainOptions
+from pdrunet_jax.train.programs import StepPrograms
 from pdrunet_jax.train.progress import Progress
 from pdrunet_jax.train.resume import describe_changes, end_here, require_ahead
-from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
+from pdrunet_jax.train.step import build_model, create_state
 from pdrunet_jax.train.tracking import Tracker
 
 
@@ -128,6 +129,8 @@ def prepare(
             missing.
     """
     settings = config.train
+    exchanged = swapped(dataset.class_names, dataset.swap_on_flip or ())
+    programs = StepPrograms(balance(config, dataset), outputs, place.mesh, exchanged)
     checkpoints = Checkpoints(folder.checkpoints, settings.keep_latest, settings.keep_best, group)
     model, notes = build_model(config, outputs), []
     if settings.weights is not None and group.is_main and checkpoints.latest_step() is None:
@@ -164,7 +167,6 @@ def prepare(
                 save_best(folder, config, dataset, outputs, state, progress)
     elif group.is_main:
         folder.require_new(first_save(config))
-    weighted = balance(config, dataset)
     return Training(
         config,
         folder,
@@ -173,10 +175,8 @@ def prepare(
         group,
         place,
         checkpoints,
-        make_train_step(
-            weighted, graphdef, outputs, place.mesh, swapped=swapped(dataset.class_names, dataset.swap_on_flip or ())
-        ),
-        make_eval_step(weighted, graphdef, outputs, place.mesh),
+        programs.train_step(graphdef),
+        programs.eval_step(graphdef),
         batches,
         place.replicate(group.broadcast_arrays(state)),
         progress,

@@ -239,12 +239,20 @@ def make_eval_step(
     indices, or (N, H, W, K) if classes overlap. On a mesh they are spread over the devices as the batch is.
     """
     where = {} if mesh is None else {"out_shardings": batch_sharding(mesh)}
-    return jit(partial(_eval_step, config, graphdef, outputs, mesh=mesh), **where)
+    return jit(partial(eval_step, config, graphdef, outputs, mesh=mesh), **where)
 
 
-def _eval_step(
-    config: Config, graphdef: Graph, outputs: int, params: State, stats: State, batch: Batch, *, mesh: Mesh | None
+def eval_step(
+    config: Config,
+    graphdef: Graph,
+    outputs: int,
+    params: State,
+    stats: State,
+    batch: Batch,
+    *,
+    mesh: Mesh | None = None,
 ) -> Metrics:
+    """Score a batch; `make_eval_step` compiles this, with its static arguments first."""
     dtype = _dtype(config)
     target, valid = targets(batch["mask"], outputs=outputs, soft=config.data.soft_masks, dtype=dtype)
     model = nnx.merge(graphdef, params, stats, copy=True)

@@ -26,11 +26,10 @@ def open_engine(weights: Weights, name: EngineName, precision: Precision) -> Eng
     """Open the network in an engine. Raises `UserError` if it does not compute in this precision on this computer."""
     if name != "jax":
         return GraphEngine(name, precision, weights.facts, weights.graphs)
-    if precision == "float32" and weights.count == 1:
-        programs = import_module("pdrunet_jax.predict.engines.programs")  # JAX
-        if programs.is_possible():
-            engine: Engine = programs.ProgramEngine(weights)
-            return engine
+    possible = precision == "float32" and weights.count == 1
+    if possible and import_module("pdrunet_jax.runtime.programs").is_possible():  # JAX
+        engine: Engine = import_module("pdrunet_jax.predict.engines.programs").ProgramEngine(weights)
+        return engine
     opened: Engine = import_module("pdrunet_jax.predict.engines.loading").open_network(weights, precision)
     return opened
 

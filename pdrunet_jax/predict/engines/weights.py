@@ -7,32 +7,27 @@ command starts without building the network.
 import io
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cache, cached_property
-from hashlib import sha256
-from importlib import import_module, metadata
-from pathlib import Path
+from functools import cached_property
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import pdrunet_jax
 from pdrunet_jax.model.folds import find_folds
 from pdrunet_jax.model.shipped import resolve_weights
 from pdrunet_jax.model.sides import SWAP, Mirror, mirror_of
 from pdrunet_jax.predict.engines.engine import Facts
 from pdrunet_jax.runtime.digest import sha256 as digest_of
-from pdrunet_jax.runtime.malloc import cores
-from pdrunet_jax.runtime.store import key_of, read_entry, write_entry
+from pdrunet_jax.runtime.store import key_of, program_key, read_entry, versions, write_entry
 
 if TYPE_CHECKING:
     from pdrunet_jax.model.base import Network
 
-_VERSIONED = ("jax", "jaxlib", "flax", "numpy", "onnx")
-"""Distributions that stored programs and graphs depend on."""
+_CODE = ("model", "predict/engines", "runtime/compile.py", "runtime/programs.py")
+"""What stored programs and graphs depend on in this package."""
 
 
 class Weights:
@@ -111,10 +106,8 @@ class Weights:
 
         `calls` are the custom calls that it may contain.
         """
-        settings = {name: value for name, value in os.environ.items() if name.startswith(("JAX_", "XLA_"))}
-        settings |= {"cores": str(cores())}
         forms = [[array.shape, str(array.dtype)] for array in self.arrays]
-        return key_of(_versions(), self.wiring, asdict(self.facts), forms, list(shape), settings, list(calls))
+        return program_key(_CODE, self.wiring, asdict(self.facts), forms, list(shape), list(calls))
 
     @cached_property
     def _loaded(self) -> tuple[Any, "Network"]:
@@ -139,7 +132,7 @@ def _loading() -> Any:
 
 
 def _key(path: str) -> str:
-    """What everything stored depends on: the digests of the weights' files, and `_versions`; empty if they are unknown.
+    """What everything stored depends on: the digests of the weights' files, and `versions`; empty if they are unknown.
 
     The files are one of weights, or the best weights of a run or of each fold, with config.toml. Raises `UserError` as
     `find_folds` does.
@@ -154,21 +147,4 @@ def _key(path: str) -> str:
         digests = [digest_of(file) if os.path.lexists(file) else "" for file in files]
     except OSError:  # reported when they are read
         return ""
-    return key_of(digests, _versions()) if digests[0] else ""
-
-
-@cache
-def _versions() -> list[str]:
-    """Versions of everything that computes: of Python, packages and, by its digest, our own code."""
-    code = sha256()
-    root = Path(pdrunet_jax.__file__).parent
-    folders = root / "model", root / "predict" / "engines"
-    for file in sorted([root / "runtime" / "compile.py", *(file for each in folders for file in each.rglob("*.py"))]):
-        code.update(file.read_bytes())
-    installed = []
-    for name in _VERSIONED:
-        try:
-            installed.append(metadata.version(name))
-        except metadata.PackageNotFoundError:
-            installed.append("")
-    return [code.hexdigest(), platform.python_version(), platform.machine(), *installed]
+    return key_of(digests, versions(*_CODE)) if digests[0] else ""
