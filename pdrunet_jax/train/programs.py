@@ -77,7 +77,8 @@ class StepPrograms:
             leaves, structure = jax.tree.flatten((params, stats))
 
             def flat(leaves: list[jax.Array], batch: Batch) -> Metrics:
-                return eval_step(config, graphdef, outputs, *jax.tree.unflatten(structure, leaves), batch)
+                params, stats = jax.tree.unflatten(structure, leaves)
+                return eval_step(config, graphdef, outputs, params, stats, batch)
 
             metrics: Metrics = self._eval(flat, leaves, batch)
             return metrics

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -167,9 +168,10 @@ class _Step(NamedTuple):
 class StepLog:
     """Steps whose results the device has not delivered yet.
 
-    A step is reported after the next one has started, so that the device never waits for the log. Divergence is noticed
-    then, or at the latest by `flush`, which precedes every checkpoint. Only the process that `writes` puts a report of
-    it, with the training `samples` concerned, into the run folder.
+    A step is reported after the next one has started, so that the device never waits for the log. A single process on a
+    CPU reports it at once: it is done when its function returns. Divergence is noticed then, or at the latest by
+    `flush`, which precedes every checkpoint. Only the process that `writes` puts a report of it, with the training
+    `samples` concerned, into the run folder.
 
     Training starts from `step`, and each step has `batch_size` images.
     """
@@ -189,12 +191,14 @@ class StepLog:
         self._unchecked.append(_Step(before, index, metrics))
 
     def report(self, state: TrainState, progress: Progress, metrics: Metrics, *, due: bool) -> None:
-        """Log the last step that was due, and keep this one for the next call if it is. Raises `DivergedError`."""
+        """Log the last step that was due; this one, if it is, now or at the next call. Raises `DivergedError`."""
         # On a CPU the step is done by now; elsewhere its end is when its results arrive.
         end = self.clock.now() if _is_ready(metrics["loss"]) else None
         self._write(state)
         if due:
             self._pending = progress, metrics, end
+        if end is not None and jax.process_count() == 1:  # several notice divergence together, in the same step
+            self._write(state)
 
     def flush(self, state: TrainState) -> None:
         """Wait for the device and log everything. Raises `DivergedError`."""
