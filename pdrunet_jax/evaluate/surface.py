@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 Mask = NDArray[np.bool_]
 
@@ -59,7 +58,9 @@ def distances(prediction: Mask, truth: Mask, *, spacing: Sequence[float] | None 
         nsd = 0.0 if prediction.any() or truth.any() else math.nan
         return Distances(hd95=math.nan, assd=math.nan, nsd=nsd)
 
-    (box,) = ndimage.find_objects((prediction | truth).astype(np.uint8))
+    import scipy.ndimage  # takes a quarter of a second; training needs it at its end alone
+
+    (box,) = scipy.ndimage.find_objects((prediction | truth).astype(np.uint8))
     predicted, true = _boundary(prediction[box]), _boundary(truth[box])
     there, back = _directed(predicted, true, sampling), _directed(true, predicted, sampling)
     both = np.concatenate([there, back])
@@ -91,8 +92,12 @@ def _boundary(mask: Mask) -> Mask:
 
 def _directed(start: Mask, goal: Mask, sampling: Sequence[float]) -> NDArray[np.float64]:
     """Distance from each pixel of `start` to the nearest pixel of `goal`; both are non-empty."""
+    import scipy.ndimage
+
     # Few pixels need a distance: compute it from nearest-pixel indices and skip the full distance array.
-    nearest = ndimage.distance_transform_edt(~goal, sampling=sampling, return_distances=False, return_indices=True)
+    nearest = scipy.ndimage.distance_transform_edt(
+        ~goal, sampling=sampling, return_distances=False, return_indices=True
+    )
     here = np.nonzero(start)
     rows, columns = ((nearest[axis][here] - here[axis]) * sampling[axis] for axis in (0, 1))
     return np.sqrt(rows * rows + columns * columns)
