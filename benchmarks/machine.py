@@ -32,6 +32,11 @@ def _processor() -> str:
     return platform.machine()
 
 
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment with `variables`, for a program that keeps its bytecode, as installed ones do."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | variables
+
+
 def roofline(precision: str = "float32") -> dict[str, float]:
     """Peak matrix product in FLOP/s and peak copy bandwidth in bytes/s, measured with PyTorch: the best of 10 each."""
     import torch

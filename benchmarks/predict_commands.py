@@ -7,7 +7,6 @@ The store of the commands is warm. Wall time is what a user waits for; CPU time 
 
 import dataclasses
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -132,7 +131,7 @@ def contenders(inputs: str, out: str) -> dict[str, list[str]]:
 
 def timed(command: Sequence[str], folder: Path) -> dict[str, float]:
     """Wall and CPU seconds of a process, and its peak memory."""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
+    environment = machine.environment(XDG_CACHE_HOME=str(folder / "cache"), JAX_PLATFORMS="cpu")
     done = subprocess.run(
         [sys.executable, "-S", "-c", LAUNCHER, sys.executable, *command],
         cwd=folder, env=environment, capture_output=True, text=True, check=False,

@@ -6,7 +6,6 @@ metrics.jsonl; the process is then killed.
 """
 
 import dataclasses
-import os
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,11 @@ def import_seconds(module: str, rounds: int) -> float:
     """Median time to import `module` in a fresh process, without interpreter start-up."""
     code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
     return statistics.median(
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=machine.environment()
+            ).stdout
+        )
         for _ in range(rounds)
     )
 
@@ -53,7 +56,7 @@ def first_step_seconds(folder: Path, cache: Path, number: int, options: Options)
     command += ["--data.root", str(folder / "data"), "--data.size", str(options.size), "--train.batch-size", "1"]
     command += ["--model.filters", str(options.filters), "--train.steps", "50", "--train.log-every", "1"]
     command += ["--train.eval-every", "1000", "--tracking.wandb", "disabled"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    environment = machine.environment(XDG_CACHE_HOME=str(cache))
     metrics = workdir / "metrics.jsonl"
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)

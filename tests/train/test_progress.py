@@ -75,6 +75,13 @@ def test_what_is_due_at_each_step() -> None:
     assert Progress(data="x", step=31).finished(SETTINGS)  # a run whose configuration asks for fewer steps now
 
 
+class NotReady(float):
+    """A result that the device has not delivered yet."""
+
+    def is_ready(self) -> bool:
+        return False
+
+
 def test_images_per_second_are_those_of_training_also_before_and_after_a_validation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +102,19 @@ def test_images_per_second_are_those_of_training_also_before_and_after_a_validat
             now[0] += 50.0  # a validation
             log.clock.restart()
     assert rates == [4.0] * 6
+
+
+def test_a_step_that_is_done_is_reported_at_once_and_another_when_the_next_has_started(tmp_path: Path) -> None:
+    seen: list[int] = []
+    tracker: Any = SimpleNamespace(log=lambda step, _: seen.append(step))
+    state: Any = SimpleNamespace(diverged=False)
+    log, progress = StepLog(RunFolder(tmp_path), [], tracker, 0, 8, writes=False), Progress(data="x")
+    for step, done in enumerate((True, False, False, True), 1):
+        metrics: Any = dict.fromkeys(("dice", "grad_norm", "learning_rate"), 1.0) | {"diverged": False}
+        metrics["loss"] = np.float32(1.0) if done else NotReady(1.0)
+        progress = progress.advanced(np.array([0]))
+        log.report(state, progress, metrics, due=True)
+        assert seen == {1: [1], 2: [1], 3: [1, 2], 4: [1, 2, 3, 4]}[step]
 
 
 def test_a_clock_that_stands_still_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
