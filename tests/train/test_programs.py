@@ -63,10 +63,9 @@ def test_stored_steps_give_the_same_bits_and_only_for_the_same_settings(
         assert same(stored(moved), want)
 
     # A damaged one is made again.
-    for entry in entries:
-        entry.write_bytes(entry.read_bytes()[:-1])
+    entries[0].write_bytes(entries[0].read_bytes()[:-1])
     assert same(stored(CONFIG), want)
-    assert capsys.readouterr().err.count("is removed and made again") == 2
+    assert capsys.readouterr().err.count("is removed and made again") == 1
 
     # Other settings have steps of their own.
     other = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, learning_rate=0.02))
