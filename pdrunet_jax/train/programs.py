@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from pdrunet_jax.config import MAY_CHANGE, OF_THE_END, Config, diff
-from pdrunet_jax.model.execution import Execution
+from pdrunet_jax.model.execution import Execution, custom_calls
 from pdrunet_jax.model.layers import State
 from pdrunet_jax.runtime.programs import Program, is_possible, load_program, make_program
 from pdrunet_jax.runtime.store import program_key
@@ -100,5 +100,5 @@ class _Stored:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self._program is None:
-            self._program = self._load() or make_program(self._key, function, arguments, self._donate)
+            self._program = self._load() or make_program(self._key, function, arguments, self._donate, custom_calls())
         return self._program(*arguments)
