@@ -81,7 +81,7 @@ class Execution:
 
     def for_dtypes(self, compute: DTypeLike, parameters: DTypeLike) -> Self:
         """This execution, with the fused path in the place of the native one where its kernels lack the dtypes."""
-        if self.path == "native" and not (compute == parameters and compute in native.DTYPES):
+        if self.path == "native" and not (compute == parameters and native.has_kernels(compute)):
             return dataclasses.replace(self, path="fused")
         return self
 
@@ -105,9 +105,9 @@ def note_on(conv: str) -> str | None:
     return f"convolutions run on XLA's kernels, two to three times slower than this package's own: {reason}"
 
 
-def custom_calls() -> tuple[str, ...]:
-    """Names of the custom calls that compiled programs may contain; they are registered where they can be."""
-    return native_library.CALLS if on_cpu() and native_library.problem() is None else ()
+def custom_calls(dtype: str = "float32") -> tuple[str, ...]:
+    """Names of the custom calls that programs in `dtype` may contain; they are registered where they can be."""
+    return native_library.calls(dtype) if on_cpu() and native_library.problem(dtype) is None else ()
 
 
 def run_block(block: BlockBase, x: Activation, *, train: bool, execution: Execution) -> Activation:

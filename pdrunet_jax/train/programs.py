@@ -44,9 +44,10 @@ class StepPrograms:
         self._stored = mesh is None and is_possible()
         if self._stored:
             path = Execution.of(config.model.conv).path
+            calls = custom_calls("float64" if config.train.precision == "float64" else "float32")
             about = diff(Config(), config, ignore=_WITHOUT_EFFECT), outputs, swapped, path
-            self._train = _Stored(program_key((), "train", *about), donate=(0,), ahead=True)
-            self._eval = _Stored(program_key((), "eval", *about, config.train.eval_batch_size))
+            self._train = _Stored(program_key((), "train", *about), calls, donate=(0,), ahead=True)
+            self._eval = _Stored(program_key((), "eval", *about, config.train.eval_batch_size), calls)
 
     def train_step(self, graphdef: Graph) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         """What `make_train_step` makes."""
@@ -89,8 +90,8 @@ class StepPrograms:
 class _Stored:
     """A function of lists and dictionaries of arrays: its stored program, or one that is made at the first call."""
 
-    def __init__(self, key: str, *, donate: tuple[int, ...] = (), ahead: bool = False) -> None:
-        self._key, self._donate = key, donate
+    def __init__(self, key: str, calls: tuple[str, ...], *, donate: tuple[int, ...] = (), ahead: bool = False) -> None:
+        self._key, self._calls, self._donate = key, calls, donate
         self._program: Program | None = None
         self._load: Callable[[], Program | None] = lambda: load_program(key, donate)
         if ahead:
@@ -100,5 +101,5 @@ class _Stored:
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         if self._program is None:
-            self._program = self._load() or make_program(self._key, function, arguments, self._donate, custom_calls())
+            self._program = self._load() or make_program(self._key, function, arguments, self._donate, self._calls)
         return self._program(*arguments)

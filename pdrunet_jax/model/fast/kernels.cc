@@ -1,5 +1,7 @@
 // Convolution with the passes around it, forward and backward, for CPUs: custom calls of XLA.
 //
+// Compiled for arrays of ELEMENT, float or double.
+//
 // Activations are (N, H, C, W): each row of an image holds its channels one after the other, so that a vector is a run
 // of neighbouring pixels of one channel. Any number of channels then fills the vectors, and a dilation is an offset.
 //
@@ -669,51 +671,33 @@ Ends<T> ends(ffi::AnyBuffer z, ffi::AnyBuffer norm, ffi::AnyBuffer skip, ffi::An
   return {z.typed_data<T>(), s[0] * s[1], s[2], s[3], Norm<T>(norm, s[2]), optional<T>(skip), Norm<T>(skip_norm, s[2])};
 }
 
-// Call f with a value of the arrays' type.
-template <typename F>
-ffi::Error dispatch(ffi::AnyBuffer array, const F& f) {
-  if (array.element_type() == ffi::DataType::F32) {
-    f(float{});
-  } else if (array.element_type() == ffi::DataType::F64) {
-    f(double{});
-  } else {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "arrays must be float32 or float64");
-  }
-  return ffi::Error::Success();
-}
-
 ffi::Error forward_call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer kernel, ffi::AnyBuffer norm,
                         ffi::AnyBuffer bias, ffi::AnyBuffer added, ffi::Result<ffi::AnyBuffer> z,
                         ffi::Result<ffi::AnyBuffer> moments, Size d, bool measured) {
-  return dispatch(x, [&](auto type) {
-    forward<decltype(type)>(pool, x, kernel, norm, bias, added, *z, *moments, d, measured);
-  });
+  forward<ELEMENT>(pool, x, kernel, norm, bias, added, *z, *moments, d, measured);
+  return ffi::Error::Success();
 }
 
 ffi::Error backward_call(ffi::ThreadPool pool, ffi::AnyBuffer g, ffi::AnyBuffer z, ffi::AnyBuffer back,
                          ffi::AnyBuffer x, ffi::AnyBuffer norm, ffi::AnyBuffer kernel, ffi::AnyBuffer added,
                          ffi::Result<ffi::AnyBuffer> d_x, ffi::Result<ffi::AnyBuffer> d_kernel,
                          ffi::Result<ffi::AnyBuffer> sums, Size d) {
-  return dispatch(x, [&](auto type) {
-    backward<decltype(type)>(pool, g, z, back, x, norm, kernel, added, *d_x, *d_kernel, *sums, d);
-  });
+  backward<ELEMENT>(pool, g, z, back, x, norm, kernel, added, *d_x, *d_kernel, *sums, d);
+  return ffi::Error::Success();
 }
 
 ffi::Error end_call(ffi::ThreadPool pool, ffi::AnyBuffer z, ffi::AnyBuffer norm, ffi::AnyBuffer skip,
                     ffi::AnyBuffer skip_norm, ffi::Result<ffi::AnyBuffer> out) {
-  return dispatch(z, [&](auto type) {
-    using T = decltype(type);
-    ends<T>(z, norm, skip, skip_norm).forward(pool, out->typed_data<T>());
-  });
+  ends<ELEMENT>(z, norm, skip, skip_norm).forward(pool, out->typed_data<ELEMENT>());
+  return ffi::Error::Success();
 }
 
 ffi::Error end_gradient_call(ffi::ThreadPool pool, ffi::AnyBuffer d_out, ffi::AnyBuffer z, ffi::AnyBuffer norm,
                              ffi::AnyBuffer skip, ffi::AnyBuffer skip_norm, ffi::Result<ffi::AnyBuffer> d_y,
                              ffi::Result<ffi::AnyBuffer> sums) {
-  return dispatch(z, [&](auto type) {
-    using T = decltype(type);
-    ends<T>(z, norm, skip, skip_norm).backward(pool, d_out.typed_data<T>(), d_y->typed_data<T>(), sums->typed_data<T>());
-  });
+  ends<ELEMENT>(z, norm, skip, skip_norm)
+      .backward(pool, d_out.typed_data<ELEMENT>(), d_y->typed_data<ELEMENT>(), sums->typed_data<ELEMENT>());
+  return ffi::Error::Success();
 }
 
 }  // namespace

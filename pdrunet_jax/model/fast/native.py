@@ -3,17 +3,16 @@
 Activations are in the row layout, (N, H, C, W): see `fast/phases.py`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pdrunet_jax.model.fast import native_library
 from pdrunet_jax.runtime.errors import UserError
-
-DTYPES = (jnp.float32, jnp.float64)
-"""Dtypes of the kernels."""
 
 
 def require_kernels() -> None:
@@ -24,6 +23,21 @@ def require_kernels() -> None:
         reason = native_library.problem()
     if reason is not None:
         raise UserError(f"model.conv = native needs its kernels, and {reason}; use model.conv = auto")
+
+
+def has_kernels(dtype: DTypeLike) -> bool:
+    """Whether there are kernels for arrays of `dtype` on this computer."""
+    name = jnp.dtype(dtype).name
+    return name in native_library.ELEMENTS and native_library.problem(name) is None
+
+
+def _call(function: str, results: Sequence[tuple[int, ...]], operands: Sequence[jax.Array], **options: Any) -> Any:
+    """Call a function of the library. Raises `ValueError` if there is none for the operands' dtype."""
+    dtype = operands[0].dtype
+    if not has_kernels(dtype):
+        raise ValueError(f"the kernels of model.conv = native take float32 and float64, not {dtype}")
+    forms = [jax.ShapeDtypeStruct(shape, dtype) for shape in results]
+    return jax.ffi.ffi_call(f"{function}_{dtype}", forms)(*operands, **options)
 
 
 class Norm(NamedTuple):
@@ -71,10 +85,9 @@ def forward(
     """
     n, height, _, width = x.shape
     outputs = kernel.shape[-1]
-    shapes = (jax.ShapeDtypeStruct(shape, x.dtype) for shape in ((n, height, outputs, width), (2, outputs)))
-    call: Any = jax.ffi.ffi_call("pdrunet_forward", tuple(shapes))
     operands = _operands(x, kernel, norm, bias, added)
-    z, (mean, var) = call(*operands, dilation=np.int64(dilation), moments=moments)
+    results = (n, height, outputs, width), (2, outputs)
+    z, (mean, var) = _call("pdrunet_forward", results, operands, dilation=np.int64(dilation), moments=moments)
     return z, (mean, var)
 
 
@@ -103,18 +116,16 @@ def gradients(
         The gradient of x; with `norm` before the ReLU, zero where that was closed. The kernel's. With `norm`, the sums
         of the first, and of its products with (x - mean), over all pixels, (C,) each.
     """
-    shapes = (jax.ShapeDtypeStruct(shape, x.dtype) for shape in (x.shape, kernel.shape, (2, x.shape[2])))
-    call: Any = jax.ffi.ffi_call("pdrunet_backward", tuple(shapes))
+    results = x.shape, kernel.shape, (2, x.shape[2])
     z, rest = (None, None) if back is None else (back.z, back[1:])
     operands = _operands(g, z, rest, x, norm, kernel, added, dtype=x.dtype)
-    d_x, d_kernel, (first, second) = call(*operands, dilation=np.int64(dilation))
+    d_x, d_kernel, (first, second) = _call("pdrunet_backward", results, operands, dilation=np.int64(dilation))
     return d_x, d_kernel, (first, second)
 
 
 def end(z: jax.Array, norm: Norm, skip: jax.Array | None = None, skip_norm: Norm | None = None) -> jax.Array:
     """relu(norm(z) + skip), or relu(norm(z) + relu(skip_norm(skip))); all (N, H, C, W)."""
-    call: Any = jax.ffi.ffi_call("pdrunet_end", jax.ShapeDtypeStruct(z.shape, z.dtype))
-    out: jax.Array = call(*_operands(z, norm, skip, skip_norm))
+    (out,) = _call("pdrunet_end", [z.shape], _operands(z, norm, skip, skip_norm))
     return out
 
 
@@ -125,9 +136,8 @@ def end_gradient(
 
     Also its sums, and those of its products with (z - mean), over all pixels, (C,) each.
     """
-    shapes = (jax.ShapeDtypeStruct(shape, z.dtype) for shape in (z.shape, (2, z.shape[2])))
-    call: Any = jax.ffi.ffi_call("pdrunet_end_gradient", tuple(shapes))
-    d_y, (first, second) = call(*_operands(d_out, z, norm, skip, skip_norm))
+    operands = _operands(d_out, z, norm, skip, skip_norm)
+    d_y, (first, second) = _call("pdrunet_end_gradient", (z.shape, (2, z.shape[2])), operands)
     return d_y, (first, second)
 
 

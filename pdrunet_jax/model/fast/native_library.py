@@ -1,6 +1,6 @@
 """The kernels of `kernels.cc` as custom calls of XLA: compiled for this processor by its C++ compiler.
 
-That takes about ten seconds, once: the library is kept in the user's cache folder.
+That takes some seconds, once: the library is kept in the user's cache folder.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from functools import cache
+import threading
 from importlib import metadata
 from pathlib import Path
 
@@ -20,8 +20,11 @@ import jax
 
 from pdrunet_jax.runtime.store import discard_entry, key_of, read_entry, write_entry
 
-CALLS = ("pdrunet_forward", "pdrunet_backward", "pdrunet_end", "pdrunet_end_gradient")
-"""Names of the custom calls, and of the functions in the library."""
+FUNCTIONS = ("pdrunet_forward", "pdrunet_backward", "pdrunet_end", "pdrunet_end_gradient")
+"""Functions of a library. The custom calls have these names, with the dtype behind."""
+
+ELEMENTS = {"float32": "float", "float64": "double"}
+"""The dtypes, and their names in C++. Each has a library of its own, since float64 is for tests."""
 
 COMPILERS = ("c++", "g++", "clang++")
 """Tried in this order, unless the environment variable CXX names another."""
@@ -32,26 +35,37 @@ SOURCE = Path(__file__).with_name("kernels.cc")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _SECONDS = 300  # for the compiler
 
+_lock = threading.Lock()
+_problems: dict[str, str | None] = {}  # what `problem` has found
+
 
 class UnavailableError(Exception):
     """The kernels cannot be used here; the message says why."""
 
 
-@cache
-def problem() -> str | None:
-    """Load the kernels, compiled if need be, and register their custom calls. Why they cannot be used, or None."""
-    try:
-        library = _open()
-    except UnavailableError as error:
-        return str(error)
-    for call in CALLS:
-        jax.ffi.register_ffi_target(call, jax.ffi.pycapsule(getattr(library, call)), platform="cpu")
-    return None
+def problem(dtype: str = "float32") -> str | None:
+    """Load the kernels for `dtype`, compiled if need be, and register their calls. Why they cannot be used, or None."""
+    with _lock:
+        if dtype not in _problems:
+            try:
+                library = _open(dtype)
+            except UnavailableError as error:
+                _problems[dtype] = str(error)
+                return str(error)
+            for name, call in zip(FUNCTIONS, calls(dtype), strict=True):
+                jax.ffi.register_ffi_target(call, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            _problems[dtype] = None
+        return _problems[dtype]
 
 
-def _open() -> ctypes.CDLL:
-    compiler = _compiler()
-    command = [*compiler, *_FLAGS, *_processor_flags(), "-I", jax.ffi.include_dir()]
+def calls(dtype: str = "float32") -> tuple[str, ...]:
+    """Names of the custom calls for `dtype`, in the order of `FUNCTIONS`."""
+    return tuple(f"{name}_{dtype}" for name in FUNCTIONS)
+
+
+def _open(dtype: str = "float32") -> ctypes.CDLL:
+    element = f"-DELEMENT={ELEMENTS[dtype]}"
+    command = [*_compiler(), *_FLAGS, *_processor_flags(), element, "-I", jax.ffi.include_dir()]
     key = key_of(hashlib.sha256(SOURCE.read_bytes()).hexdigest(), metadata.version("jaxlib"), command, _processor())
     if stored := read_entry("kernels", key):
         try:
@@ -123,7 +137,7 @@ def _load(library: bytes) -> ctypes.CDLL:
         path.write_bytes(library)
         try:
             opened = ctypes.CDLL(str(path))
-            _ = [getattr(opened, call) for call in CALLS]
+            _ = [getattr(opened, name) for name in FUNCTIONS]
         except (OSError, AttributeError) as error:
             raise UnavailableError(f"the compiled {SOURCE.name} does not load: {error}") from error
         return opened
