@@ -43,7 +43,7 @@ parity: .venv/installed-dev  ## Compare with PyTorch and print the error budget
 stress: .venv/installed-dev  ## Run the long form of the tests: 200 kills, 50 signals, full disks, damage, fuzzing
 	$(PYTEST) tests/faults tests/data tests/predict tests/distributed tests/export --stress --timeout 3600
 
-gpu-check: .venv/installed-dev  ## Compile for NVIDIA GPUs that are not there, and check the programs (3 minutes, Linux x86-64)
+gpu-check: .venv/installed-dev  ## Compile for NVIDIA GPUs that are not there, and check the programs (4 minutes, Linux x86-64)
 	@version=$$(sed -n 's/^jaxlib==//p' constraints.txt); \
 	if [ -d .gpu/jax_plugins ] || $(PIP) --no-deps --target .gpu "jax-cuda12-pjrt==$$version" "jax-cuda12-plugin==$$version"; \
 	then PYTHONPATH=.gpu $(BIN)/python -m gpu_check; \
