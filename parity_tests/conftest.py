@@ -14,6 +14,9 @@ from parity_tests.support.budget import Budget
 
 REPORT = Path(__file__).parent / "report" / "parity_report.json"
 
+LONGEST = ["test_network.py", "test_training.py", "test_prove.py", "test_execution_paths.py"]
+"""They come first, so that no worker is left with one of them at the end."""
+
 SETTINGS = {
     "jax_enable_x64": True,  # float32 cases name their dtype
     "jax_default_matmul_precision": "highest",  # GPUs would convolve in TF32, with errors of 1e-2
@@ -62,6 +65,11 @@ def pytest_testnodedown(node: Any) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BUDGET] = Budget()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).with_name(name): place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -67,10 +67,13 @@ _COMBINATIONS = (
     for shape, shortcut, norm, channels, outputs in itertools.product(
         (ODD, SMALL), ("input", "conv1"), ("batch", "none"), (1, 3), (1, 2, 5)
     )
+    if shape == SMALL or ((shortcut == "conv1") + (norm == "none") + (channels == 3)) % 2 == 0
 )
 
 SWEEP = tuple(case for case in _COMBINATIONS if case not in CASES)
-"""All other combinations of the options, on odd and on small sizes, computed operation by operation."""
+"""All other combinations of the options on small sizes, and half of them on odd sizes: every pair of options is there.
+
+Computed operation by operation."""
 
 
 def state_of(case: Case) -> Arrays:
