@@ -114,19 +114,24 @@ def test_padding_stays_black_and_leaves_the_image_as_if_it_were_alone() -> None:
     wide = jnp.pad(image, ((0, 0), (0, 0), (8, 8), (0, 0)))
     mask = jnp.pad(jnp.ones((3, 24, 8), jnp.uint8), ((0, 0), (0, 0), (8, 8)), constant_values=PADDING)
     keys = sample_keys(jax.random.key(0), jnp.zeros(3, int), jnp.arange(3))
-    alone, _ = augment(image, mask[:, :, 8:16], keys, grey)
-    padded, _ = augment(wide, mask, keys, grey, padded=True)
+    run = jax.jit(augment, static_argnames=("config", "padded"))
+    alone, _ = run(image, mask[:, :, 8:16], keys, grey)
+    padded, _ = run(wide, mask, keys, grey, padded=True)
     np.testing.assert_allclose(padded[:, :, 8:16], alone, atol=1e-6)
     assert not padded[:, :, :8].any()
     turned = AugmentConfig(rotate=40, translate=0.2, scale=0.3, brightness=0.3, noise=0.1, blur=1.0)
-    pictures, masks = augment(wide, mask, keys, turned, padded=True)
+    pictures, masks = run(wide, mask, keys, turned, padded=True)
     assert set(np.unique(masks)) == {1, PADDING}  # what comes from outside is padding, too
     assert not np.asarray(pictures)[np.asarray(masks) == PADDING].any()
 
 
 def test_padding_counts_in_no_loss_and_no_score() -> None:
     config = config_io.from_dict(
-        {"data": {"fit": "pad"}, "model": {"filters": 4, "dropout": 0.0, "conv": "plain"}, "train": {"steps": 2}},
+        {
+            "data": {"fit": "pad"},
+            "model": {"name": "unet", "depth": 1, "filters": 4, "dropout": 0.0},
+            "train": {"steps": 2},
+        },
         "test",
     )
     graphdef, state = create_state(config, build_model(config, 1))

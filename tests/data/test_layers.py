@@ -177,12 +177,13 @@ def test_scores_are_those_of_each_class_alone() -> None:
 
 def test_training_learns_both_classes_where_they_overlap(opened: tuple[Dataset, DataConfig]) -> None:
     dataset, data = opened
-    sections = {"model": {"filters": 4, "dropout": 0.0, "conv": "plain"}, "optim": {"learning_rate": 0.01}}
+    network = {"name": "unet", "depth": 1, "filters": 8, "dropout": 0.0}
+    sections = {"model": network, "optim": {"learning_rate": 0.01}}
     config = replace(config_io.from_dict(sections, "test"), data=data)
     graphdef, state = create_state(config, build_model(config, 2))
     step, judge = make_train_step(config, graphdef, 2), make_eval_step(config, graphdef, 2)
     batches = train_batches(dataset, data, batch_size=7, channels=1, seed=0)
-    for _ in range(60):
+    for _ in range(180):
         state, _ = step(state, next(batches))
     batches.close()
     (batch,) = eval_batches(dataset, "all", data, batch_size=12, channels=1)

@@ -24,8 +24,9 @@ CONFIG = """
 size = [32]
 threads = 1
 [model]
+name = "unet"
+depth = 1
 filters = 4
-conv = "plain"
 norm = "none"
 dropout = 0.0
 [train]

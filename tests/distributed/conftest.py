@@ -18,6 +18,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": str(path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
     return Site(path, environment)
 

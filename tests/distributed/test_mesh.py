@@ -36,7 +36,7 @@ def differences(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> dict
 
 
 @pytest.mark.parametrize("path", ["fused", pytest.param("plain", marks=pytest.mark.stress)])
-def test_twenty_steps_on_8_devices_are_those_on_one(path: str, results: Any) -> None:
+def test_training_steps_on_8_devices_are_those_on_one(path: str, results: Any) -> None:
     errors = differences(results.runs[f"{path} on 8"], results.runs[path])
     # On the plain path Adam turns this noise into steps; the fused path has zeros there.
     dead = [errors.pop(name) for name in list(errors) if path == "plain" and name.endswith(DEAD)]

@@ -13,6 +13,7 @@ from PIL import Image
 from pdrunet_jax.runtime.run_folder import RunFolder
 from tests.support.live import (
     EVAL_EVERY,
+    FILTERS,
     SAVE_EVERY,
     STEPS,
     Place,
@@ -119,20 +120,20 @@ def test_a_run_of_version_0_1_resumes(place: Place) -> None:
 def test_a_run_starts_from_trained_weights_and_resumes_without_them(place: Place) -> None:
     weights = shutil.copy(place.undisturbed / "best.safetensors", place.path / "trained.safetensors")
     run = place.path / "second-round"
-    first = place.train("--train.weights", str(weights), "--train.steps", "1", workdir=run)
+    first = place.train("--train.weights", str(weights), workdir=run)  # with the stored programs of other tests
     assert first.returncode == 0, first.stderr
     assert f"started from the weights of {weights}" in first.stdout
     losses = [lines_of(folder)[0]["train/loss"] for folder in (run, place.undisturbed)]
     assert losses[0] < losses[1]
     Path(weights).unlink()
-    again = place.train("--train.weights", str(weights), "--train.steps", "1", workdir=run)
+    again = place.train("--train.weights", str(weights), workdir=run)
     assert again.returncode == 0, again.stderr
-    assert resumed_at(again.stdout) == 1
+    assert resumed_at(again.stdout) == STEPS
 
 
 def test_weights_that_do_not_fit_leave_no_run_behind(place: Place) -> None:
     run = place.path / "unfit"
     result = place.train("--train.weights", str(place.undisturbed), "--model.filters", "5", workdir=run)
     assert result.returncode == 2
-    assert "--model.filters is 5, there it is 4" in result.stderr
+    assert f"--model.filters is 5, there it is {FILTERS}" in result.stderr
     assert not run.exists()

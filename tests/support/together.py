@@ -15,9 +15,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests.support import LONG
 from tests.support.tiny import bright_square, save_image
 
-STEPS, SAVE_EVERY, EVAL_EVERY, BATCH = 20, 5, 10, 8
+STEPS, SAVE_EVERY, EVAL_EVERY, BATCH = (20, 5, 10, 8) if LONG else (10, 5, 5, 8)
+NETWORK = "filters = 2" if LONG else 'name = "unet"\ndepth = 1\nfilters = 2'
 CLOSE = 1e-10
 
 CONFIG = f"""
@@ -32,7 +34,7 @@ test_fraction = 0.2
 flip_horizontal = 0.5
 gamma = 0.3
 [model]
-filters = 2
+{NETWORK}
 [optim]
 ema = 0.9
 [train]

@@ -19,13 +19,14 @@ from pdrunet_jax.train.step import build_model, create_state, make_eval_step, ma
 from tests.support import LONG
 
 IMAGES, SIZE, FILTERS = 16, 16, 4
+STEPS = 20 if LONG else 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     path: str = "fused"
     devices: int = 1
-    steps: int = 20
+    steps: int = STEPS
     accumulate: int = 1
     remat: bool = False
     precision: str = "float64"

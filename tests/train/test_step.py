@@ -11,7 +11,7 @@ from pdrunet_jax.model.pixels import unit_range
 from pdrunet_jax.train.step import build_model, create_state, make_eval_step, make_train_step
 
 SMALL = {
-    "model": {"filters": 4, "dropout": 0.0, "conv": "plain"},
+    "model": {"name": "unet", "depth": 1, "filters": 2, "dropout": 0.0},
     "train": {"steps": 10},
     "optim": {"learning_rate": 0.01},
 }
@@ -156,6 +156,7 @@ def test_bfloat16_keeps_parameters_statistics_and_loss_in_float32() -> None:
     assert kinds == {"float32", "int32"}
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_scaling_is_a_correctly_rounded_division_when_compiled(dtype: str) -> None:
     values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
