@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-UNOPTIMISED = ("faults", "distributed", "train", "export", "compare", "convert", "predict", "model", "data")
+UNOPTIMISED = ("faults", "distributed", "train", "export", "compare", "convert", "model", "data")
 """Folders whose tests check what programs do, not how well they are compiled; those that take longest come first.
 
 In the short form XLA leaves out its last optimisations there, which take most of its time; tests marked `optimised` get
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("jax")))
         os.environ.setdefault("XDG_CACHE_HOME", str(cache.mkdir("home")))  # traced programs, not in the user's folder
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -80,14 +80,13 @@ def weights(tmp_path: Path) -> Path:
 
 DILATED: tuple[dict[str, object], ...] = (
     {"filters": 40},
-    {"outputs": 3, "shortcut": "conv1"},
-    {"in_channels": 3, "norm": "none"},
+    {"outputs": 3, "shortcut": "conv1", "in_channels": 3},
 )
 OTHERS: tuple[dict[str, object], ...] = (
     {"name": "unet", "depth": 2},
     {"name": "unet", "depth": 1, "up": "bilinear_corners", "outputs": 3},
     {"name": "fusionnet", "depth": 2, "down": "stride", "up": "bilinear"},
-    {"name": "fusionnet", "depth": 1},
+    {"name": "fusionnet", "depth": 1, "norm": "none"},
 )
 
 
@@ -97,7 +96,7 @@ OTHERS: tuple[dict[str, object], ...] = (
     ids=str,
 )
 def test_a_file_agrees_with_the_model_it_was_made_of(form: str, options: dict[str, object], tmp_path: Path) -> None:
-    size = (45, 38) if "name" in options else (64, 64)
+    size = (45, 38) if "name" in options else (32, 48)
     source = save_model(trained(**options), tmp_path / "a.safetensors", size=size, **options)
     lines = export(source, tmp_path / "file", format=form)
     assert "agrees with the model on 5 images" in lines[-1]
@@ -163,6 +162,7 @@ def test_options_that_contradict_each_other_are_refused(
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_network_sees_pillows_pixels_bit_for_bit(form: str) -> None:
     """Seen through a model whose logits are 32 times its input, less 16."""
@@ -176,6 +176,7 @@ def test_the_network_sees_pillows_pixels_bit_for_bit(form: str) -> None:
         np.testing.assert_array_equal(seen, resize_image(pixels[0], (24, 40)), err_msg=str(shape))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_model_that_pads_is_followed_bit_for_bit(form: str) -> None:
     model, size = brightness_model(), (24, 40)
@@ -195,6 +196,7 @@ def test_a_model_of_a_fixed_spacing_is_refused(tmp_path: Path) -> None:
         export(weights, tmp_path / "x.onnx", format="onnx")
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_pillow_that_always_starts_horizontally_is_followed(form: str) -> None:
     run = opened(brightness_model(), form, (16, 16), tall_first=False)
