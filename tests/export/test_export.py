@@ -90,9 +90,13 @@ OTHERS: tuple[dict[str, object], ...] = (
 )
 
 
+AGREEING = [*product(FORMATS, DILATED), *product(FORMATS, OTHERS[:1]), *product(["onnx"], OTHERS[1:])]
+
+
+# A network of the public width takes longer to run than to compile.
 @pytest.mark.parametrize(
     ("form", "options"),
-    [*product(FORMATS, DILATED), *product(FORMATS, OTHERS[:1]), *product(["onnx"], OTHERS[1:])],
+    [pytest.param(*case, marks=pytest.mark.optimised if case[1] == DILATED[0] else ()) for case in AGREEING],
     ids=str,
 )
 def test_a_file_agrees_with_the_model_it_was_made_of(form: str, options: dict[str, object], tmp_path: Path) -> None:
