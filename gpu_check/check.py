@@ -89,7 +89,8 @@ LONG_FORM = [
     Case("train", "pallas", "bfloat16", remat=True),
     Case("train", "pallas", "float32"),
 ]
-"""Cases left out by default: of each, the same path and the same property are checked in another one."""
+"""Cases left out by default: combinations of a path with a precision or rematerialisation, each of which is checked in
+another case. TF32, and training by the Pallas kernels in float32, are compiled only with them."""
 CONTROL = Case("train", "plain", "bfloat16")
 """Must fail: XLA computes its filter gradients as convolutions with an image in the place of a kernel."""
 
