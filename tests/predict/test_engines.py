@@ -12,6 +12,7 @@ from PIL import Image
 from pdrunet_jax.evaluate.__main__ import main as evaluate
 from pdrunet_jax.model.ensemble import Ensemble
 from pdrunet_jax.model.ensemble import average_logits as jax_average
+from pdrunet_jax.model.execution import custom_calls
 from pdrunet_jax.model.load import load_model
 from pdrunet_jax.model.pixels import average_logits
 from pdrunet_jax.predict.__main__ import main
@@ -29,6 +30,7 @@ from tests.support.tiny import brightness_model, network, save_dataset, save_ima
 
 @pytest.fixture(autouse=True)
 def own_store(tmp_path, monkeypatch):
+    custom_calls()  # the kernels for CPUs stay in the store of all tests
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
