@@ -12,7 +12,7 @@ import pytest
 from parity_tests.support.budget import Budget
 from parity_tests.support.case import Arrays
 from parity_tests.support.compare import compare_paths
-from parity_tests.support.sharded import SPLITS
+from parity_tests.support.sharded import ENVIRONMENT, SPLITS
 from parity_tests.test_execution_paths import outcome
 
 INTACT = [name for name, split in SPLITS.items() if split.broken is None]
@@ -22,7 +22,7 @@ INTACT = [name for name, split in SPLITS.items() if split.broken is None]
 def split_outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Arrays]:
     folder = tmp_path_factory.mktemp("sharded")
     search = (str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(search)}
     subprocess.run([sys.executable, "-m", "parity_tests.support.sharded", folder], check=True, env=environment)
     return {name: dict(np.load(folder / f"{name}.npz")) for name in SPLITS}
 

@@ -1,7 +1,8 @@
 """Compute the network on 4 virtual devices of this CPU, in a process of its own.
 
 `python -m parity_tests.support.sharded FOLDER` writes NAME.npz for each of `SPLITS`. The number of devices is fixed
-when JAX starts, and the other tests need one.
+when JAX starts, and the other tests need one: `ENVIRONMENT` has to be set before, since the tests ask for JAX's devices
+when they are imported.
 """
 
 import dataclasses
@@ -18,6 +19,8 @@ from parity_tests.support.case import Case
 from parity_tests.test_execution_paths import compute_outcome
 from pdrunet_jax.model.fast import block, convolution
 from pdrunet_jax.runtime.devices import make_mesh
+
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
 
 CASE = Case(shape=(4, 64, 32))
 PYRAMID = Case(depth=1, shape=(4, 11, 8), path="fused")
@@ -56,8 +59,6 @@ SPLITS = {
 
 def main(folder: Path) -> None:
     """Compute all of `SPLITS`."""
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 4)
     for name, value in SETTINGS.items():
         jax.config.update(name, value)
     for name, split in SPLITS.items():
