@@ -109,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"| | seconds to a validation Dice of {options.dice} | steps |\n|---|---|---|")
     for side, found in sides.items():
         print(f"| {side} | {np.median([run['seconds'] for run in found]):.0f} | {found[0]['step']:.0f} |")
-    output.write({"machine": machine.facts(), "settings": dataclasses.asdict(options), "runs": sides}, options.output)
+    settings = {name: value for name, value in vars(options).items() if isinstance(value, int | float)}
+    output.write({"machine": machine.facts(), "settings": settings, "runs": sides}, options.output)
 
 
 if __name__ == "__main__":
