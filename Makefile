@@ -19,7 +19,7 @@ help:  ## List the targets
 venv: .venv/installed  ## Create .venv with the package and its required dependencies
 dev: .venv/installed-dev  ## Add what tests, linting and types need
 
-demo: .venv/installed  ## Train on synthetic bone X-rays; ends with test scores and a report (4 minutes)
+demo: .venv/installed  ## Train on synthetic bone X-rays; ends with test scores and a report (2 minutes)
 	$(BIN)/python -m pdrunet_jax.train --config phantom
 
 web: pdrunet_jax/export/page.html  ## Build the page for export --format html, and test its modules (Node.js 20 or later)
