@@ -13,7 +13,7 @@ from jax import lax
 
 from pdrunet_jax.model.execution import Execution, note_on
 from pdrunet_jax.model.fast import native, native_library
-from pdrunet_jax.model.fast.native import BackwardNorm, Norm
+from pdrunet_jax.model.fast.block import BackwardNorm, Norm
 from pdrunet_jax.runtime.errors import UserError
 
 needs_kernels = pytest.mark.skipif(native_library.problem() is not None, reason=str(native_library.problem()))

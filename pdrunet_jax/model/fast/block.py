@@ -41,6 +41,25 @@ class LayerWeights(NamedTuple):
     """(K,), in the statistics' dtype."""
 
 
+class Norm(NamedTuple):
+    """Normalisation of a convolution's result: (z - mean) * factor + shift, (C,) each."""
+
+    mean: jax.Array
+    factor: jax.Array
+    shift: jax.Array
+
+
+class BackwardNorm(NamedTuple):
+    """Gradient through a normalisation, from the gradient g of its result: factor * g - slope * (z - mean) - offset."""
+
+    z: jax.Array
+    """Result of the convolution, in the layout of the kernels that take it."""
+    mean: jax.Array
+    factor: jax.Array
+    slope: jax.Array
+    offset: jax.Array
+
+
 class Normalised(NamedTuple):
     """A convolution's result with its mean and inverse standard deviation."""
 

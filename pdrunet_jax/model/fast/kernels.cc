@@ -136,6 +136,17 @@ struct Norm {
   T operator()(T value, Size c) const { return (value - mean[c]) * factor[c] + shift[c]; }
 };
 
+// One channel of one row of a convolution's input: relu(norm(from)), or `from` without a normalisation.
+template <typename T>
+void fill_input(const T* from, const Norm<T>& norm, Size c, Size width, T* to) {
+  if (!norm) {
+    std::memcpy(to, from, width * sizeof(T));
+    return;
+  }
+  const T mean = norm.mean[c], factor = norm.factor[c], shift = norm.shift[c];
+  for (Size j = 0; j < width; ++j) to[j] = relu((from[j] - mean) * factor + shift);
+}
+
 template <typename T>
 const T* optional(const ffi::AnyBuffer& values) {
   return values.element_count() ? values.typed_data<T>() : nullptr;
@@ -390,13 +401,7 @@ struct Forward {
       ring.restart(std::max<Size>(0, unit.begin - half));
       for (Size q = unit.begin; q < unit.end; ++q) {
         ring.advance(std::min(unit.rows, q + half + 1), [&](Size row, Size c, T* to) {
-          const T* from = x + ((unit.first + row * d) * channels + c) * width;
-          if (!norm) {
-            std::memcpy(to, from, width * sizeof(T));
-          } else {
-            const T mean = norm.mean[c], factor = norm.factor[c], shift = norm.shift[c];
-            for (Size j = 0; j < width; ++j) to[j] = relu((from[j] - mean) * factor + shift);
-          }
+          fill_input(x + ((unit.first + row * d) * channels + c) * width, norm, c, width, to);
         });
         const Size at = (unit.first + q * d) * outputs * width;
         convolve_row(ring, weights, d, unit.rows, q, z + at);
@@ -479,7 +484,9 @@ struct Backward {
       g_ring.restart(std::max<Size>(0, unit.begin - half));
       for (Size q = unit.begin; q < unit.end; q += together) {
         const Size stop = std::min(unit.end, q + together), last = std::min(unit.rows, stop + half);
-        x_ring.advance(last, [&](Size row, Size c, T* to) { fill_x(unit.first + row * d, c, to); });
+        x_ring.advance(last, [&](Size row, Size c, T* to) {
+          fill_input(x + ((unit.first + row * d) * channels + c) * width, norm, c, width, to);
+        });
         g_ring.advance(last, [&](Size row, Size k, T* to) { fill_g(unit.first + row * d, k, to); });
         for (Size row = q; row < stop; ++row) {
           const Size at = unit.first + row * d;
@@ -491,16 +498,6 @@ struct Backward {
       }
     }
     flush(totals, part);
-  }
-
-  void fill_x(Size row, Size c, T* to) const {
-    const T* from = x + (row * channels + c) * width;
-    if (!norm) {
-      std::memcpy(to, from, width * sizeof(T));
-      return;
-    }
-    const T mean = norm.mean[c], factor = norm.factor[c], shift = norm.shift[c];
-    for (Size j = 0; j < width; ++j) to[j] = relu((from[j] - mean) * factor + shift);
   }
 
   void fill_g(Size row, Size k, T* to) const {

@@ -4,7 +4,7 @@ Activations are in the row layout, (N, H, C, W): see `fast/phases.py`.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pdrunet_jax.model.fast import native_library
+from pdrunet_jax.model.fast.block import BackwardNorm, Norm
 from pdrunet_jax.runtime.errors import UserError
 
 
@@ -38,25 +39,6 @@ def _call(function: str, results: Sequence[tuple[int, ...]], operands: Sequence[
         raise ValueError(f"the kernels of model.conv = native take float32 and float64, not {dtype}")
     forms = [jax.ShapeDtypeStruct(shape, dtype) for shape in results]
     return jax.ffi.ffi_call(f"{function}_{dtype}", forms)(*operands, **options)
-
-
-class Norm(NamedTuple):
-    """Normalisation of a convolution's result: (z - mean) * factor + shift, (C,) each."""
-
-    mean: jax.Array
-    factor: jax.Array
-    shift: jax.Array
-
-
-class BackwardNorm(NamedTuple):
-    """Gradient through a normalisation, from the gradient g of its result: factor * g - slope * (z - mean) - offset."""
-
-    z: jax.Array
-    """Result of the convolution, (N, H, C, W)."""
-    mean: jax.Array
-    factor: jax.Array
-    slope: jax.Array
-    offset: jax.Array
 
 
 def forward(

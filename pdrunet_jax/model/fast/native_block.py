@@ -10,9 +10,8 @@ import jax
 from jax import lax
 
 from pdrunet_jax.model.fast import native
-from pdrunet_jax.model.fast.block import LayerWeights, Moments, Shortcut
+from pdrunet_jax.model.fast.block import BackwardNorm, LayerWeights, Moments, Norm, Shortcut
 from pdrunet_jax.model.fast.convolution import EPSILON
-from pdrunet_jax.model.fast.native import BackwardNorm, Norm
 
 
 class _Layer(NamedTuple):

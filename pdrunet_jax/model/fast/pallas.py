@@ -7,7 +7,7 @@ that all layers of a network share a few programs.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
+from pdrunet_jax.model.fast.block import BackwardNorm, Norm
 from pdrunet_jax.model.fast.pallas_tiles import Channels, Tiles, padded
 from pdrunet_jax.model.sharding import psum, pvary
 from pdrunet_jax.runtime.errors import UserError
@@ -40,25 +41,6 @@ def require_nvidia() -> None:
         platform = "GPU of AMD"
     if platform != "gpu":
         raise UserError(f"model.conv = pallas runs on NVIDIA GPUs only, not on a {platform}; use model.conv = auto")
-
-
-class Norm(NamedTuple):
-    """Normalisation of a convolution's result: (z - mean) * factor + shift, (C,) each."""
-
-    mean: jax.Array
-    factor: jax.Array
-    shift: jax.Array
-
-
-class BackwardNorm(NamedTuple):
-    """Gradient through a normalisation, from the gradient g of its result: factor * g - slope * (z - mean) - offset."""
-
-    z: jax.Array
-    """Result of the convolution, (N, H, W, C)."""
-    mean: jax.Array
-    factor: jax.Array
-    slope: jax.Array
-    offset: jax.Array
 
 
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], dtype: DTypeLike) -> jax.Array:

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pdrunet_jax.model.fast import pallas
-from pdrunet_jax.model.fast.block import LayerWeights, Moments, Normalised, Shortcut, skip_of
+from pdrunet_jax.model.fast.block import BackwardNorm, LayerWeights, Moments, Norm, Normalised, Shortcut, skip_of
 from pdrunet_jax.model.fast.convolution import EPSILON, channel_sum, pixel_count
-from pdrunet_jax.model.fast.pallas import BackwardNorm, Norm
 
 _Saved = tuple[jax.Array, LayerWeights, LayerWeights, Normalised, Normalised]
 
