@@ -86,7 +86,8 @@ def train(options: Options, variant: str, fold: int) -> list[ImageScores]:
     }
     given = shlex.split(changes)
     settings |= {name.removeprefix("--"): value for name, value in zip(given[::2], given[1::2], strict=True)}
-    settings |= {"train.eval-every": settings["train.steps"], "train.save-every": settings["train.steps"]}
+    steps = int(str(settings["train.steps"]))
+    settings |= {"train.eval-every": max(1, steps // 4), "train.save-every": steps}
     folder = options.work / variant.replace(" ", "_").replace("/", "_") / f"seed_{options.seed}"
     scored = folder / f"fold_{fold}" / "evaluation" / "test" / "per_image.csv"
     if not scored.exists():

@@ -164,7 +164,8 @@ def _parse(arguments: list[str]) -> tuple[EvaluateOptions, Loaded | None]:
 
 def _default_output(options: EvaluateOptions, run: RunFolder | None) -> Path:
     """A folder of its own for each weights, dataset and split; in the run folder `run` if the data is the run's own."""
-    path = Path(options.weights or options.predictions or "").absolute()
+    given = Path(options.weights or options.predictions or "")
+    path = given.absolute() if given.exists() else given  # a name of weights has no folder
     step = f"step_{path.name}" if path.parent.name == "checkpoints" else ""
     if options.split == OUT_OF_FOLD:
         return Path(options.weights)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import pdrunet_jax
+from pdrunet_jax.evaluate.__main__ import main as evaluate
 from pdrunet_jax.evaluate.scores import CSV_COLUMNS
 from pdrunet_jax.model import shipped
 from pdrunet_jax.model.files import read_weights, write_safetensors
@@ -45,6 +46,15 @@ def test_a_name_stands_for_weights_of_the_package_unless_a_path_has_it(folder, c
     assert "what has this name in" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"tinny: there is no such file or folder, and the weights .* are tiny"):
         pdrunet_jax.load_model("tinny")
+
+
+def test_scores_of_a_name_are_in_a_folder_of_that_name(folder) -> None:
+    grey = np.tile(np.arange(0, 256, 8), (32, 1))
+    for kind in ("images", "masks"):
+        Path("xrays", kind).mkdir(parents=True)
+        save_image(Path("xrays", kind, "a.png"), grey if kind == "images" else (grey > 127) * 255)
+    evaluate(["--weights", "tiny", "--data.root", "xrays", "--split", "all"])
+    assert Path("evaluation", "tiny_xrays", "all", "per_image.csv").is_file()
 
 
 def test_the_command_lists_weights_and_prints_cards(folder, capsys, monkeypatch) -> None:
