@@ -25,6 +25,10 @@ VARIANTS = {
     "dropout 0": "--model.dropout 0",
     "dropout 0.1": "--model.dropout 0.1",
     "flips and gamma": PLAIN,
+    "flips and gamma, conv1": f"{PLAIN} --model.shortcut conv1",
+    "flips and gamma, rate 1e-2": f"{PLAIN} --optim.learning-rate 1e-2",
+    "flips and gamma, conv1, rate 1e-2": f"{PLAIN} --model.shortcut conv1 --optim.learning-rate 1e-2",
+    "flips and gamma, dropout 0.1": f"{PLAIN} --model.dropout 0.1",
     "no noise": "--augment.noise 0",
     "no geometry": "--augment.rotate 0 --augment.scale 0 --augment.translate 0",
     "elastic": "--augment.elastic 4",
@@ -64,7 +68,7 @@ class Options:
     steps: int = 400
     seed: int = 0
     variants: tuple[str, ...] = tuple(VARIANTS)
-    """Names of variants, or options in quotes; the first is compared with all others."""
+    """Names of variants, or options in quotes with a space before them; the first is compared with all others."""
     output: Path | None = None
     """JSON file for the results."""
 

@@ -13,7 +13,7 @@ SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 
 def test_the_configurations_are_shipped() -> None:
-    assert SHIPPED == ["lower_limb", "lower_limb_bones", "mura", "mura_baseline", "paper", "phantom"]
+    assert SHIPPED == ["lower_limb", "lower_limb_bones", "mura", "mura_baseline", "mura_small", "paper", "phantom"]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
