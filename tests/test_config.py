@@ -74,7 +74,9 @@ def test_broken_toml_names_the_file(tmp_path: Path) -> None:
 
 
 def test_an_unknown_configuration_lists_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match="lower_limb, lower_limb_bones, mura, mura_baseline, paper, phantom"):
+    with pytest.raises(
+        UserError, match="lower_limb, lower_limb_bones, mura, mura_baseline, mura_small, paper, phantom"
+    ):
         load("mira")
 
 
