@@ -106,7 +106,8 @@ class DataConfig:
     cache: Literal["auto", "memory", "none"] = "auto"
     """Cache of decoded images, as uint8. auto caches them in memory if they fit in a quarter of it."""
     threads: Threads = 4
-    """Image decoding threads; the order of samples does not depend on their number."""
+    """Threads that decode images and, with data.surfaces, processes that draw them, at most one a core; the order of
+    samples does not depend on their number."""
     phantoms: Count = 0
     """Number of synthetic X-rays to draw into data.root if it does not exist; 0 draws none."""
     surfaces: str | None = None

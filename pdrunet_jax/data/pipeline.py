@@ -16,6 +16,7 @@ from pdrunet_jax.data.layers import read_truth
 from pdrunet_jax.data.masks import IGNORE, read_soft_mask, resize_soft_mask
 from pdrunet_jax.data.split import Sample, split_counts
 from pdrunet_jax.runtime.errors import DataError, UserError
+from pdrunet_jax.runtime.malloc import cores
 
 if TYPE_CHECKING:
     from pdrunet_jax.data.phantoms.surfaces.training import DrawnAnew
@@ -38,9 +39,18 @@ class TrainBatches(Iterator[Batch]):
     index: np.ndarray
     """int32 (batch_size,): sample indices of the last whole batch, other shards included."""
 
-    def __init__(self, load: Callable[[int], Batch], threads: int, identity: dict[str, Any]) -> None:
-        """Read batch n with `load(n)`, ahead of time in `threads` threads; `identity` describes the data."""
-        self._load, self._threads, self._identity = load, threads, identity
+    def __init__(
+        self,
+        load: Callable[[int], Batch],
+        threads: int,
+        identity: dict[str, Any],
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Read batch n with `load(n)`, ahead of time in `threads` threads; `identity` describes the data.
+
+        `release` ends what `load` depends on.
+        """
+        self._load, self._threads, self._identity, self._release = load, threads, identity, release
         self._seek(0)
 
     def __next__(self) -> Batch:
@@ -60,12 +70,13 @@ class TrainBatches(Iterator[Batch]):
                 raise UserError(f"the saved data position is for {key} {state[key]}, this run has {value}")
         # Checkpoints of earlier versions hold Grain's own state.
         done = state["position"]["next_index"] if "position" in state else state["batches_done"]
-        self.close()
+        self._iterator.close()
         self._seek(done)
 
     def close(self) -> None:
-        """Stop the threads that read ahead."""
+        """Stop the threads that read ahead, and processes that draw images."""
         self._iterator.close()
+        self._release()
 
     def _seek(self, done: int) -> None:
         self._done = done
@@ -108,8 +119,7 @@ def train_batches(
     """
     rows = rows_of(process_shard, batch_size)
     if dataset.drawn is not None:
-        draw = _drawn_batches(dataset.drawn, batch_size, rows, channels, seed)
-        return TrainBatches(draw, config.threads, {"images": "drawn", "batch_size": batch_size, "seed": seed})
+        return _drawn_batches(dataset.drawn, config.threads, batch_size, rows, channels, seed)
     samples = dataset.of("train")
     if not samples:
         raise UserError(f"--data.root {config.root}: no training images: {split_counts(dataset.samples)}")
@@ -136,23 +146,29 @@ def train_batches(
 
 
 def _drawn_batches(
-    drawn: "DrawnAnew", batch_size: int, rows: slice, channels: int, seed: int
-) -> Callable[[int], Batch]:
-    """What draws batch n of images that are never repeated; their index and epoch together number them."""
+    drawn: "DrawnAnew", threads: int, batch_size: int, rows: slice, channels: int, seed: int
+) -> TrainBatches:
+    """Batches of images that are never repeated; their index and epoch together number them."""
+    images, release = drawn.images, lambda: None
+    if (count := min(threads, cores())) > 1:
+        from pdrunet_jax.data.phantoms.surfaces.drawers import Drawers
+
+        drawers = Drawers(drawn, count)
+        images, release = drawers.images, drawers.close
 
     def load(number: int) -> Batch:
         numbers = np.arange(number * batch_size, (number + 1) * batch_size)
-        images, masks = zip(*(drawn.image(each, seed, channels) for each in numbers[rows].tolist()), strict=True)
+        pictures, masks = zip(*images(numbers[rows].tolist(), seed, channels), strict=True)
         epoch, index = np.divmod(numbers, 1 << 31)
         return {
-            "image": np.stack(images),
+            "image": np.stack(pictures),
             "mask": np.stack(masks),
             "index": index[rows].astype(np.int32),
             "epoch": epoch[rows].astype(np.int32),
             _WHOLE: index.astype(np.int32),
         }
 
-    return load
+    return TrainBatches(load, threads, {"images": "drawn", "batch_size": batch_size, "seed": seed}, release)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import tomllib
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ def run(
                 tracker.say("\n".join([f"resumed {folder.path} at step {step}", *changes]))
             elif config.train.weights is not None:
                 tracker.say("\n".join([f"started from the weights of {config.train.weights}", *training.notes]))
-            end = train(training, tracker, agreed)
+            with closing(training.batches):
+                end = train(training, tracker, agreed)
             if end is None:
                 tracker.status = "stopped"
             elif group.is_main:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +43,10 @@ class DrawnAnew:
         size = training_size(max(self.fit.size))
         drawn = draw_xray(self.bodies, number, seed=seed % _OF_TRAINING + _OF_TRAINING, size=size)
         return self.fit.image(_as_read(drawn, channels)), self.fit.mask(self._mask(drawn))
+
+    def images(self, numbers: Sequence[int], seed: int, channels: int) -> list[Resized]:
+        """Several images, as `image` draws them."""
+        return [self.image(number, seed, channels) for number in numbers]
 
     def _mask(self, drawn: Drawing) -> np.ndarray:
         shape = drawn.image.shape
