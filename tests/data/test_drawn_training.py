@@ -16,11 +16,12 @@ import pytest
 from pdrunet_jax.config import Config, DataConfig, check
 from pdrunet_jax.data.dataset import Dataset
 from pdrunet_jax.data.masks import PADDING
+from pdrunet_jax.data.phantoms.surfaces.drawers import Drawers
 from pdrunet_jax.data.phantoms.surfaces.files import DRAWN
 from pdrunet_jax.data.phantoms.surfaces.training import draws_anew
 from pdrunet_jax.data.pipeline import Batch, TrainBatches, open_training_data, train_batches
 from pdrunet_jax.model.load import load_weights
-from pdrunet_jax.runtime.errors import UserError
+from pdrunet_jax.runtime.errors import RunError, UserError
 from tests.support import ROOT
 from tests.support.stick_man import write_bodies
 from tests.support.tiny import run_command
@@ -126,6 +127,36 @@ def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConf
     real = draws_anew(replace(dataset, root=tmp_path), config)
     assert real.drawn is not None
     assert len(real.drawn.bodies) == 4
+
+
+def test_processes_that_draw_end_in_every_case(dataset: Dataset, config: DataConfig) -> None:
+    assert dataset.drawn is not None
+    drawers = Drawers(dataset.drawn, 1)
+    process = drawers._idle.get()
+    drawers._idle.put(process)
+    assert np.array_equal(drawers.images([3], 7, 1)[0][0], dataset.drawn.image(3, 7, 1)[0])
+    process.terminate()  # as batch systems do, to all processes: the training asks for its last batch yet
+    assert drawers.images([4], 7, 1)
+    process.kill()
+    with pytest.raises(RunError, match=r"a process that draws training images has ended \(exit code -9\)"):
+        drawers.images([5], 7, 1)
+    drawers.close()
+    drawers.close()
+    # Whoever holds standard error open would be waited for.
+    lines = (
+        "import os, sys; from dataclasses import replace; from pdrunet_jax.config import DataConfig;"
+        "from pdrunet_jax.data.pipeline import open_training_data, train_batches;"
+        "config = DataConfig(sys.argv[1], (40,), fit='pad', surfaces=sys.argv[2], threads=2);"
+        "next(train_batches(open_training_data(config), config, batch_size=2, channels=1, seed=7));"
+        "os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", lines, config.root, str(config.surfaces)],
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert (ended.returncode, ended.stderr) == (-9, b"")
 
 
 @pytest.mark.stress
