@@ -42,8 +42,8 @@ class Options:
     """Image size, in pixels."""
     batch: int = 4
     """Batch size."""
-    rounds: int = 5
-    """Turns per network."""
+    rounds: int = 3
+    """Turns per network, of three repetitions each."""
     output: Path | None = None
     """JSON file for the results."""
 
@@ -65,7 +65,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
     for _ in range(options.rounds):
         for order in ("train", "infer", "infer"):
             for contender in contenders:
-                contender.turn(order, 1)
+                contender.turn(order, 3)
     for contender in contenders:
         contender.end()
     return [
