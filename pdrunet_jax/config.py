@@ -290,7 +290,8 @@ class OptimConfig:
     clip_norm: NonNegative = 0.0
     """Maximum global gradient norm; 0 turns clipping off."""
     ema: Rate = 0.0
-    """Decay of an exponential moving average (EMA) of the weights, used for validation and export; 0 turns it off."""
+    """Decay of an exponential moving average (EMA) of the weights and of batch normalisation's running statistics, used
+    for validation and export; 0 turns it off."""
     accumulate: Positive = 1
     """Gradient accumulation: micro-batches per update; must divide train.batch_size."""
 

@@ -64,7 +64,7 @@ class TorchTraining(NamedTuple):
     step: int
     """Updates done."""
     ema: Mapping[str, Any] | None
-    """Averaged parameters by public name."""
+    """Averaged parameters and, if the file has them, running statistics by public name."""
 
 
 def is_training_state(content: Mapping[str, Any]) -> bool:
@@ -100,8 +100,7 @@ def run_to_torch(src: Path, dst: Path) -> list[str]:
         HEADER: json.dumps(header, sort_keys=True),
     }
     if state.ema is not None:
-        averaged = to_public(state.ema, state.stats, dead_block=False)
-        content["ema"] = {row.public: averaged[row.public] for row in rows}
+        content["ema"] = to_public(*state.weights, dead_block=False)
     write_pth(dst, content)
     kept = ", ".join(sorted(next(iter(buffers.values()), {}))) or "no arrays"
     return [
@@ -375,13 +374,16 @@ def _train_state(config: Config, training: TorchTraining, src: Path) -> TrainSta
             f"{src} is in {found.pop()}, but --train.precision {config.train.precision} keeps parameters in "
             f"{wanted.pop()}"
         )
-    ema = params if config.optim.ema else None
+    ema, ema_stats = (params, stats) if config.optim.ema else (None, None)
     if config.optim.ema and training.ema is not None:
         arrays = to_public(params, stats, dead_block=False)
-        ema = from_public({**arrays, **training.ema}, f"{src}, ema").params
+        averages = from_public({**arrays, **training.ema}, f"{src}, ema")
+        ema, ema_stats = averages.params, averages.stats
     opt_state = blank.opt_state
     if training.step or training.buffers:  # PyTorch keeps nothing before the first update
         rows = _trained(parameter_table(config.model, training.weights.options["outputs"]), config)
         opt_state = from_torch(config.optim, rows, blank.opt_state, training.buffers, training.step)
     step: Any = np.asarray(training.step, np.int32)
-    return dataclasses.replace(blank, params=params, stats=stats, opt_state=opt_state, ema=ema, step=step)
+    return dataclasses.replace(
+        blank, params=params, stats=stats, opt_state=opt_state, ema=ema, ema_stats=ema_stats, step=step
+    )

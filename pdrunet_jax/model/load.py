@@ -272,10 +272,10 @@ def restore_weights(path: str | Path, which: Which = "best") -> tuple[dict[str, 
         if "options" not in meta["extra"]:  # before version 0.2
             options |= {"size": list(settings.data.height_width)}
             options |= {"class_names": list(settings.data.classes)} if settings.data.classes else {}
-    params = state.get("ema") or state["params"]
+    params, stats = state.get("ema") or state["params"], state.get("ema_stats") or state.get("stats", {})
     options |= meta["extra"].get("options", {})
     options |= {SETTINGS: meta["extra"][SETTINGS]} if SETTINGS in meta["extra"] else {}
-    return params, state.get("stats", {}), options
+    return params, stats, options
 
 
 def _from_best(best: Path) -> Loaded:

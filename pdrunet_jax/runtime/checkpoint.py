@@ -282,6 +282,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         state: dict[str, Any] = checkpointer.restore(folder.absolute(), args=items).state
     if "halted" in state:  # the name of `diverged` in checkpoints of earlier versions
         state["diverged"] = state.pop("halted")
+    if state.get("ema") and "stats" in state:  # earlier versions kept no average of the statistics
+        state.setdefault("ema_stats", state["stats"])
     return state
 
 

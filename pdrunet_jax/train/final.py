@@ -79,7 +79,7 @@ def save_best(
     run: RunFolder, config: Config, dataset: Dataset, outputs: int, state: TrainState, progress: Progress
 ) -> None:
     """Write best.safetensors: the weights of `progress.best_step` under the public names. Raises `RunError`."""
-    arrays = to_public(state.ema or state.params, state.stats)
+    arrays = to_public(*state.weights)
     options = {
         **weights_options(config, dataset, outputs),
         "step": progress.best_step,

@@ -148,8 +148,7 @@ def score_validation(training: Training, state: TrainState, stop: StopFlag) -> V
     )
     return validate(
         training.eval_step,
-        state.ema or state.params,
-        state.stats,
+        *state.weights,
         images,
         place=place,
         names=tuple(sample.id for sample in training.dataset.of("val")),

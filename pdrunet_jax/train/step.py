@@ -48,6 +48,8 @@ class TrainState:
         stats: BatchNorm's running statistics by path.
         opt_state: optax's state, for the parameters that are not frozen.
         ema: exponential moving average of the parameters, or None.
+        ema_stats: the average of the running statistics that goes with it, or None. Averaged parameters give other
+            activations than the latest ones, whose statistics would not fit them.
         step: number of updates, int32.
         diverged: a loss or gradient was not finite; no later step changes anything.
     """
@@ -56,8 +58,16 @@ class TrainState:
     stats: State
     opt_state: optax.OptState
     ema: State | None
+    ema_stats: State | None
     step: jax.Array
     diverged: jax.Array
+
+    @property
+    def weights(self) -> tuple[State, State]:
+        """Parameters and running statistics to validate and to keep: the averages, if there are any."""
+        if self.ema is None or self.ema_stats is None:
+            return self.params, self.stats
+        return self.ema, self.ema_stats
 
 
 def random_stream(seed: int, stream: int) -> jax.Array:
@@ -92,6 +102,7 @@ def create_state(config: Config, model: Network) -> tuple[Graph, TrainState]:
         opt_state=make_optimizer(config.optim, config.train.steps).init(split_params(params, config.train.freeze)[0]),
         # A copy, because the step donates its buffers and none may be donated twice.
         ema=jax.tree.map(jnp.copy, params) if config.optim.ema else None,
+        ema_stats=jax.tree.map(jnp.copy, stats) if config.optim.ema else None,
         step=jnp.zeros((), jnp.int32),
         diverged=jnp.zeros((), bool),
     )
@@ -159,20 +170,21 @@ def train_step(
         frozen=frozen,
     )
 
-    # Update the parameters and their moving average.
+    # Update the parameters and the moving averages.
     optimizer = make_optimizer(config.optim, config.train.steps)
     updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
-    params, ema = join_params(trained, frozen), None
+    params, ema, ema_stats = join_params(trained, frozen), None, None
     if state.ema is not None:
         average, _ = split_params(state.ema, config.train.freeze)
         ema = join_params(optax.incremental_update(trained, average, 1 - config.optim.ema), frozen)
+        ema_stats = jax.tree.map(partial(_moved, share=1 - config.optim.ema), state.ema_stats, stats)
 
     # Keep the old state if the loss or a gradient is not finite.
     norm = optax.tree.norm(gradients)
     diverged = ~(jnp.isfinite(loss) & jnp.isfinite(norm)) | state.diverged
     step = jnp.where(diverged, state.step, state.step + 1)
-    after = TrainState(params, stats, opt_state, ema, step, diverged)
+    after = TrainState(params, stats, opt_state, ema, ema_stats, step, diverged)
     kept = jax.tree.map(lambda old, new: jnp.where(diverged, old, new), state, after)
 
     truth = jnp.round(target).astype(jnp.int32)
@@ -186,6 +198,11 @@ def train_step(
         "learning_rate": jnp.asarray(make_schedule(config.optim, config.train.steps)(state.step)),
         "diverged": diverged,
     }
+
+
+def _moved(average: jax.Array, latest: jax.Array, share: float) -> jax.Array:
+    """`average` moved towards `latest`; a counter is the latest one. What does not change keeps its bits."""
+    return average + share * (latest - average) if jnp.issubdtype(average.dtype, jnp.floating) else latest
 
 
 def accumulate(

@@ -124,5 +124,5 @@ def test_no_secret_and_no_patient_is_in_anything_that_is_written(place: Place, m
     for checkpoint in (run / "checkpoints").iterdir():  # in a format that only Orbax reads; numbers only
         with ocp.PyTreeCheckpointer() as checkpointer:
             state = checkpointer.restore(checkpoint / "state")
-        assert set(state) <= {"params", "stats", "opt_state", "ema", "step", "diverged"}
+        assert set(state) <= {"params", "stats", "opt_state", "ema", "ema_stats", "step", "diverged"}
         assert json.loads((checkpoint / "meta" / "metadata").read_text())["step"] == int(checkpoint.name)

@@ -32,6 +32,7 @@ class State:
     stats: Any
     opt_state: Any
     ema: Any
+    ema_stats: Any
     step: Any
     diverged: Any
 
@@ -46,8 +47,8 @@ def state_of(seed: int, ema: bool = False) -> State:
     parts: Any = nnx.split(Net(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
     _, params, stats = parts
     opt_state = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params)
-    average = jax.tree.map(lambda x: x + 1, params) if ema else None
-    return State(params, stats, opt_state, average, jnp.int32(seed), jnp.zeros((), bool))
+    averages = [jax.tree.map(lambda x: x + 1, each) if ema else None for each in (params, stats)]
+    return State(params, stats, opt_state, *averages, jnp.int32(seed), jnp.zeros((), bool))
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -80,6 +81,14 @@ def test_a_training_state_comes_back_bit_for_bit_in_its_own_form(tmp_path: Path,
     assert (restored.step, restored.val_dice) == (7, 0.5)
     assert restored.position == {"next": [1, 2], "big": 2**63}
     assert restored.extra == {"best": 0.1 + 0.2}
+
+
+def test_a_state_of_an_earlier_version_starts_the_average_of_the_statistics_from_the_latest(tmp_path: Path) -> None:
+    saved = dataclasses.replace(state_of(7, ema=True), ema_stats=None)
+    Checkpoints(tmp_path, 2, 1).save(7, saved, {}, {}, None)
+    restored = Checkpoints(tmp_path, 2, 1).restore(state_of(8, ema=True))
+    assert restored is not None
+    assert_same(restored.state, dataclasses.replace(saved, ema_stats=saved.stats))
 
 
 def test_every_type_and_every_bit_pattern_survives_whatever_jax_is_set_to(tmp_path: Path) -> None:
@@ -312,7 +321,7 @@ def test_weights_come_from_the_best_checkpoint_and_from_the_average_if_there_is_
     (run / "config.toml").write_text("[model]\nfilters = 4\n[environment]\njax = '1'\n")
     params, stats, options = restore_weights(run)
     assert_same(params, nnx.to_pure_dict(jax.tree.map(np.asarray, state_of(2, ema=True).ema)))
-    assert_same(stats, nnx.to_pure_dict(jax.tree.map(np.asarray, state_of(2).stats)))
+    assert_same(stats, nnx.to_pure_dict(jax.tree.map(np.asarray, state_of(2, ema=True).ema_stats)))
     assert (options["outputs"], options["filters"], options["shortcut"]) == (2, 4, "input")
     assert restore_weights(run / "checkpoints" / "3")[2]["outputs"] == 3
 

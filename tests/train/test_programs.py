@@ -31,7 +31,7 @@ def steps(config: Any, make_train: Any, make_eval: Any) -> list[Any]:
     train, judge, data = make_train(graphdef), make_eval(graphdef), batch()
     for _ in range(2):
         state, metrics = train(state, data)
-    return copy([state, metrics, judge(state.ema, state.stats, data)])
+    return copy([state, metrics, judge(*state.weights, data)])
 
 
 def stored(config: Any) -> list[Any]:

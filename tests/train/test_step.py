@@ -105,13 +105,16 @@ def test_accumulated_gradients_are_those_of_the_whole_batch() -> None:
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
 
 
-def test_the_moving_average_follows_the_parameters() -> None:
+def test_the_moving_averages_follow_parameters_and_running_statistics() -> None:
     step, _, state = start(setting(optim={"ema": 0.5}))
-    first = copy(state.params)
+    first = copy([state.params, state.stats])
     state, _ = step(state, batch())
-    expected = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * np.array(b), first, state.params)
-    for one, two in zip(jax.tree.leaves(expected), jax.tree.leaves(state.ema), strict=True):
+    latest = [state.params, state.stats]
+    expected = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * np.array(b) if a.dtype == np.float32 else b, first, latest)
+    for one, two in zip(jax.tree.leaves(expected), jax.tree.leaves(list(state.weights)), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-7)
+    _, _, state = start(setting())
+    assert state.weights == (state.params, state.stats)
 
 
 def test_validation_scores_each_image_on_its_own() -> None:
