@@ -144,7 +144,7 @@ def test_processes_that_draw_end_in_every_case(dataset: Dataset, config: DataCon
     drawers.close()
     # Whoever holds standard error open would be waited for.
     lines = (
-        "import os, sys; from dataclasses import replace; from pdrunet_jax.config import DataConfig;"
+        "import os, sys; from pdrunet_jax.config import DataConfig;"
         "from pdrunet_jax.data.pipeline import open_training_data, train_batches;"
         "config = DataConfig(sys.argv[1], (40,), fit='pad', surfaces=sys.argv[2], threads=2);"
         "next(train_batches(open_training_data(config), config, batch_size=2, channels=1, seed=7));"

@@ -120,15 +120,8 @@ def content(run: Path, step: int = STEPS) -> dict[str, Any]:
 
 def assert_same_run(found: Path, expected: Path, step: int = STEPS) -> None:
     a, b = content(found, step), content(expected, step)
-    assert {part.split("'")[1] for part in b["arrays"]} >= {
-        "params",
-        "stats",
-        "opt_state",
-        "ema",
-        "ema_stats",
-        "step",
-        "diverged",
-    }
+    kinds = {part.split("'")[1] for part in b["arrays"]}
+    assert kinds >= {"params", "stats", "opt_state", "ema", "ema_stats", "step", "diverged"}
     assert len(b["meta"]["extra"]["sequence"]) == 64
     assert a["arrays"].keys() == b["arrays"].keys()
     assert [name for name in a["arrays"] if a["arrays"][name] != b["arrays"][name]] == []
