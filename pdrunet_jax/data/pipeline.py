@@ -153,8 +153,8 @@ def _drawn_batches(
     if (count := min(threads, cores())) > 1:
         from pdrunet_jax.data.phantoms.surfaces.drawers import Drawers
 
-        drawers = Drawers(drawn, count)
-        images, release = drawers.images, drawers.close
+        drawers = Drawers(drawn.images, count)
+        images, release = drawers, drawers.close
 
     def load(number: int) -> Batch:
         numbers = np.arange(number * batch_size, (number + 1) * batch_size)

@@ -131,15 +131,15 @@ def test_what_cannot_be_trained_on_is_refused(dataset: Dataset, config: DataConf
 
 def test_processes_that_draw_end_in_every_case(dataset: Dataset, config: DataConfig) -> None:
     assert dataset.drawn is not None
-    drawers = Drawers(dataset.drawn, 1)
+    drawers = Drawers(dataset.drawn.images, 1)
     process = drawers._idle.get()
     drawers._idle.put(process)
-    assert np.array_equal(drawers.images([3], 7, 1)[0][0], dataset.drawn.image(3, 7, 1)[0])
+    assert np.array_equal(drawers([3], 7, 1)[0][0], dataset.drawn.image(3, 7, 1)[0])
     process.terminate()  # as batch systems do, to all processes: the training asks for its last batch yet
-    assert drawers.images([4], 7, 1)
+    assert drawers([4], 7, 1)
     process.kill()
-    with pytest.raises(RunError, match=r"a process that draws training images has ended \(exit code -9\)"):
-        drawers.images([5], 7, 1)
+    with pytest.raises(RunError, match=r"a process that draws X-rays has ended \(exit code -9\)"):
+        drawers([5], 7, 1)
     drawers.close()
     drawers.close()
     # Whoever holds standard error open would be waited for.

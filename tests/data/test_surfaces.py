@@ -1,8 +1,10 @@
 """X-rays drawn from bone surfaces: exact path lengths, masks, and what is drawn, on bodies made of simple shapes."""
 
 import csv
+import operator
 import tomllib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from PIL import Image
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import inspect_dataset
 from pdrunet_jax.data.phantoms.surfaces.bodies import Bone, make_body, read_bodies
+from pdrunet_jax.data.phantoms.surfaces.drawers import Drawers
 from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, draw_xray
-from pdrunet_jax.data.phantoms.surfaces.files import PRECEDENCE, label_image
+from pdrunet_jax.data.phantoms.surfaces.files import PRECEDENCE, SurfaceOptions, label_image, write_xrays
 from pdrunet_jax.data.phantoms.surfaces.meshes import closed, half_thickness
 from pdrunet_jax.data.phantoms.surfaces.physics import ENERGIES, MATERIALS, measured, primary, spectrum
 from pdrunet_jax.data.phantoms.surfaces.raster import Camera, path_lengths
@@ -24,6 +27,7 @@ from pdrunet_jax.data.phantoms.surfaces.variations import VARIATIONS
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS
 from pdrunet_jax.runtime.errors import DataError
 from tests.support.stick_man import stick_man
+from tests.support.tiny import run_command
 
 
 def sphere(radius: float, centre: tuple[float, float, float], subdivisions: int = 4) -> Mesh:
@@ -284,6 +288,30 @@ def test_the_command_writes_every_layout(run: Callable[..., Any], folder: Path, 
     assert run("phantom", tmp_path / "few", *common[:2], "--count", "2", *common[4:]).returncode == 0
     for path in (tmp_path / "few" / "images").iterdir():
         assert path.read_bytes() == (tmp_path / "one" / "images" / path.name).read_bytes()
+
+
+def test_processes_write_the_folder_that_one_process_writes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--surfaces", folder, "--count", 34, "--seed", 5, "--size", 32)
+    drawn = run_command("data", "phantom", "several", *given, cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    monkeypatch.setattr("pdrunet_jax.data.phantoms.surfaces.files._FEW", 35)
+    write_xrays(tmp_path / "one", SurfaceOptions(34, 5, 32, surfaces=folder))
+    several, one = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "several", tmp_path / "one")
+    )
+    assert len(one) == 2 * 34 + 3
+    assert several == one
+
+
+def test_what_fails_in_a_process_that_draws_is_raised_where_it_was_asked_for() -> None:
+    with closing(Drawers(operator.truediv, 1)) as divide:
+        assert divide(3, 2) == 1.5
+        with pytest.raises(ZeroDivisionError):
+            divide(3, 0)
+        assert divide(1, 2) == 0.5
 
 
 def test_options_that_do_not_go_together_are_refused(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Processes that draw X-rays for training; in threads, Python's global lock lets hardly two draw at a time."""
+"""Processes that draw X-rays; in threads, Python's global lock lets hardly two draw at a time."""
 
 import mmap
 import os
@@ -9,32 +9,36 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, ParamSpec, TypeVar
 
-from pdrunet_jax.data.cache import Resized
-from pdrunet_jax.data.phantoms.surfaces.training import DrawnAnew
 from pdrunet_jax.runtime.errors import RunError
 from pdrunet_jax.runtime.files import writing
 
-_LENGTH = 8  # bytes of the number in front of a file of bodies: how long its head is
+_LENGTH = 8  # bytes of the number in front of the shared file: how long its head is
 _ALIGNED = 64
+_DYING = 5.0  # seconds for a process to end whose pipe has
 
 Process = subprocess.Popen[bytes]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Drawers:
-    """Processes that draw the same images as `DrawnAnew.image`. They end when this object or its process does."""
+class Drawers(Generic[P, R]):
+    """A function in several processes. They end when this object or the process that made it does."""
 
-    def __init__(self, drawn: DrawnAnew, count: int) -> None:
-        """Start `count` processes, which share the bodies' memory. Raises `RunError` if the disk refuses."""
+    def __init__(self, function: Callable[P, R], count: int) -> None:
+        """Start `count` processes. `function` is pickled; the arrays that it takes along stay in memory that all share.
+
+        Raises `RunError` if the disk refuses.
+        """
         self._idle: queue.SimpleQueue[Process] = queue.SimpleQueue()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         processes = []
         with tempfile.TemporaryFile() as file:  # without a name: nothing is left of it, however this process ends
             with writing(Path(tempfile.gettempdir())):
-                _write(drawn, file)
+                _write(function, file)
             for _ in range(count):
                 command = [sys.executable, "-m", __name__, str(file.fileno())]
                 processes.append(
@@ -50,28 +54,34 @@ class Drawers:
             self._idle.put(process)
         self._end = weakref.finalize(self, _end, processes)
 
-    def images(self, numbers: Sequence[int], seed: int, channels: int) -> list[Resized]:
-        """Draw the images `numbers` of a run with `seed`, in one of the processes. May be called in several threads.
+    def __call__(self, *arguments: P.args, **options: P.kwargs) -> R:
+        """What the function returns, in one of the processes. May be called in several threads.
 
-        Raises `RunError` if the process has ended.
+        Raises what the function raises, and `RunError` if the process has ended.
         """
         process = self._idle.get()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            pickle.dump((numbers, seed, channels), process.stdin)
+            pickle.dump((arguments, options), process.stdin)
             process.stdin.flush()
-            images: list[Resized] = pickle.load(process.stdout)
+            done, reply = pickle.load(process.stdout)
         except (OSError, EOFError, ValueError, pickle.UnpicklingError):
-            process.kill()
-            code = process.wait()
+            try:
+                code = process.wait(_DYING)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
             raise RunError(
-                f"a process that draws training images has ended (exit code {code}); the same command resumes. If "
-                "memory was short, give fewer --data.threads"
+                f"a process that draws X-rays has ended (exit code {code}). A training resumes with the same command. "
+                "If memory was short, give fewer --data.threads"
             ) from None
         finally:
             self._idle.put(process)
-        return images
+        if not done:
+            raise reply
+        result: R = reply
+        return result
 
     def close(self) -> None:
         """End the processes."""
@@ -90,10 +100,10 @@ def _end(processes: Sequence[Process]) -> None:
                 pass
 
 
-def _write(drawn: DrawnAnew, file: IO[bytes]) -> None:
-    """Write `drawn` so that processes can share its arrays: a number, the head of that length, and the arrays."""
+def _write(function: Callable[..., object], file: IO[bytes]) -> None:
+    """Write `function` so that processes can share its arrays: a number, the head of that length, and the arrays."""
     buffers: list[pickle.PickleBuffer] = []
-    content = pickle.dumps(drawn, protocol=5, buffer_callback=buffers.append)
+    content = pickle.dumps(function, protocol=5, buffer_callback=buffers.append)
     parts = [buffer.raw() for buffer in buffers]
     places, at = [], 0
     for part in parts:
@@ -108,37 +118,41 @@ def _write(drawn: DrawnAnew, file: IO[bytes]) -> None:
     file.flush()
 
 
-def _read(descriptor: int) -> DrawnAnew:
+def _read(descriptor: int) -> Callable[..., object]:
     """Read what `_write` has written; the arrays stay in the file, whose memory all processes share."""
     memory = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
     start = _LENGTH + int.from_bytes(memory[:_LENGTH], "little")
     content, places = pickle.loads(memory[_LENGTH:start])
     buffers = [memory[start + at : start + at + length] for at, length in places]
-    drawn: DrawnAnew = pickle.loads(content, buffers=buffers)
-    return drawn
+    function: Callable[..., object] = pickle.loads(content, buffers=buffers)
+    return function
 
 
 def _serve(descriptor: int, requests: IO[bytes], replies: IO[Any]) -> None:
-    """Draw what is asked for until nobody asks any more."""
-    drawn = _read(descriptor)
+    """Call the function with what comes until nobody asks any more."""
+    function = _read(descriptor)
     while True:
         try:
-            numbers, seed, channels = pickle.load(requests)
+            arguments, options = pickle.load(requests)
         except EOFError:
             return
-        pickle.dump(drawn.images(numbers, seed, channels), replies, protocol=5)
+        try:
+            reply = True, function(*arguments, **options)
+        except Exception as error:  # raised again where it was asked for
+            reply = False, error
+        pickle.dump(reply, replies, protocol=5)
         replies.flush()
 
 
 def main() -> None:
     """Run one of the processes."""
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)  # the training ends this process, after its last batch
+        signal.signal(each, signal.SIG_IGN)  # whoever asks ends this process, after the last answer
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what is printed is no reply
     try:
         _serve(int(sys.argv[1]), sys.stdin.buffer, replies)
-    except BrokenPipeError:  # the training is gone
+    except BrokenPipeError:  # nobody is there
         os._exit(0)
 
 

@@ -1,10 +1,10 @@
 """Write X-rays drawn from surfaces as a dataset folder, in each of the project's layouts of masks."""
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,13 @@ from pdrunet_jax.data.importers.common import write_description, write_mask
 from pdrunet_jax.data.manifest import write_manifest
 from pdrunet_jax.data.phantoms.files import PhantomOptions, assign_splits, check_range, write_phantoms
 from pdrunet_jax.data.phantoms.surfaces.bodies import Body, read_bodies
+from pdrunet_jax.data.phantoms.surfaces.drawers import Drawers
 from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, body_index, draw_xray
 from pdrunet_jax.data.phantoms.surfaces.variations import Variation
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View, views_of
 from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.runtime.files import new_folder
+from pdrunet_jax.runtime.malloc import cores
 
 DRAWN = "drawn.csv"
 """Table of what each X-ray shows: body, view, and the names of what was drawn."""
@@ -29,6 +31,7 @@ PRECEDENCE = ("foot", "pelvis", "fibula", "tibia", "femur", "patella")
 """Order in which bones are painted into one label image: the last one owns the pixels that bones share."""
 
 _BATCH = 64
+_FEW = 32  # drawn in this process: others take about a second to start
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def write_xrays(root: Path, drawing: SurfaceOptions) -> list[str]:
         indices = range(drawing.count)
         patients = [_patient(bodies, index, drawing.seed) for index in indices]
         splits = assign_splits(sorted(set(patients)), drawing.seed)
-        rows = list(_write_all(bodies, folder, drawing, names, [splits[patient] for patient in patients]))
+        options = SurfaceOptions(**{each.name: getattr(drawing, each.name) for each in fields(SurfaceOptions)})
+        rows = list(_Writer(bodies, folder, options, names, [splits[patient] for patient in patients]).rows())
         if not drawing.layers:
             write_manifest(
                 folder,
@@ -115,26 +119,40 @@ def _patient(bodies: Sequence[Body], index: int, seed: int) -> str:
     return name if len(bodies) >= 3 else f"{name}_{index:05d}"
 
 
-def _write_all(
-    bodies: Sequence[Body], folder: Path, drawing: SurfaceOptions, names: Sequence[str], splits: Sequence[str]
-) -> Iterator[dict[str, str]]:
-    """Draw and write every X-ray, several at a time; yields the row of each in `DRAWN`, with its mask."""
+@dataclass(frozen=True)
+class _Writer:
+    """Draws and writes one X-ray after the other."""
 
-    def one(index: int) -> dict[str, str]:
+    bodies: Sequence[Body]
+    folder: Path
+    options: SurfaceOptions
+    """Of this class itself: a command's own options cannot be sent to another process."""
+    names: Sequence[str]
+    splits: Sequence[str]
+
+    def row(self, index: int) -> dict[str, str]:
+        """Draw and write X-ray number `index`; returns its row in `DRAWN`, with its mask."""
+        options = self.options
         drawn = draw_xray(
-            bodies,
+            self.bodies,
             index,
-            seed=drawing.seed,
-            size=drawing.size,
-            difficulty=drawing.difficulty,
-            views=drawing.views,
-            without=drawing.without,
+            seed=options.seed,
+            size=options.size,
+            difficulty=options.difficulty,
+            views=options.views,
+            without=options.without,
         )
-        return _write_xray(drawn, folder, f"xray_{index:05d}", drawing, names, splits[index])
+        return _write_xray(drawn, self.folder, f"xray_{index:05d}", options, self.names, self.splits[index])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, drawing.count, _BATCH):  # an interrupt waits for one batch at most
-            yield from pool.map(one, range(start, min(start + _BATCH, drawing.count)))
+    def rows(self) -> Iterator[dict[str, str]]:
+        """Draw and write all, in as many processes as there are cores."""
+        count = self.options.count
+        if count < _FEW or cores() == 1:
+            yield from map(self.row, range(count))
+            return
+        with closing(Drawers(self.row, cores())) as drawers, ThreadPoolExecutor(cores()) as pool:
+            for start in range(0, count, _BATCH):  # an interrupt waits for one batch at most
+                yield from pool.map(drawers, range(start, min(start + _BATCH, count)))
 
 
 def _write_xray(
