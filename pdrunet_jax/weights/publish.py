@@ -20,6 +20,8 @@ from pdrunet_jax.weights.by_view import scores_by_view, table_of
 
 _OF_THE_DATA = (*(name for name in MAY_CHANGE if name != "train.steps"), "data.phantoms", "data.split_seed", "seed")
 """Settings in which runs of one recipe may differ."""
+_OF_THE_NETWORK = ("model.", "data.size", "data.fit", "data.multilabel")
+"""Settings that make scores of one run say nothing about weights of another."""
 
 TEMPLATE = Path(__file__).with_name("card.txt")
 """Text of a card, with $names for what comes from the run."""
@@ -32,11 +34,11 @@ def publish(run: Path, name: str, scores: Sequence[tuple[str, Path]], folder: Pa
         run: a finished run folder.
         name: letters, digits and hyphens.
         scores: title and folder of each evaluation that the card shows, of images that `data phantom` drew. It scores
-            this run, or another of the same recipe that was trained on other bodies: weights that were trained on all
-            bodies are scored on none.
+            this run, or another of the same network that was trained on other bodies: weights that were trained on
+            all bodies are scored on none. The card lists the settings of training in which that one differs.
         folder: where weights are shipped from.
 
-    Raises `UserError` if the run is not finished or an evaluation is of another recipe, `RunError` if nothing can be
+    Raises `UserError` if the run is not finished or an evaluation is of another network, `RunError` if nothing can be
     written.
     """
     if not name or set(name) - set(string.ascii_lowercase + string.digits + "-"):
@@ -62,10 +64,8 @@ def publish(run: Path, name: str, scores: Sequence[tuple[str, Path]], folder: Pa
 
 def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str, Any]) -> dict[str, str]:
     """What the run says about itself, by the names in the template."""
-    config = read(run.config_file)
     environment = tomllib.loads(read_text(run.config_file)).get("environment", {})
     height, width = (options["size"][0], options["size"][-1])
-    images = options.get("step", config.train.steps) * config.train.batch_size
     threshold = options.get("threshold")
     thresholds = threshold if isinstance(threshold, list) else [threshold]
     return {
@@ -76,16 +76,28 @@ def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str,
         "size": f"{height} x {width}",
         "fit": str(options.get("fit", "stretch")),
         "threshold": ", ".join("none" if each is None else f"{each:g}" for each in thresholds),
-        "images": f"{images:,}",
-        "steps": f"{options.get('step', config.train.steps):,}",
+        "trained": _trained(run),
         "revision": str(environment.get("git", "unknown")),
         "version": str(environment.get("pdrunet_jax", "unknown")),
         "dice": f"{options.get('val_dice', float('nan')):.3f}",
     }
 
 
+def _trained(run: RunFolder) -> str:
+    """How long a run was trained and on how many X-rays, after the run whose weights it started from."""
+    config, options = read(run.config_file), read_weights(run.best).options
+    text = f"{options.get('step', config.train.steps):,} steps of {config.train.batch_size} drawn X-rays"
+    if config.data.surfaces:
+        text += ", none of them twice"
+    else:
+        digests = [line for line in read_text(run.training_images).splitlines() if not line.startswith("#")]
+        text += f", from {len(digests):,}"
+    start = None if config.train.weights is None else find_run(Path(config.train.weights))
+    return text if start is None else f"{_trained(start)}; then {text}"
+
+
 def _scores(title: str, folder: Path, run: RunFolder) -> str:
-    """The scores of one evaluation by bone and view, under its title. Raises `UserError` if it is of another recipe."""
+    """The scores of one evaluation by bone and view. Raises `UserError` if it is of another network."""
     path = folder / "summary.json"
     try:
         about = json.loads(read_text(path))["about"]
@@ -95,8 +107,18 @@ def _scores(title: str, folder: Path, run: RunFolder) -> str:
     other = find_run(weights)
     if other is None:
         raise UserError(f"{folder} has the scores of {weights}, whose settings are unknown: evaluate a run folder")
-    if differing := diff(read(run.config_file), read(other.config_file), ignore=_OF_THE_DATA):
-        raise DataError(f"{folder} has the scores of {weights}, which is of another recipe than {run.path}", differing)
-    own = other.path.resolve() == run.path.resolve()
-    whose = "These weights." if own else "Weights of the same recipe, trained without these bodies."
+    config = read(run.config_file)
+    differing = diff(config, read(other.config_file), ignore=(*_OF_THE_DATA, "train.weights"))
+    if any(line.startswith(_OF_THE_NETWORK) for line in differing):
+        raise DataError(f"{folder} has the scores of {weights}, which is another network than {run.path}", differing)
+    start = None if config.train.weights is None else find_run(Path(config.train.weights))
+    if other.path.resolve() == run.path.resolve():
+        whose = "These weights."
+    elif start is not None and other.path.resolve() == start.path.resolve():
+        whose = "The weights that this training started from, which had not seen these bodies."
+    elif not differing:
+        whose = "Weights of the same recipe, trained without these bodies."
+    else:
+        settings = ", ".join(f"`{line}`" for line in differing)
+        whose = f"Weights of the same network, trained without these bodies and with other settings ({settings})."
     return f"### {title}\n\n{whose}\n\n{table_of(scores_by_view(folder, data))}"

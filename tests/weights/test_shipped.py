@@ -76,6 +76,7 @@ def test_the_command_lists_weights_and_prints_cards(folder, capsys, monkeypatch)
 def finished_run(path: Path) -> Path:
     """A run folder with nothing but what publishing reads."""
     path.mkdir()
+    (path / "training_images.txt").write_text("# digests\n0016736d32fd81de\n00186d747a861caf\n")
     (path / "config.toml").write_text(
         '[data]\nsize = [32]\nfit = "pad"\n[model]\nfilters = 1\nnorm = "none"\n[environment]\ngit = "abc123"\n'
     )
@@ -122,9 +123,20 @@ def test_publishing_writes_weights_and_a_card_with_their_scores(tmp_path: Path) 
     (other / "config.toml").write_text((other / "config.toml").read_text().replace("[data]", "[data]\nthreads = 1"))
     (scores / "summary.json").write_text(json.dumps({"about": {**about, "weights": str(other)}}))
     publish(run, "lower-limb", [("a", scores)], tmp_path / "out")
-    (other / "config.toml").write_text("[train]\nsteps = 9\n" + (other / "config.toml").read_text())
-    with pytest.raises(UserError, match=r"is of another recipe(.|\n)*train\.steps: 10000 -> 9"):
+    # Other settings of training are named, and scores of another network refused.
+    plain = (run / "config.toml").read_text()
+    (other / "config.toml").write_text("[train]\nsteps = 9\n" + plain)
+    named = "without these bodies and with other settings (`train.steps: 10000 -> 9`)."
+    assert named in publish(run, "lower-limb", [("a", scores)], tmp_path / "out")[1].read_text()
+    (other / "config.toml").write_text(plain.replace("filters = 1", "filters = 2"))
+    with pytest.raises(UserError, match=r"is another network(.|\n)*model\.filters: 1 -> 2"):
         publish(run, "lower-limb", [("a", scores)], tmp_path / "out")
+    # A training that started from the weights of another one.
+    (other / "config.toml").write_text('[data]\nsurfaces = "bodies"\n' + plain.replace("[data]\n", ""))
+    (run / "config.toml").write_text(f"[train]\nbatch_size = 4\nweights = '{other}'\n" + plain)
+    text = publish(run, "lower-limb", [("a", scores)], tmp_path / "out")[1].read_text()
+    assert "The weights that this training started from, which had not seen these bodies." in text
+    assert "| 10 steps of 8 drawn X-rays, none of them twice; then 10 steps of 4 drawn X-rays, from 2 |" in text
     (scores / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is not the summary"):
         publish(run, "lower-limb", [("a", scores)], tmp_path / "out")
