@@ -87,7 +87,7 @@ def draw_xray(
     if rng.random() < 0.12 * hard and "objects" not in without:
         shown = lettered(shown, rng)
         traits.append("text")
-    if rng.random() < 0.1 and not alike:  # MONOCHROME1 taken for MONOCHROME2
+    if rng.random() < 0.03 and not alike:  # MONOCHROME1 taken for MONOCHROME2
         shown = 1 - shown
         traits.append("inverted")
     image, quality = (np.round(shown * 255).astype(np.uint8), None) if alike else _coded(shown, rng, traits)
