@@ -98,6 +98,10 @@ class FineTune:
     """Training steps, the same for both."""
     learning_rates: tuple[float, float] = (3e-3, 1e-3)
     """Peak learning rate from nothing, and from weights."""
+    views: tuple[View, ...] = VIEWS
+    """Views to draw."""
+    size: int | None = None
+    """Height and width to train at; those of the weights by default."""
     output: Path | None = None
     """JSON file for the results."""
 
@@ -195,12 +199,14 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
     """Train both ways on each draw of each number of images; print the differences."""
     loaded, work = load_weights(options.weights), options.work
     several = loaded.multilabel
-    layers = ["--layers"] if several else []
+    views = () if options.views == VIEWS else options.views
+    more = [*(["--layers"] if several else []), *(["--views", *views] if views else [])]
     assert loaded.size is not None
-    side = round(1.3 * max(loaded.size))
-    place = f"{options.surfaces.name}_{'layers' if several else 'bone'}_{side}"
+    size = options.size or max(loaded.size)
+    side = round(1.3 * size)
+    place = "_".join((options.surfaces.name, "layers" if several else "bone", str(side), *views))
     drawn = work / f"tune_test_{place}_{options.test_count}"
-    test = draw(drawn, options.surfaces, options.test_count, side, _TEST_SEED, *layers)
+    test = draw(drawn, options.surfaces, options.test_count, side, _TEST_SEED, *more)
     found: dict[str, Any] = {}
     print("| images | from weights | from nothing | difference, 95 % interval | test images |\n|---|---|---|---|---|")
     for count in options.images:
@@ -209,12 +215,12 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
             data = work / f"tune_{place}_{count}_{seed}"
             if not data.exists():
                 fresh = data.with_name(f"{data.name}_new")
-                split(draw(fresh, options.surfaces, count + max(4, count // 5), side, seed, *layers), count)
+                split(draw(fresh, options.surfaces, count + max(4, count // 5), side, seed, *more), count)
                 fresh.rename(data)
             for way, rate in zip(("nothing", "weights"), options.learning_rates, strict=True):
                 folder = work / f"tune_run_{place}_{count}_{seed}_{way}_{options.steps}"
                 settings: dict[str, object] = {
-                    "data.size": loaded.size[0],
+                    "data.size": size,
                     "data.multilabel": several,
                     "model.filters": loaded.options["filters"],
                     "optim.learning-rate": rate,
