@@ -64,7 +64,9 @@ def publish(run: Path, name: str, scores: Sequence[tuple[str, Path]], folder: Pa
 
 def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str, Any]) -> dict[str, str]:
     """What the run says about itself, by the names in the template."""
-    environment = tomllib.loads(read_text(run.config_file)).get("environment", {})
+    config, environment = read(run.config_file), tomllib.loads(read_text(run.config_file)).get("environment", {})
+    lines = read_text(run.training_images).splitlines()
+    drawn = sum(not line.startswith("#") for line in lines)  # of all runs that this one goes on from
     height, width = (options["size"][0], options["size"][-1])
     threshold = options.get("threshold")
     thresholds = threshold if isinstance(threshold, list) else [threshold]
@@ -76,7 +78,7 @@ def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str,
         "size": f"{height} x {width}",
         "fit": str(options.get("fit", "stretch")),
         "threshold": ", ".join("none" if each is None else f"{each:g}" for each in thresholds),
-        "trained": _trained(run),
+        "trained": _trained(run) if config.data.surfaces else f"{_trained(run)}; {drawn:,} were drawn beforehand",
         "revision": str(environment.get("git", "unknown")),
         "version": str(environment.get("pdrunet_jax", "unknown")),
         "dice": f"{options.get('val_dice', float('nan')):.3f}",
@@ -89,9 +91,6 @@ def _trained(run: RunFolder) -> str:
     text = f"{options.get('step', config.train.steps):,} steps of {config.train.batch_size} drawn X-rays"
     if config.data.surfaces:
         text += ", none of them twice"
-    else:
-        digests = [line for line in read_text(run.training_images).splitlines() if not line.startswith("#")]
-        text += f", from {len(digests):,}"
     start = None if config.train.weights is None else find_run(Path(config.train.weights))
     return text if start is None else f"{_trained(start)}; then {text}"
 

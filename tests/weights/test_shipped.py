@@ -136,7 +136,10 @@ def test_publishing_writes_weights_and_a_card_with_their_scores(tmp_path: Path) 
     (run / "config.toml").write_text(f"[train]\nbatch_size = 4\nweights = '{other}'\n" + plain)
     text = publish(run, "lower-limb", [("a", scores)], tmp_path / "out")[1].read_text()
     assert "The weights that this training started from, which had not seen these bodies." in text
-    assert "| 10 steps of 8 drawn X-rays, none of them twice; then 10 steps of 4 drawn X-rays, from 2 |" in text
+    assert (
+        "| 10 steps of 8 drawn X-rays, none of them twice; then 10 steps of 4 drawn X-rays; 2 were drawn beforehand |"
+        in text
+    )
     (scores / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is not the summary"):
         publish(run, "lower-limb", [("a", scores)], tmp_path / "out")
