@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pdrunet_jax.config import MAY_CHANGE, diff, read
+from pdrunet_jax.config import MAY_CHANGE, Config, diff, read
 from pdrunet_jax.model.files import read_weights, write_safetensors
 from pdrunet_jax.model.load import find_run, load_weights
 from pdrunet_jax.model.shipped import FOLDER, SUFFIX
@@ -85,13 +85,18 @@ def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str,
     }
 
 
+def _start_of(config: Config) -> RunFolder | None:
+    """The run whose weights a training started from."""
+    return None if config.train.weights is None else find_run(Path(config.train.weights))
+
+
 def _trained(run: RunFolder) -> str:
     """How long a run was trained and on how many X-rays, after the run whose weights it started from."""
     config, options = read(run.config_file), read_weights(run.best).options
     text = f"{options.get('step', config.train.steps):,} steps of {config.train.batch_size} drawn X-rays"
     if config.data.surfaces:
         text += ", none of them twice"
-    start = None if config.train.weights is None else find_run(Path(config.train.weights))
+    start = _start_of(config)
     return text if start is None else f"{_trained(start)}; then {text}"
 
 
@@ -110,7 +115,7 @@ def _scores(title: str, folder: Path, run: RunFolder) -> str:
     differing = diff(config, read(other.config_file), ignore=(*_OF_THE_DATA, "train.weights"))
     if any(line.startswith(_OF_THE_NETWORK) for line in differing):
         raise DataError(f"{folder} has the scores of {weights}, which is another network than {run.path}", differing)
-    start = None if config.train.weights is None else find_run(Path(config.train.weights))
+    start = _start_of(config)
     if other.path.resolve() == run.path.resolve():
         whose = "These weights."
     elif start is not None and other.path.resolve() == start.path.resolve():
