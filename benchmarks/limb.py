@@ -106,6 +106,12 @@ class FineTune:
     """JSON file for the results."""
 
 
+def bones_and_views(several: bool, views: Sequence[View]) -> list[str]:
+    """Options of `data phantom` for masks of each bone or of all together, and for some views only."""
+    chosen = [] if tuple(views) == VIEWS else ["--views", *views]
+    return [*(["--layers"] if several else []), *chosen]
+
+
 def draw(root: Path, surfaces: Path, count: int, size: int, seed: int, *more: str) -> Path:
     """Draw a dataset folder unless it is there."""
     if not root.exists():
@@ -130,6 +136,7 @@ def train(folder: Path, data: Path, settings: dict[str, object]) -> Path:
             "data.root": data,
             "data.surfaces": None,
             "data.phantoms": 0,
+            "optim.ema": 0.0,  # some hundred steps, ending at a learning rate of zero, are too few to average over
             "train.eval-every": steps,
             "train.save-every": steps,
             "train.samples": 0,
@@ -163,7 +170,7 @@ def held_out(options: HeldOut) -> dict[str, Any]:
     kind = "layers" if several else "bone"
     views = () if options.views == VIEWS else options.views
     name = "_".join(("held_out", options.surfaces.name, kind, str(options.count), str(options.size), *views))
-    more = [*(["--layers"] if several else []), *(["--views", *views] if views else [])]
+    more = bones_and_views(several, options.views)
     data = draw(options.work / name, options.surfaces, options.count, options.size, _TEST_SEED, *more)
     folder = options.work / f"scores_{Path(options.weights).name}_{name}"
     scored(options.weights, data, folder)
@@ -200,7 +207,7 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
     loaded, work = load_weights(options.weights), options.work
     several = loaded.multilabel
     views = () if options.views == VIEWS else options.views
-    more = [*(["--layers"] if several else []), *(["--views", *views] if views else [])]
+    more = bones_and_views(several, options.views)
     assert loaded.size is not None
     size = options.size or max(loaded.size)
     side = round(1.3 * size)

@@ -13,7 +13,16 @@ SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 
 def test_the_configurations_are_shipped() -> None:
-    assert SHIPPED == ["lower_limb", "lower_limb_bones", "mura", "mura_baseline", "mura_small", "paper", "phantom"]
+    assert SHIPPED == [
+        "lower_limb",
+        "lower_limb_bones",
+        "lower_limb_own",
+        "mura",
+        "mura_baseline",
+        "mura_small",
+        "paper",
+        "phantom",
+    ]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -75,7 +84,7 @@ def test_broken_toml_names_the_file(tmp_path: Path) -> None:
 
 def test_an_unknown_configuration_lists_the_shipped_ones() -> None:
     with pytest.raises(
-        UserError, match="lower_limb, lower_limb_bones, mura, mura_baseline, mura_small, paper, phantom"
+        UserError, match="lower_limb, lower_limb_bones, lower_limb_own, mura, mura_baseline, mura_small, paper, phantom"
     ):
         load("mira")
 

@@ -198,7 +198,7 @@ def load_weights(
         raise ValueError(f"which = {which!r}; it is best or latest")
     path = locate(resolve_weights(weights))
     if not path.exists():
-        names = shipped_names()
+        names = shipped_names() if str(weights) == path.stem else []  # a bare name, unlike the path of a file
         known = f", and the weights that come with pdrunet-jax are {', '.join(names)}" if names else ""
         raise UserError(f"{path}: there is no such file or folder{known}")
     if runs := started_folds(path):

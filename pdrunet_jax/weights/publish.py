@@ -96,8 +96,9 @@ def _trained(run: RunFolder) -> str:
     text = f"{options.get('step', config.train.steps):,} steps of {config.train.batch_size} drawn X-rays"
     if config.data.surfaces:
         text += ", none of them twice"
-    start = _start_of(config)
-    return text if start is None else f"{_trained(start)}; then {text}"
+    if (start := _start_of(config)) is not None:
+        return f"{_trained(start)}; then {text}"
+    return text if config.train.weights is None else f"the weights {Path(config.train.weights).name}; then {text}"
 
 
 def _scores(title: str, folder: Path, run: RunFolder) -> str:

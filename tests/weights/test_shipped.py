@@ -46,6 +46,8 @@ def test_a_name_stands_for_weights_of_the_package_unless_a_path_has_it(folder, c
     assert "what has this name in" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"tinny: there is no such file or folder, and the weights .* are tiny"):
         pdrunet_jax.load_model("tinny")
+    with pytest.raises(UserError, match=r"no such file or folder$"):  # a path is no name that was mistyped
+        pdrunet_jax.load_model("runs/tinny.pth")
 
 
 def test_scores_of_a_name_are_in_a_folder_of_that_name(folder) -> None:
@@ -140,6 +142,9 @@ def test_publishing_writes_weights_and_a_card_with_their_scores(tmp_path: Path) 
         "| 10 steps of 8 drawn X-rays, none of them twice; then 10 steps of 4 drawn X-rays; 2 were drawn beforehand |"
         in text
     )
+    (run / "config.toml").write_text('[train]\nbatch_size = 4\nweights = "lower-limb"\n' + plain)
+    text = publish(run, "lower-limb-bones", [("a", scores)], tmp_path / "out")[1].read_text()
+    assert "| the weights lower-limb; then 10 steps of 4 drawn X-rays; 2 were drawn beforehand |" in text
     (scores / "summary.json").write_text("{}")
     with pytest.raises(UserError, match="is not the summary"):
         publish(run, "lower-limb", [("a", scores)], tmp_path / "out")
