@@ -15,7 +15,7 @@ from PIL import Image
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.dataset import inspect_dataset
-from pdrunet_jax.data.phantoms.surfaces.bodies import Bone, make_body, read_bodies
+from pdrunet_jax.data.phantoms.surfaces.bodies import Bone, make_body, read_bodies, surface_files
 from pdrunet_jax.data.phantoms.surfaces.drawers import Drawers
 from pdrunet_jax.data.phantoms.surfaces.drawing import CLASSES, Drawing, draw_xray
 from pdrunet_jax.data.phantoms.surfaces.files import PRECEDENCE, SurfaceOptions, label_image, write_xrays
@@ -175,6 +175,14 @@ def test_surfaces_that_cannot_serve_are_named(tmp_path: Path) -> None:
     assert "broken_femur.glb: cannot be read as a surface" in message
     assert "is not closed (" in message
     assert "body short: no tibia and no patella" in message
+
+
+def test_surfaces_are_found_in_linked_folders(tmp_path: Path) -> None:
+    for name in ("elsewhere", "surfaces"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "elsewhere" / "femur_L.stl").touch()
+    (tmp_path / "surfaces" / "body [1]").symlink_to(tmp_path / "elsewhere")
+    assert surface_files(tmp_path / "surfaces") == [tmp_path / "surfaces" / "body [1]" / "femur_L.stl"]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ The frame of every body is the same: x to the patient's right, y forward, z up, 
 a right one; a left leg is mirrored.
 """
 
+import glob
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -152,8 +153,9 @@ def read_bodies(folder: Path) -> list[Body]:
 
 
 def surface_files(folder: Path) -> list[Path]:
-    """The files of a folder of surfaces, sorted."""
-    return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in FORMATS and path.is_file()]
+    """The files of a folder of surfaces and of its subfolders, links to folders included; sorted."""
+    paths = sorted(folder / path for path in glob.iglob("**", root_dir=folder, recursive=True))
+    return [path for path in paths if path.suffix.lower() in FORMATS and path.is_file()]
 
 
 def make_body(name: str, bones: list[Bone]) -> Body:
