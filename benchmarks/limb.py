@@ -96,8 +96,8 @@ class FineTune:
     """Images to score on."""
     steps: int = 300
     """Training steps, the same for both."""
-    learning_rates: tuple[float, float] = (3e-3, 1e-3)
-    """Peak learning rate from nothing, and from weights."""
+    learning_rates: tuple[float, float] = (1e-2, 2e-3)
+    """Peak learning rate from nothing (what short trainings do best with, docs/results.md), and from weights."""
     views: tuple[View, ...] = VIEWS
     """Views to draw."""
     size: int | None = None

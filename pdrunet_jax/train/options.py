@@ -26,7 +26,7 @@ class TrainOptions:
     """
 
     config: str = "mura"
-    """Name of a configuration (mura, mura_baseline, paper, phantom, lower_limb, lower_limb_bones) or a TOML file."""
+    """Name of a configuration (mura, mura_small, phantom, lower_limb_own and others in configs/) or a TOML file."""
     workdir: Path | None = None
     """Run folder; by default runs/ and the configuration's name."""
     folds: int | None = None
