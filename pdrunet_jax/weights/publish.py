@@ -121,9 +121,8 @@ def _scores(title: str, folder: Path, run: RunFolder) -> str:
         whose = "These weights."
     elif start is not None and other.path.resolve() == start.path.resolve():
         whose = "The weights that this training started from, which had not seen these bodies."
-    elif not differing:
-        whose = "Weights of the same recipe, trained without these bodies."
     else:
-        settings = ", ".join(f"`{line}`" for line in differing)
-        whose = f"Weights of the same network, trained without these bodies and with other settings ({settings})."
+        whose = f"Weights of the same network, trained without these bodies: {_trained(other)}."
+        if differing:
+            whose += f" Other settings: {', '.join(f'`{line}`' for line in differing)}."
     return f"### {title}\n\n{whose}\n\n{table_of(scores_by_view(folder, data))}"

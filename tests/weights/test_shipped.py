@@ -107,7 +107,7 @@ def test_publishing_writes_weights_and_a_card_with_their_scores(tmp_path: Path) 
     (tmp_path / "out").mkdir()
     made, card = publish(run, "lower-limb", [("Bodies never trained on", scores)], tmp_path / "out")
     text = card.read_text()
-    assert "### Bodies never trained on\n\nWeights of the same recipe, trained without these bodies." in text
+    assert "### Bodies never trained on\n\nWeights of the same network, trained without these bodies: 10 " in text
     assert "| bone | all views | 0.700 | " in text  # c.png shows no bone
     assert text.index("| bone | knee | 0.900 |  | 1 | 1 |") < text.index("| bone | pelvis | 0.500 |  | 1 | 1 |")
     assert "revision abc123" in text
@@ -128,7 +128,7 @@ def test_publishing_writes_weights_and_a_card_with_their_scores(tmp_path: Path) 
     # Other settings of training are named, and scores of another network refused.
     plain = (run / "config.toml").read_text()
     (other / "config.toml").write_text("[train]\nsteps = 9\n" + plain)
-    named = "without these bodies and with other settings (`train.steps: 10000 -> 9`)."
+    named = "without these bodies: 10 steps of 8 drawn X-rays. Other settings: `train.steps: 10000 -> 9`."
     assert named in publish(run, "lower-limb", [("a", scores)], tmp_path / "out")[1].read_text()
     (other / "config.toml").write_text(plain.replace("filters = 1", "filters = 2"))
     with pytest.raises(UserError, match=r"is another network(.|\n)*model\.filters: 1 -> 2"):
