@@ -9,6 +9,7 @@ Every image is drawn from surfaces (docs/phantoms.md). What is finished is not r
 
 import csv
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +25,7 @@ from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View
 from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
 from pdrunet_jax.model.load import load_weights
+from pdrunet_jax.runtime.errors import UserError
 from pdrunet_jax.weights.by_view import scores_by_view, table_of
 
 _TEST_SEED = 1000
@@ -222,7 +224,7 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
             data = work / f"tune_{place}_{count}_{seed}"
             if not data.exists():
                 fresh = data.with_name(f"{data.name}_new")
-                split(draw(fresh, options.surfaces, count + max(4, count // 5), side, seed, *more), count)
+                split(draw(fresh, options.surfaces, 2 * count, side, seed, *more), count, max(4, count // 5))
                 fresh.rename(data)
             for way, rate in zip(("nothing", "weights"), options.learning_rates, strict=True):
                 folder = work / f"tune_run_{place}_{count}_{seed}_{way}_{options.steps}"
@@ -242,16 +244,30 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
     return {"weights minus nothing, by number of training images": found}
 
 
-def split(data: Path, count: int) -> None:
-    """Make the first `count` images of a drawn folder its training images, and the others its validation images."""
-    if (data / "manifest.csv").exists():
+def split(data: Path, count: int, others: int) -> None:
+    """Keep `count` training images of a drawn folder and at least `others` of other bodies, to validate on."""
+    listed = (data / "manifest.csv").exists()
+    if listed:
         rows = read_manifest(data).rows
-        write_manifest(data, [{**row, "split": "train" if at < count else "val"} for at, row in enumerate(rows)])
+    else:  # one folder of masks a bone
+        with (data / "drawn.csv").open(encoding="utf-8") as file:
+            rows = [{"image": row["image"], "patient": row["image"]} for row in csv.DictReader(file)]
+    images_of = Counter(row["patient"] for row in rows)
+    bodies: list[str] = []
+    for row in reversed(rows):
+        if row["patient"] not in bodies and sum(images_of[body] for body in bodies) < others:
+            bodies.append(row["patient"])
+    free = [row["image"] for row in rows if row["patient"] not in bodies]
+    if len(free) < count:
+        raise UserError(
+            f"{data} has {len(free)} images of other bodies than those to validate on; give surfaces of more"
+        )
+    splits = {row["image"]: "val" for row in rows if row["patient"] in bodies} | dict.fromkeys(free[:count], "train")
+    if listed:
+        write_manifest(data, [{**row, "split": splits[row["image"]]} for row in rows if row["image"] in splits])
         return
-    with (data / "drawn.csv").open(encoding="utf-8") as file:
-        images = [row["image"] for row in csv.DictReader(file)]
-    for at, image in enumerate(images):  # one folder of masks a bone
-        old, new = image.split("/")[0], "train" if at < count else "val"
+    for image in (row["image"] for row in rows):
+        old, new = image.split("/")[0], splits.get(image, "left_out")
         for path in [data / image, *data.glob(f"{old}/masks/*/{Path(image).stem}.png")]:
             target = data / new / path.relative_to(data / old)
             target.parent.mkdir(parents=True, exist_ok=True)
