@@ -7,7 +7,6 @@
 Every image is drawn from surfaces (docs/phantoms.md). What is finished is not repeated: give the same folder of work.
 """
 
-import csv
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
@@ -20,13 +19,14 @@ import tyro
 from benchmarks import machine, output
 from benchmarks.commands import run_command
 from pdrunet_jax.data.manifest import read_manifest, write_manifest
+from pdrunet_jax.data.phantoms.surfaces.files import DRAWN
 from pdrunet_jax.data.phantoms.surfaces.variations import VARIATIONS, Variation
 from pdrunet_jax.data.phantoms.surfaces.views import VIEWS, View
 from pdrunet_jax.evaluate import compare, scores
 from pdrunet_jax.evaluate.scores import ImageScores, ScoringOptions
 from pdrunet_jax.model.load import load_weights
 from pdrunet_jax.runtime.errors import UserError
-from pdrunet_jax.weights.by_view import scores_by_view, table_of
+from pdrunet_jax.weights.by_view import read_drawn, scores_by_view, table_of
 
 _TEST_SEED = 1000
 """Seed of the images to score; those to train on have lower ones."""
@@ -108,10 +108,11 @@ class FineTune:
     """JSON file for the results."""
 
 
-def bones_and_views(several: bool, views: Sequence[View]) -> list[str]:
-    """Options of `data phantom` for masks of each bone or of all together, and for some views only."""
-    chosen = [] if tuple(views) == VIEWS else ["--views", *views]
-    return [*(["--layers"] if several else []), *chosen]
+def how_to_draw(surfaces: Path, several: bool, views: Sequence[View]) -> tuple[str, list[str]]:
+    """What folders of X-rays drawn so are called, and the options of `data phantom`: each bone or all, some views."""
+    chosen = [] if tuple(views) == VIEWS else list(views)
+    name = "_".join((surfaces.name, "layers" if several else "bone", *chosen))
+    return name, [*(["--layers"] if several else []), *(["--views", *chosen] if chosen else [])]
 
 
 def draw(root: Path, surfaces: Path, count: int, size: int, seed: int, *more: str) -> Path:
@@ -168,11 +169,8 @@ def difference(title: str, these: Sequence[ImageScores], others: Sequence[ImageS
 
 def held_out(options: HeldOut) -> dict[str, Any]:
     """Draw, score, print the table of bones and views."""
-    several = load_weights(options.weights).multilabel
-    kind = "layers" if several else "bone"
-    views = () if options.views == VIEWS else options.views
-    name = "_".join(("held_out", options.surfaces.name, kind, str(options.count), str(options.size), *views))
-    more = bones_and_views(several, options.views)
+    name, more = how_to_draw(options.surfaces, load_weights(options.weights).multilabel, options.views)
+    name = f"held_out_{name}_{options.count}_{options.size}"
     data = draw(options.work / name, options.surfaces, options.count, options.size, _TEST_SEED, *more)
     folder = options.work / f"scores_{Path(options.weights).name}_{name}"
     scored(options.weights, data, folder)
@@ -207,13 +205,11 @@ def ablation(options: Ablation) -> dict[str, Any]:
 def fine_tune(options: FineTune) -> dict[str, Any]:
     """Train both ways on each draw of each number of images; print the differences."""
     loaded, work = load_weights(options.weights), options.work
-    several = loaded.multilabel
-    views = () if options.views == VIEWS else options.views
-    more = bones_and_views(several, options.views)
+    name, more = how_to_draw(options.surfaces, loaded.multilabel, options.views)
     assert loaded.size is not None
     size = options.size or max(loaded.size)
     side = round(1.3 * size)
-    place = "_".join((options.surfaces.name, "layers" if several else "bone", str(side), *views))
+    place = f"{name}_{side}"
     drawn = work / f"tune_test_{place}_{options.test_count}"
     test = draw(drawn, options.surfaces, options.test_count, side, _TEST_SEED, *more)
     found: dict[str, Any] = {}
@@ -230,7 +226,7 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
                 folder = work / f"tune_run_{place}_{count}_{seed}_{way}_{options.steps}"
                 settings: dict[str, object] = {
                     "data.size": size,
-                    "data.multilabel": several,
+                    "data.multilabel": loaded.multilabel,
                     "model.filters": loaded.options["filters"],
                     "optim.learning-rate": rate,
                     "train.steps": options.steps,
@@ -246,27 +242,24 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
 
 def split(data: Path, count: int, others: int) -> None:
     """Keep `count` training images of a drawn folder and at least `others` of other bodies, to validate on."""
-    listed = (data / "manifest.csv").exists()
-    if listed:
-        rows = read_manifest(data).rows
-    else:  # one folder of masks a bone
-        with (data / "drawn.csv").open(encoding="utf-8") as file:
-            rows = [{"image": row["image"], "patient": row["image"]} for row in csv.DictReader(file)]
-    images_of = Counter(row["patient"] for row in rows)
-    bodies: list[str] = []
-    for row in reversed(rows):
-        if row["patient"] not in bodies and sum(images_of[body] for body in bodies) < others:
-            bodies.append(row["patient"])
-    free = [row["image"] for row in rows if row["patient"] not in bodies]
+    body_of = {image: body for image, (_, body) in read_drawn(data / DRAWN).items()}
+    if len({*body_of.values()}) < 3:
+        body_of = {image: image for image in body_of}  # each X-ray counts as a patient, as in `data phantom`
+    images_of, chosen = Counter(body_of.values()), list[str]()
+    for body in dict.fromkeys(reversed(body_of.values())):
+        if sum(images_of[each] for each in chosen) < others:
+            chosen.append(body)
+    free = [image for image, body in body_of.items() if body not in chosen]
     if len(free) < count:
         raise UserError(
             f"{data} has {len(free)} images of other bodies than those to validate on; give surfaces of more"
         )
-    splits = {row["image"]: "val" for row in rows if row["patient"] in bodies} | dict.fromkeys(free[:count], "train")
-    if listed:
+    splits = {image: "val" for image, body in body_of.items() if body in chosen} | dict.fromkeys(free[:count], "train")
+    if (data / "manifest.csv").exists():
+        rows = read_manifest(data).rows
         write_manifest(data, [{**row, "split": splits[row["image"]]} for row in rows if row["image"] in splits])
         return
-    for image in (row["image"] for row in rows):
+    for image in body_of:  # one folder of masks a bone
         old, new = image.split("/")[0], splits.get(image, "left_out")
         for path in [data / image, *data.glob(f"{old}/masks/*/{Path(image).stem}.png")]:
             target = data / new / path.relative_to(data / old)

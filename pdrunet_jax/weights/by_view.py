@@ -33,7 +33,7 @@ def scores_by_view(evaluation: Path, data: Path) -> list[ViewScore]:
     one is not in the other.
     """
     rows = read_csv(evaluation / "per_image.csv")
-    drawn = _read_drawn(data / DRAWN)
+    drawn = read_drawn(data / DRAWN)
     if missing := sorted({row.image for row in rows} - drawn.keys()):
         raise UserError(f"{data / DRAWN} has no line for {missing[0]}: {evaluation} is of other images")
     result = []
@@ -58,7 +58,7 @@ def table_of(scores: Iterable[ViewScore]) -> str:
     return "\n".join(lines)
 
 
-def _read_drawn(path: Path) -> dict[str, tuple[str, str]]:
+def read_drawn(path: Path) -> dict[str, tuple[str, str]]:
     """View and body of each image, by its path. Raises `UserError`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:

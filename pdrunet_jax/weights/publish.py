@@ -87,7 +87,7 @@ def _facts(run: RunFolder, name: str, options: dict[str, Any], arrays: dict[str,
 
 def _start_of(config: Config) -> RunFolder | None:
     """The run whose weights a training started from."""
-    return None if config.train.weights is None else find_run(Path(config.train.weights))
+    return None if config.train.weights is None else find_run(config.train.weights)
 
 
 def _trained(run: RunFolder) -> str:

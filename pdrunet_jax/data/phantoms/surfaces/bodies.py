@@ -4,7 +4,6 @@ The frame of every body is the same: x to the patient's right, y forward, z up, 
 a right one; a left leg is mirrored.
 """
 
-import glob
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from pdrunet_jax.data.phantoms.surfaces.meshes import averaged, closed, half_thickness, merged, normals
 from pdrunet_jax.data.phantoms.surfaces.raster import Points
 from pdrunet_jax.data.phantoms.surfaces.shapes import Mesh
+from pdrunet_jax.data.walk import files_below
 from pdrunet_jax.runtime.errors import DataError, UserError
 from pdrunet_jax.runtime.extras import how_to_install
 
@@ -153,9 +153,8 @@ def read_bodies(folder: Path) -> list[Body]:
 
 
 def surface_files(folder: Path) -> list[Path]:
-    """The files of a folder of surfaces and of its subfolders, links to folders included; sorted."""
-    paths = sorted(folder / path for path in glob.iglob("**", root_dir=folder, recursive=True))
-    return [path for path in paths if path.suffix.lower() in FORMATS and path.is_file()]
+    """The files of a folder of surfaces and of its subfolders, sorted. Raises `DataError` for what cannot be read."""
+    return [path for path in files_below(folder) if path.suffix.lower() in FORMATS]
 
 
 def make_body(name: str, bones: list[Bone]) -> Body:
