@@ -259,7 +259,7 @@ def inspect_dataset(config: DataConfig) -> Inspection:
     notes += more
     ids = [sample.id for sample in samples]
     notes += remarks.absent_classes(samples, scanned, coding) + remarks.turned(ids, scanned)
-    notes += remarks.squeezed(ids, scanned, fit)
+    notes += remarks.squeezed(ids, scanned, fit) + remarks.padded(scanned, fit)
     name = description.name or root.resolve().name
     dataset = Dataset(
         root, name, coding.names, coding, samples, tuple(notes), description.spacing, swaps, parts.patients

@@ -1,6 +1,8 @@
 """Remarks of the check: what is allowed in a dataset but may not be what its owner means."""
 
+import math
 from collections.abc import Sequence
+from statistics import median
 
 from pdrunet_jax.config import DataConfig
 from pdrunet_jax.data.fit import Fit
@@ -13,6 +15,9 @@ from pdrunet_jax.model.sides import Pairs, check_pairs, find_pairs
 
 SQUEEZED = 2.0
 """Change of the ratio of an image's sides by resizing from which the check speaks of it."""
+
+LARGER = 1.5
+"""Gain of another shape of `data.size`, in pixels of the images, from which the check offers it."""
 
 _HOW = f"swap_on_flip in {DESCRIPTION}, or data.swap_on_flip"
 
@@ -83,6 +88,28 @@ def squeezed(names: Sequence[str], scanned: Sequence[ScanResult], fit: Fit) -> l
         f"warning: resizing to {size[0]}x{size[1]} (height x width) squeezes {len(strong)} of {len(names)} images by "
         f"more than 2:1, {strong[0]} by {changes[strong[0]]:.1f}:1 {way}; a data.size of their shape, or "
         "data.fit = pad, does not"
+    ]
+
+
+def padded(scanned: Sequence[ScanResult], fit: Fit) -> list[str]:
+    """A remark if another shape of about as many pixels would show padded images with `LARGER` times the pixels."""
+    shapes = [math.log(item.size[0] / item.size[1]) for item in scanned if all(item.size)]
+    if fit.mode == "stretch" or fit.spacing is not None or not shapes:
+        return []
+
+    def shown(size: tuple[int, int]) -> float:
+        """Share of an input of this size that an image fills, on average."""
+        target = math.log(size[0] / size[1])
+        return sum(math.exp(-abs(shape - target)) for shape in shapes) / len(shapes)
+
+    height, width = fit.size
+    side, stretch = math.sqrt(height * width), math.exp(median(shapes) / 2)
+    other = (max(1, round(side * stretch / 16)) * 16, max(1, round(side / stretch / 16)) * 16)
+    if shown(other) * math.prod(other) < LARGER * shown(fit.size) * height * width:
+        return []
+    return [
+        f"data.fit = pad fills {1 - shown(fit.size):.0%} of {height}x{width} (height x width) with black; "
+        f"--data.size {other[0]} {other[1]}, of about as many pixels, shows these images larger"
     ]
 
 

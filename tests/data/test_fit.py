@@ -108,6 +108,21 @@ def test_padding_is_offered_where_images_are_squeezed(tmp_path: Path) -> None:
     assert not any("squeezes" in note for note in open_dataset(replace(config, fit="pad")).notes)
 
 
+def test_a_size_of_the_shape_of_long_images_is_offered_where_they_are_padded(tmp_path: Path) -> None:
+    long = str(dataset(tmp_path / "long", ((150, 50), (150, 52), (150, 54))))
+    mixed = str(dataset(tmp_path / "mixed", ((150, 50), (50, 150), (60, 60))))
+
+    def offered(config: DataConfig) -> list[str]:
+        return [note for note in open_dataset(replace(config, threads=1)).notes if "with black" in note]
+
+    (note,) = offered(DataConfig(root=long, size=(96,), fit="pad"))
+    assert "fills 65% of 96x96" in note
+    assert "--data.size 160 64" in note
+    assert not offered(DataConfig(root=long, size=(160, 64), fit="pad"))
+    assert not offered(DataConfig(root=long, size=(96,)))
+    assert not offered(DataConfig(root=mixed, size=(96,), fit="pad"))
+
+
 def test_padding_stays_black_and_leaves_the_image_as_if_it_were_alone() -> None:
     grey = AugmentConfig(gamma=0.5, contrast=0.3, brightness=0.2)
     image = jnp.asarray(np.random.default_rng(0).random((3, 24, 8, 1)), jnp.float32)
