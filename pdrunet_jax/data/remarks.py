@@ -17,7 +17,7 @@ SQUEEZED = 2.0
 """Change of the ratio of an image's sides by resizing from which the check speaks of it."""
 
 LARGER = 1.5
-"""Gain of another shape of `data.size`, in pixels of the images, from which the check offers it."""
+"""Gain of another shape of `data.size`, in pixels of the images, from which it is offered."""
 
 _HOW = f"swap_on_flip in {DESCRIPTION}, or data.swap_on_flip"
 
@@ -93,23 +93,24 @@ def squeezed(names: Sequence[str], scanned: Sequence[ScanResult], fit: Fit) -> l
 
 def padded(scanned: Sequence[ScanResult], fit: Fit) -> list[str]:
     """A remark if another shape of about as many pixels would show padded images with `LARGER` times the pixels."""
-    shapes = [math.log(item.size[0] / item.size[1]) for item in scanned if all(item.size)]
+    shapes = [item.size for item in scanned if all(item.size)]
     if fit.mode == "stretch" or fit.spacing is not None or not shapes:
         return []
 
-    def shown(size: tuple[int, int]) -> float:
-        """Share of an input of this size that an image fills, on average."""
-        target = math.log(size[0] / size[1])
-        return sum(math.exp(-abs(shape - target)) for shape in shapes) / len(shapes)
+    def shown(size: tuple[int, int]) -> int:
+        """Pixels of inputs of this size that show the images."""
+        boxes = [Fit(size, "pad").box(shape) for shape in shapes]
+        return sum(box.height * box.width for box in boxes)
 
     height, width = fit.size
-    side, stretch = math.sqrt(height * width), math.exp(median(shapes) / 2)
+    side, stretch = math.sqrt(height * width), math.sqrt(median(rows / columns for rows, columns in shapes))
     other = (max(1, round(side * stretch / 16)) * 16, max(1, round(side / stretch / 16)) * 16)
-    if shown(other) * math.prod(other) < LARGER * shown(fit.size) * height * width:
+    if shown(other) < LARGER * shown(fit.size):
         return []
+    black = 1 - shown(fit.size) / (len(shapes) * height * width)
     return [
-        f"data.fit = pad fills {1 - shown(fit.size):.0%} of {height}x{width} (height x width) with black; "
-        f"--data.size {other[0]} {other[1]}, of about as many pixels, shows these images larger"
+        f"data.fit = pad fills {black:.0%} of {height}x{width} (height x width) with black; training at --data.size "
+        f"{other[0]} {other[1]}, of about as many pixels, would show these images larger"
     ]
 
 
