@@ -124,31 +124,32 @@ def draw(root: Path, surfaces: Path, count: int, size: int, seed: int, *more: st
     return root
 
 
-def scored(weights: str | Path, data: Path, folder: Path) -> list[ImageScores]:
-    """Scores of weights on every image of a dataset folder; kept in `folder`."""
+def scored(weights: str | Path, data: Path, folder: Path, *more: object) -> list[ImageScores]:
+    """Scores of weights on every image of a dataset folder, with more options of `evaluate`; kept in `folder`."""
     if not (folder / "per_image.csv").exists():
-        run_command("evaluate", "--weights", weights, "--data.root", data, "--split", "all", "--output", folder)
+        run_command("evaluate", "--weights", weights, "--data.root", data, "--split", "all", "--output", folder, *more)
     return scores.read_csv(folder / "per_image.csv")
 
 
-def train(folder: Path, data: Path, settings: dict[str, object]) -> Path:
-    """Train unless that is done; returns the run folder."""
+def train(folder: Path, config: str, data: Path, settings: dict[str, object], *more: object) -> Path:
+    """Train with a recipe, settings and more options unless that is done; returns the run folder."""
     if not (folder / "evaluation").exists():
-        steps = settings["train.steps"]
-        given = {
-            "data.root": data,
-            "data.surfaces": None,
-            "data.phantoms": 0,
-            "optim.ema": 0.0,  # some hundred steps, ending at a learning rate of zero, are too few to average over
-            "train.eval-every": steps,
-            "train.save-every": steps,
-            "train.samples": 0,
-            "tracking.wandb": "disabled",
-            "workdir": folder,
-            **settings,
-        }
-        run_command("train", "--config", "lower_limb", settings=given)
+        given = {"data.root": data, "train.samples": 0, "tracking.wandb": "disabled", "workdir": folder, **settings}
+        run_command("train", "--config", config, *more, settings=given)
     return folder
+
+
+def train_briefly(folder: Path, data: Path, settings: dict[str, object]) -> Path:
+    """Train with the recipe lower_limb on a dataset folder, for some hundred steps."""
+    steps = settings["train.steps"]
+    brief = {
+        "data.surfaces": None,
+        "data.phantoms": 0,
+        "optim.ema": 0.0,  # some hundred steps, ending at a learning rate of zero, are too few to average over
+        "train.eval-every": steps,
+        "train.save-every": steps,
+    }
+    return train(folder, "lower_limb", data, {**brief, **settings})
 
 
 def mean_of(runs: Sequence[Sequence[ImageScores]]) -> tuple[ImageScores, ...]:
@@ -193,7 +194,7 @@ def ablation(options: Ablation) -> dict[str, Any]:
         runs = []
         for seed in options.seeds:
             folder = work / f"ablation_run_{name}_{options.steps}_{options.size}_{options.filters}_{seed}"
-            train(folder, data, {**settings, "seed": seed})
+            train_briefly(folder, data, {**settings, "seed": seed})
             runs.append(scored(folder, test, folder / "held_out"))
         mean = mean_of(runs)
         usual = usual or mean
@@ -234,7 +235,7 @@ def fine_tune(options: FineTune) -> dict[str, Any]:
                     "seed": seed,
                 }
                 settings |= {"train.weights": options.weights} if way == "weights" else {}
-                train(folder, data, settings)
+                train_briefly(folder, data, settings)
                 pair[way].append(scored(folder, test, folder / "held_out"))
         found[str(count)] = difference(str(count), mean_of(pair["weights"]), mean_of(pair["nothing"]))
     return {"weights minus nothing, by number of training images": found}

@@ -16,11 +16,8 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from benchmarks import machine, output
-from benchmarks.commands import run_command
-from benchmarks.limb import difference, draw
+from benchmarks.limb import difference, draw, scored, train
 from pdrunet_jax.data.phantoms.surfaces.views import View
-from pdrunet_jax.evaluate import scores
-from pdrunet_jax.evaluate.scores import ImageScores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,30 +75,6 @@ def draw_processed(root: Path, surfaces: Path, count: int, options: Options, see
     return root
 
 
-def scored(weights: str | Path, size: tuple[int, int], data: Path, folder: Path) -> list[ImageScores]:
-    """Scores of weights on every image of a dataset folder at a size; kept in `folder`."""
-    if not (folder / "per_image.csv").exists():
-        settings = {"weights": weights, "data.root": data, "split": "all", "output": folder}
-        run_command("evaluate", "--data.size", *size, "--data.fit", "pad", settings=settings)
-    return scores.read_csv(folder / "per_image.csv")
-
-
-def train(folder: Path, data: Path, size: tuple[int, int], steps: int, options: Options) -> Path:
-    """Train with the recipe unless that is done; returns the run folder."""
-    if not (folder / "evaluation").exists():
-        settings = {
-            "data.root": data,
-            "optim.learning-rate": options.learning_rate,
-            "train.weights": options.weights,
-            "train.steps": steps,
-            "train.samples": 0,
-            "tracking.wandb": "disabled",
-            "workdir": folder,
-        }
-        run_command("train", "--config", "lower_limb_own", "--data.size", *size, settings=settings)
-    return folder
-
-
 def main() -> None:
     """Run the command."""
     options = tyro.cli(Options, prog="python -m benchmarks.limb_own", description=__doc__)
@@ -113,16 +86,22 @@ def main() -> None:
     test = draw_processed(held_out, options.test_surfaces, options.test_count, options, 6)
     print("| size, steps | after | before | difference, 95 % interval | images |\n|---|---|---|---|---|")
     found = {}
-    for size in options.sizes:
-        pixels = f"{size[0]}x{size[1]}"
-        before = scored(options.weights, size, test, work / f"before_{Path(options.weights).name}_{name}_{pixels}")
+    start = Path(options.weights).name
+    for height, width in options.sizes:
+        pixels, size = f"{height}x{width}", ("--data.size", height, width)
+        before = scored(options.weights, test, work / f"before_{start}_{name}_{pixels}", *size, "--data.fit", "pad")
         for steps in options.steps:
-            run = work / f"run_{Path(options.weights).name}_{name}_{pixels}_{steps}_{options.learning_rate:g}"
-            train(run, data, size, steps, options)
-            after = scored(run, size, test, run / "scores")
+            run = work / f"run_{start}_{name}_{pixels}_{steps}_{options.learning_rate:g}"
+            settings: dict[str, object] = {
+                "optim.learning-rate": options.learning_rate,
+                "train.weights": options.weights,
+                "train.steps": steps,
+            }
+            train(run, "lower_limb_own", data, settings, *size)
+            after = scored(run, test, run / "scores")
             found[f"{pixels}, {steps}"] = difference(f"{pixels}, {steps}", after, before)
-    settings: dict[str, Any] = {key: str(each) for key, each in vars(options).items() if key not in ("work", "output")}
-    output.write({"machine": machine.facts(), "settings": settings, "after minus before": found}, options.output)
+    given: dict[str, Any] = {key: str(each) for key, each in vars(options).items() if key not in ("work", "output")}
+    output.write({"machine": machine.facts(), "settings": given, "after minus before": found}, options.output)
 
 
 if __name__ == "__main__":
